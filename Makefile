@@ -1,0 +1,35 @@
+# `make run` and `make test` do all the set-up themselves: the environment is made once and re-made when its inputs change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/digits_resnet_sgd_ire.yaml
+WORKERS ?= 2
+
+.PHONY: help env run test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(VENV)/.installed  ## make the environment in .venv
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Expected Python 3.10 or newer, got " + sys.version.split()[0] + ": call make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+run: env  ## train the embedded digits config with SGD-IRE (another one: make run CONFIG=configs/...)
+	$(BIN)/python cli.py fit --config $(CONFIG)
+
+test: env lint  ## lint, types and the fast tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
+
+lint: env  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove caches (keeps logs and the environment)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

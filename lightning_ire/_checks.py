@@ -1,0 +1,95 @@
+"""Argument checks: one error type and one message form, "Expected `key` to be ..., got ...".
+
+Torch-free on purpose, so that every layer of the package may import it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+__all__ = ["ConfigurationError", "check_choice", "check_number", "check_whole"]
+
+
+class ConfigurationError(ValueError):
+    """A setting or a set-up that cannot work; the message says what was expected, what came, and what to change."""
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    low: float = 0.0,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float:
+    """Return `value` as a float if it is a finite number between `low` and `high`.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: What came.
+        low: Smallest value allowed.
+        high: Largest value allowed.
+        low_open: Whether `low` itself is refused.
+        high_open: Whether `high` itself is refused.
+
+    Returns:
+        The value as a float.
+
+    Raises:
+        ConfigurationError: If `value` is no finite number in the range.
+    """
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if ok:
+        ok = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
+    if not ok:
+        raise ConfigurationError(
+            f"Expected `{name}` to be a number {_range(low, high, low_open, high_open)}, got {value!r}."
+        )
+    return float(value)
+
+
+def check_whole(name: str, value: Any, *, low: int) -> int:
+    """Return `value` if it is a whole number that is at least `low`.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: What came.
+        low: Smallest value allowed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigurationError: If `value` is no whole number or too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ConfigurationError(f"Expected `{name}` to be a whole number >= {low}, got {value!r}.")
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    """Return `value` if it is one of `choices`.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: What came.
+        choices: The values allowed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigurationError: If `value` is not one of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigurationError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    return value
+
+
+def _range(low: float, high: float, low_open: bool, high_open: bool) -> str:
+    if math.isinf(high):
+        return f"{'>' if low_open else '>='} {low:g}"
+    return f"in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"

@@ -1,0 +1,5 @@
+"""Callbacks for Lightning's Trainer."""
+
+from lightning_ire.callbacks.ire import IRE
+
+__all__ = ["IRE"]

@@ -1,0 +1,165 @@
+"""The boost around one optimizer step: which weights, how strong, what is logged of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_ire import tags
+from lightning_ire._checks import ConfigurationError
+from lightning_ire.functional import boost_, global_norm
+from lightning_ire.schedule import scheduled_kappas
+
+__all__ = ["OldWeights", "boost", "check_decoupled_decay", "decay_factors", "learning_rates"]
+
+_COUPLED = {"SGD", "ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam"}
+_DECOUPLED = {"Adafactor", "AdamW", "Muon"}
+
+
+@dataclass
+class OldWeights:
+    """Weights before the base step.
+
+    Attributes:
+        parameters: The optimizer's parameters that are boosted (all of them for a step whose norms are logged).
+        groups: Index of each one's parameter group.
+        old: Their values before the step.
+        masks: Their masks; ``None``: not boosted.
+    """
+
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    old: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+
+    @classmethod
+    def save(
+        cls,
+        optimizer: Optimizer,
+        names: Mapping[int, str],
+        masks: Mapping[str, Tensor],
+        copies: Mapping[int, Tensor],
+        everything: bool,
+    ) -> OldWeights:
+        """Copy what the boost will need.
+
+        Args:
+            optimizer: The base optimizer, about to step.
+            names: Parameter names by `id`.
+            masks: Masks by parameter name.
+            copies: Copies of weights that exist already, by `id` of the parameter; they are shared.
+            everything: Save parameters without a mask too.
+        """
+        self = cls()
+        for index, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                mask = masks.get(names.get(id(parameter), ""))
+                if (mask is None and not everything) or not parameter.requires_grad:
+                    continue
+                copy = copies.get(id(parameter))
+                self.parameters.append(parameter)
+                self.groups.append(index)
+                self.old.append(parameter.detach().clone() if copy is None else copy)
+                self.masks.append(mask)
+        return self
+
+
+@torch.no_grad()
+def boost(
+    optimizer: Optimizer,
+    weights: OldWeights,
+    kappa: float,
+    peak_lrs: list[float] | None,
+    scale_weight_decay: bool,
+    with_norms: bool,
+) -> dict[str, Tensor | float]:
+    """Lengthen the step that `optimizer` has just made along the flat coordinates.
+
+    Args:
+        optimizer: The base optimizer, with the learning rates of this step.
+        weights: What :meth:`OldWeights.save` saved.
+        kappa: Strength.
+        peak_lrs: Highest learning rate of each group so far, for the "lr" schedule of kappa; else ``None``.
+        scale_weight_decay: Whether decoupled weight decay is boosted too.
+        with_norms: Whether the norms of the whole step are wanted.
+
+    Returns:
+        Values for the log.
+    """
+    kappas = [kappa] * len(optimizer.param_groups)
+    if peak_lrs is not None:
+        kappas = scheduled_kappas(kappa, learning_rates(optimizer), peak_lrs)
+    decay = None if scale_weight_decay else [decay_factors(optimizer)[group] for group in weights.groups]
+    boost_(weights.parameters, weights.old, weights.masks, [kappas[group] for group in weights.groups], decay=decay)
+    logs: dict[str, Tensor | float] = {tags.KAPPA: max(kappas)}
+    if with_norms:
+        flat, sharp = [], []
+        for weight, old, mask in zip(weights.parameters, weights.old, weights.masks, strict=True):
+            step = weight.detach() - old
+            flat.append(None if mask is None else step * mask)
+            sharp.append(step if mask is None else step * ~mask)
+        logs |= {tags.STEP_NORM_FLAT: global_norm(flat), tags.STEP_NORM_SHARP: global_norm(sharp)}
+    return logs
+
+
+def learning_rates(optimizer: Optimizer) -> list[float]:
+    """Learning rate of each parameter group at this moment.
+
+    Args:
+        optimizer: Any optimizer with "lr" in its parameter groups.
+    """
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def decay_factors(optimizer: Optimizer) -> list[float]:
+    """Lr * weight_decay of each parameter group if the decay is decoupled from the gradient, else 0.
+
+    Args:
+        optimizer: An optimizer that :func:`check_decoupled_decay` accepted.
+    """
+    return [
+        float(group["lr"]) * float(group.get("weight_decay", 0.0)) if _decoupled(optimizer, group) else 0.0
+        for group in optimizer.param_groups
+    ]
+
+
+def _decoupled(optimizer: Optimizer, group: Mapping[str, object]) -> bool | None:
+    """Whether the group's decay is a shrinking by lr * weight_decay of its own; ``None``: nobody knows."""
+    if group.get("fixed_decay"):  # some packages' decay without lr
+        return None
+    for key in ("decoupled_weight_decay", "weight_decouple"):
+        if key in group:
+            return bool(group[key])
+    known = {base.__name__ for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim")}
+    if known & _DECOUPLED:
+        return True
+    return False if known & _COUPLED else None
+
+
+def check_decoupled_decay(optimizer: Optimizer) -> None:
+    """For `scale_weight_decay=False`: refuse an optimizer whose decay is unknown, warn where the flag does nothing.
+
+    Args:
+        optimizer: The base optimizer.
+
+    Raises:
+        ConfigurationError: If it decays weights in a way that is not known.
+    """
+    decaying = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    kinds = {_decoupled(optimizer, group) for group in decaying}
+    name = type(optimizer).__name__
+    if None in kinds:
+        raise ConfigurationError(
+            "Expected an optimizer with decoupled weight decay for `scale_weight_decay=False` (torch's AdamW, or one "
+            f"whose parameter groups say `decoupled_weight_decay`), got {name}: set `scale_weight_decay` to true."
+        )
+    if kinds == {False}:
+        rank_zero_warn(
+            f"`scale_weight_decay=False` changes nothing here: {name}'s weight decay is part of the gradient and is "
+            "boosted with it."
+        )

@@ -1,0 +1,194 @@
+"""What the callback has to know of Lightning's inner order. The only file that may use private names of Lightning.
+
+Lightning 2.6, one optimizer step: for every micro-batch `training_step`, zero_grad (first one), backward; at the last
+one all of that runs as a closure inside `LightningModule.optimizer_step`, followed by unscaling, the
+`on_before_optimizer_step` hooks, clipping and the optimizer's update. `Takeover` puts functions of ours around
+`training_step` and around that closure, on the instance, and leaves the loop itself alone.
+
+tests/test_lightning_contract.py fails when a release changes any of this.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
+from torch import Tensor, nn
+
+from lightning_ire._checks import ConfigurationError
+
+__all__ = [
+    "Takeover",
+    "check_supported",
+    "loss_of",
+    "loss_scale",
+    "muted_logging",
+    "scaled",
+    "unsynchronized",
+    "will_log",
+]
+
+
+class Takeover:
+    """Functions of ours around a module's `training_step` and around the closure of its `optimizer_step`.
+
+    The module's class is not touched: the wrappers are attributes of the instance, and :meth:`remove` takes them away.
+
+    Args:
+        module: The module being trained.
+        training_step: Called as ``training_step(original, *args, **kwargs)``.
+        closure: Called as ``closure(original)`` where Lightning would call ``original()``.
+        after: Called when `optimizer_step` is over, however it ended.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        training_step: Callable[..., Any],
+        closure: Callable[[Callable[[], Any]], Any],
+        after: Callable[[], None],
+    ) -> None:
+        self._module = module
+        self._installed: dict[str, tuple[Callable[..., Any], Any]] = {}
+        self.original_training_step: Callable[..., Any] = module.training_step
+        original_step = module.optimizer_step
+
+        def wrapped_training_step(*args: Any, **kwargs: Any) -> Any:
+            return training_step(self.original_training_step, *args, **kwargs)
+
+        def wrapped_optimizer_step(*args: Any, **kwargs: Any) -> Any:
+            # (epoch, batch_idx, optimizer, optimizer_closure), whatever an override calls them
+            if "optimizer_closure" in kwargs:
+                kwargs["optimizer_closure"] = functools.partial(closure, kwargs["optimizer_closure"])
+            else:
+                args = (*args[:3], functools.partial(closure, args[3]), *args[4:])
+            try:
+                return original_step(*args, **kwargs)
+            finally:
+                after()
+
+        self._install("training_step", self.original_training_step, wrapped_training_step)
+        self._install("optimizer_step", original_step, wrapped_optimizer_step)
+
+    def _install(self, name: str, original: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
+        functools.update_wrapper(wrapper, original)
+        # Lightning looks one level deep to read the signature: show it what it would have seen without us
+        wrapper.__wrapped__ = getattr(original, "__wrapped__", original)  # type: ignore[attr-defined]
+        self._installed[name] = (wrapper, vars(self._module).get(name))
+        setattr(self._module, name, wrapper)
+
+    def remove(self) -> None:
+        """Take the wrappers away. Does nothing the second time."""
+        for name, (wrapper, before) in self._installed.items():
+            if vars(self._module).get(name) is not wrapper:
+                continue  # somebody put another wrapper on top and owns the name now
+            if before is None:
+                delattr(self._module, name)
+            else:
+                setattr(self._module, name, before)
+        self._installed = {}
+
+
+def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradients: bool) -> None:
+    """Refuse, before any compute, what the callback cannot do right.
+
+    Args:
+        trainer: The trainer at fit start.
+        module: The module being trained.
+        local_gradients: Whether a backward pass will have to be kept from synchronizing.
+
+    Raises:
+        ConfigurationError: With the remedy, in one line.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ConfigurationError(
+            f"Expected a single device or DDP, got {type(strategy).__name__}: IRE does not support sharded or other "
+            "strategies yet; set `trainer.strategy` to 'auto' or 'ddp', or remove the callback."
+        )
+    if not module.automatic_optimization:
+        raise ConfigurationError(
+            f"Expected automatic optimization, got {type(module).__name__} with automatic_optimization=False: IRE does "
+            "not support manual optimization yet; use automatic optimization or remove the callback."
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise ConfigurationError(
+            f"Expected `{type(module).__name__}.training_step` to take a batch, got one that takes `dataloader_iter`: "
+            "its batches cannot be replayed; take `batch` instead."
+        )
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigurationError(
+                "Expected an optimizer with a plain step, got LBFGS, which runs the closure several times per step: "
+                "use another optimizer or remove the callback."
+            )
+    if local_gradients and isinstance(strategy, DDPStrategy) and getattr(strategy.model, "static_graph", False):
+        raise ConfigurationError(
+            "Expected DDP without static_graph for SAM with each device's own gradient, got static_graph=True: "
+            "set `perturbation.sync` to true, or static_graph to false."
+        )
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what `training_step` returned (a tensor, a mapping with "loss", or ``None``)."""
+    return output.get("loss") if isinstance(output, Mapping) else output
+
+
+def loss_scale(trainer: pl.Trainer) -> float:
+    """Factor by which fp16's GradScaler multiplies losses; 1 without one."""
+    scaler = _scaler(trainer)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+def scaled(trainer: pl.Trainer, loss: Tensor) -> Tensor:
+    """The loss as Lightning would back-propagate it."""
+    scaler = _scaler(trainer)
+    return scaler.scale(loss) if scaler is not None else loss
+
+
+def _scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def unsynchronized(strategy: Strategy) -> AbstractContextManager[Any]:
+    """Backward passes inside the block leave each device with its own gradient."""
+    return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+
+def will_log(trainer: pl.Trainer) -> bool:
+    """Whether Lightning will write a row of training metrics after the current step.
+
+    Private: `log_every_n_steps` is public, but the counter it refers to (steps with a batch that stepped, which is not
+    `global_step` for every module) and the exception for a stopping trainer are not.
+    """
+    return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def muted_logging(module: nn.Module) -> Iterator[None]:
+    """Inside the block `self.log` and `self.log_dict` do nothing, in nested LightningModules too.
+
+    Otherwise an extra pass would log the perturbed loss, and epoch means would mix both.
+    """
+    owners = [owner for owner in module.modules() if isinstance(owner, pl.LightningModule)]
+    before = [vars(owner).get("log") for owner in owners]
+    for owner in owners:
+        owner.log = _no_log  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for owner, log in zip(owners, before, strict=True):
+            if log is None:
+                del owner.log
+            else:
+                owner.log = log  # type: ignore[method-assign]
+
+
+def _no_log(*args: Any, **kwargs: Any) -> None:
+    return None

@@ -1,0 +1,123 @@
+"""The masks of a run, by parameter name: making, comparing, saving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ire import tags
+from lightning_ire.functional import flat_threshold, mask_below, pack_mask, unpack_mask
+
+__all__ = ["FlatMasks"]
+
+
+class FlatMasks:
+    """One boolean tensor per parameter that takes part; 1 = flat.
+
+    Args:
+        gamma: Fraction of coordinates called flat.
+        scope: Rank over all parameters at once ("global") or in each by itself ("tensor").
+        exclude_zero: Leave coordinates with h = 0 out.
+        beta: Weight of the past in the moving average of h; 0: none is kept.
+    """
+
+    def __init__(self, gamma: float, scope: str, exclude_zero: bool, beta: float) -> None:
+        self.gamma = gamma
+        self.scope = scope
+        self.exclude_zero = exclude_zero
+        self.beta = beta
+        self.masks: dict[str, Tensor] = {}
+        self.average: dict[str, Tensor] = {}
+        self.logs: dict[str, Tensor | float] = {}
+
+    def refresh(self, names: Sequence[str], values: Sequence[Tensor | None]) -> None:
+        """Make all masks anew from finite estimates h; parameters without one (``None``) get none.
+
+        Args:
+            names: Parameter names.
+            values: Estimates, in the same order.
+        """
+        present = {name: h for name, h in zip(names, values, strict=True) if h is not None and h.numel()}
+        if self.beta:
+            present = {name: self._averaged(name, h) for name, h in present.items()}
+            self.average = present
+        masks: dict[str, Tensor] = {}
+        thresholds: list[Tensor] = []
+        for group in [list(present)] if self.scope == "global" else [[name] for name in present]:
+            if not group:
+                continue
+            threshold = flat_threshold([present[name] for name in group], self.gamma, exclude_zero=self.exclude_zero)
+            thresholds.append(threshold)
+            masks |= {name: mask_below(present[name], threshold, exclude_zero=self.exclude_zero) for name in group}
+        self.logs = _statistics(self.masks, masks, thresholds)
+        self.masks = masks
+
+    def _averaged(self, name: str, h: Tensor) -> Tensor:
+        before = self.average.get(name)
+        if before is None or before.shape != h.shape:
+            return h
+        return before.to(h).lerp(h, 1 - self.beta)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks as bits, and the moving average, on the CPU."""
+        return {
+            "masks": {name: pack_mask(mask) for name, mask in self.masks.items()},
+            "average": {name: h.cpu() for name, h in self.average.items()},
+            "logs": {tag: float(value) for tag, value in self.logs.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list[str]:
+        """Put saved masks on the parameters' devices.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            parameters: The run's parameters by name.
+
+        Returns:
+            Names in the state that fit no parameter; their masks are dropped.
+        """
+        misfits = []
+        for name, packed in state["masks"].items():
+            parameter = parameters.get(name)
+            if parameter is None or packed.numel() != -(-parameter.numel() // 8):
+                misfits.append(name)
+                continue
+            self.masks[name] = unpack_mask(packed, parameter.shape).to(parameter.device)
+        for name, h in state["average"].items():
+            if self.beta and name in self.masks and h.shape == parameters[name].shape:
+                self.average[name] = h.to(parameters[name].device)
+        self.logs = dict(state["logs"])
+        return misfits
+
+
+def _statistics(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], thresholds: Sequence[Tensor]
+) -> dict[str, Tensor | float]:
+    """Values for the log: sums of booleans, no copy to the host."""
+    if not new:
+        return {}
+    device = next(iter(new.values())).device
+    total = sum(mask.numel() for mask in new.values())
+    logs: dict[str, Tensor | float] = {
+        tags.FLAT_FRACTION: _count(new.values(), device) / total,
+        tags.THRESHOLD: torch.stack([threshold.to(device) for threshold in thresholds]).amax(),
+    }
+    shared = [name for name in new if name in old and old[name].shape == new[name].shape]
+    if shared:
+        size = sum(new[name].numel() for name in shared)
+        sharp_old = size - _count((old[name] for name in shared), device)
+        sharp_new = size - _count((new[name] for name in shared), device)
+        both = size - _count((old[name] | new[name] for name in shared), device)
+        either = sharp_old + sharp_new - both
+        logs[tags.MASK_IOU] = torch.where(either > 0, both / either.clamp(min=1), 1.0)
+        share = sharp_old / size * (sharp_new / size)
+        chance = share / ((sharp_old + sharp_new) / size - share).clamp(min=torch.finfo(torch.float32).tiny)
+        logs[tags.MASK_IOU_CHANCE] = torch.where(either > 0, chance, 1.0)
+    return logs
+
+
+def _count(masks: Any, device: torch.device) -> Tensor:
+    return torch.stack([mask.sum().to(device) for mask in masks]).sum().float()

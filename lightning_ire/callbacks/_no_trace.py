@@ -1,0 +1,71 @@
+"""An extra pass that leaves no trace in the module, its metrics, its logs or the random number streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_ire.callbacks._lightning import muted_logging
+from lightning_ire.functional import RandomState, kept_buffers
+
+__all__ = ["devices_of", "no_trace"]
+
+
+@contextmanager
+def no_trace(module: nn.Module) -> Iterator[None]:
+    """After the block buffers, metric states and random number streams are what they were; nothing was logged.
+
+    Not put back: Python attributes that `training_step` sets, what it writes to a logger directly, and in-place
+    changes of the batch.
+
+    Args:
+        module: The module whose `training_step` runs inside the block.
+
+    Yields:
+        Nothing.
+    """
+    streams = RandomState.capture(devices_of(module))
+    try:
+        with kept_buffers(module), _kept_metrics(module), muted_logging(module):
+            yield
+    finally:
+        streams.restore()
+
+
+def devices_of(module: nn.Module) -> set[torch.device]:
+    """Devices that hold a parameter of the module."""
+    return {parameter.device for parameter in module.parameters()}
+
+
+@contextmanager
+def _kept_metrics(module: nn.Module) -> Iterator[None]:
+    """After the block every torchmetrics metric below `module` holds the same objects with the same contents.
+
+    A metric's state is made of plain attributes, tensors and lists, some changed in place and some replaced, and
+    metrics of one collection may share them.
+    """
+    metrics = [child for child in module.modules() if isinstance(child, Metric)]
+    saved = [[(key, value, _copy(value)) for key, value in vars(metric).items()] for metric in metrics]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for metric, attributes in zip(metrics, saved, strict=True):
+                vars(metric).clear()
+                for key, value, before in attributes:
+                    vars(metric)[key] = value
+                    if isinstance(value, Tensor):
+                        value.copy_(before)
+                    elif isinstance(value, list):
+                        value[:] = before
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return list(value) if isinstance(value, list) else None

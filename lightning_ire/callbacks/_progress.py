@@ -1,0 +1,86 @@
+"""How far a run has come: everything of the callback that a checkpoint holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_ire.callbacks._boost import learning_rates
+from lightning_ire.callbacks._masks import FlatMasks
+
+__all__ = ["Progress"]
+
+
+@dataclass
+class Progress:
+    """State of one run.
+
+    Attributes:
+        masks: The masks in force, with the moving average of h.
+        step: Real optimizer steps so far (a step that a GradScaler skipped is none).
+        started_at: Step at which the boost was switched on, for good; ``None``: not yet.
+        retry: Whether the last estimate failed, so that the next step is to make another.
+        loss_sum: Sum of this epoch's training losses, kept while a start by loss is pending.
+        loss_count: How many losses that are.
+        peak_lrs: Highest learning rate of each parameter group so far (for the "lr" schedule of kappa).
+        seed: Seed of all draws of the callback.
+    """
+
+    masks: FlatMasks
+    step: int = 0
+    started_at: int | None = None
+    retry: bool = False
+    loss_sum: Tensor | float = 0.0
+    loss_count: int = 0
+    peak_lrs: list[float] = field(default_factory=list)
+    seed: int = field(default_factory=lambda: int(os.environ.get("PL_GLOBAL_SEED", "0")))
+
+    def count_step(self, optimizer: Optimizer, with_lrs: bool) -> None:
+        """Count one real step.
+
+        Args:
+            optimizer: The optimizer, with the learning rates of this step.
+            with_lrs: Whether to keep the highest ones.
+        """
+        self.step += 1
+        if with_lrs:
+            lrs = learning_rates(optimizer)
+            before = self.peak_lrs + lrs[len(self.peak_lrs) :]
+            self.peak_lrs = [max(pair) for pair in zip(lrs, before, strict=False)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings only: `torch.load(weights_only=True)` reads it."""
+        return {
+            "step": self.step,
+            "started_at": self.started_at,
+            "retry": self.retry,
+            "loss_sum": float(self.loss_sum),
+            "loss_count": self.loss_count,
+            "peak_lrs": list(self.peak_lrs),
+            "seed": self.seed,
+            "flat": self.masks.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any], module: nn.Module) -> list[str]:
+        """Take up a saved state.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            module: The module that is to be trained, on its device.
+
+        Returns:
+            Names of parameters whose saved masks do not fit the module.
+        """
+        self.step = state["step"]
+        self.started_at = state["started_at"]
+        self.loss_sum, self.loss_count = state["loss_sum"], state["loss_count"]
+        self.peak_lrs = list(state["peak_lrs"])
+        self.seed = state["seed"]
+        misfits = self.masks.load_state_dict(state["flat"], dict(module.named_parameters()))
+        self.retry = state["retry"] or bool(misfits)
+        return misfits

@@ -1,0 +1,265 @@
+"""One accumulation window: the micro-batches of one optimizer step, and the extra passes over them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_ire.callbacks._lightning import loss_of, loss_scale, scaled, unsynchronized
+from lightning_ire.callbacks._no_trace import devices_of, no_trace
+from lightning_ire.curvature import Estimate, MicroBatch
+from lightning_ire.functional import RandomState, perturbed
+from lightning_ire.perturbation import Perturbation
+
+__all__ = ["AccumulationWindow", "mixed_seed"]
+
+_BUCKET = 1 << 22  # elements per all-reduce
+
+
+class AccumulationWindow:
+    """Remembers the calls of `training_step` that one optimizer step is made of, and runs them again on request.
+
+    Args:
+        trainer: The trainer.
+        module: The module being trained.
+        training_step: The module's own `training_step`, without our wrapper.
+        parameters: The optimizer's parameters.
+        seed: Seed of this window's draws: the same on all ranks.
+        replays: Whether extra passes may be asked for, so that random number states have to be kept.
+        perturbation: How this step's gradient is perturbed; ``None``: not at all.
+
+    Attributes:
+        unmoved: Whether Lightning's own forward passes run at the unmoved weights.
+        synchronized: Whether Lightning's own backward passes leave averaged gradients on all devices.
+        estimate: The curvature estimate that watches this window, if the mask is to be made.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        training_step: Callable[..., Any],
+        parameters: list[nn.Parameter],
+        *,
+        seed: int,
+        replays: bool,
+        perturbation: Perturbation | None,
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.parameters = parameters
+        self.perturbation = perturbation
+        self.unmoved = perturbation is None or perturbation.uses_gradient
+        self.synchronized = perturbation is None or not perturbation.uses_gradient or perturbation.sync
+        self.micro_batches: list[MicroBatch] = []
+        self.estimate: Estimate | None = None
+        self.world_size = trainer.world_size
+        self.share = 1.0 / trainer.accumulate_grad_batches  # Lightning divides by it in a short last window too
+        self._training_step = training_step
+        self._seed = seed
+        self._replays = replays
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch:
+        """Remember a call that is about to happen.
+
+        Args:
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            The micro-batch, to be completed by the caller.
+        """
+        state = RandomState.capture(devices_of(self.module)) if self._replays else None
+        micro_batch = MicroBatch(args, kwargs, replay=state)
+        self.micro_batches.append(micro_batch)
+        return micro_batch
+
+    @property
+    def back_propagated(self) -> list[MicroBatch]:
+        """The micro-batches whose gradients are in `.grad`."""
+        return [micro_batch for micro_batch in self.micro_batches if micro_batch.backward_done]
+
+    @property
+    def scale(self) -> float:
+        """See :class:`~lightning_ire.curvature.Window`."""
+        return loss_scale(self.trainer)
+
+    @property
+    def labels(self) -> torch.Generator:
+        """See :class:`~lightning_ire.curvature.Window`."""
+        if not hasattr(self, "_labels"):
+            seed = mixed_seed(self._seed, "labels", self.trainer.global_rank)
+            self._labels = torch.Generator().manual_seed(seed)
+        return self._labels
+
+    @property
+    def movable(self) -> list[nn.Parameter]:
+        """The parameters that the perturbation may move."""
+        chosen = self.perturbation.selects(self.module) if self.perturbation is not None else None
+        if chosen is None:
+            return self.parameters
+        ids = {id(p) for name, p in self.module.named_parameters(remove_duplicate=False) if name in chosen}
+        return [parameter for parameter in self.parameters if id(parameter) in ids]
+
+    def displacement(
+        self, gradients: Sequence[Tensor | None] | None = None
+    ) -> tuple[list[nn.Parameter], Sequence[Tensor | None], Tensor | None]:
+        """Ask the perturbation how far to move; random ones draw the same in every micro-batch and on all ranks.
+
+        Args:
+            gradients: Gradients of :attr:`movable`, for a perturbation that uses them.
+
+        Returns:
+            The movable parameters, their displacements, and the norm to be logged.
+        """
+        assert self.perturbation is not None
+        movable = self.movable
+        seed = mixed_seed(self._seed, "noise")
+        generators = {
+            device: torch.Generator(device).manual_seed(seed) for device in {weight.device for weight in movable}
+        }
+        moves, norm = self.perturbation.displacement(
+            movable, gradients or [None] * len(movable), [generators[weight.device] for weight in movable]
+        )
+        return movable, moves, norm
+
+    def moved(self) -> AbstractContextManager[Any]:
+        """The weights are moved inside the block, by a perturbation that needs no gradient."""
+        movable, moves, _ = self.displacement()
+        return perturbed(movable, moves)
+
+    def mean_loss(self) -> Tensor:
+        """Mean of the losses that `training_step` returned, on this device."""
+        return _mean([micro_batch.loss for micro_batch in self.back_propagated if micro_batch.loss is not None])
+
+    @contextmanager
+    def rerun(
+        self,
+        micro_batch: MicroBatch,
+        context: AbstractContextManager[Any],
+        *args: Any,
+        step: Callable[..., Any] | None = None,
+    ) -> Iterator[Any]:
+        """Another forward pass at the current weights, beside any distributed wrapper; it leaves no trace.
+
+        The backward pass belongs inside the block: buffers are put back in place at its end.
+
+        Args:
+            micro_batch: Which call to repeat, with its random numbers.
+            context: Entered for the time of the call.
+            *args: Positional arguments to use instead of the recorded ones.
+            step: Called instead of `training_step`; what it returns is returned as it is.
+
+        Yields:
+            The loss that `training_step` returned, with its graph.
+        """
+        with torch.enable_grad(), no_trace(self.module):
+            micro_batch.replay.restore()
+            with self.trainer.precision_plugin.train_step_context(), context:
+                output = (step or self._training_step)(*args, **micro_batch.kwargs)
+            yield output if step is not None else loss_of(output)
+
+    def second_pass(self) -> Tensor | None:
+        """Forward and backward over the whole window at the current weights; the gradients replace those in `.grad`.
+
+        As Lightning does it: loss divided by the number of micro-batches, scaled for fp16, gradients synchronized in
+        the last backward pass only. The module's own hooks (`on_after_backward`, ...) do not run again.
+
+        Returns:
+            The mean loss on this device, detached; ``None`` if no micro-batch has one.
+        """
+        strategy = self.trainer.strategy
+        losses = []
+        todo = self.back_propagated
+        with torch.enable_grad(), no_trace(self.module), self._fresh_gradients():
+            for index, micro_batch in enumerate(todo):
+                with nullcontext() if index == len(todo) - 1 else unsynchronized(strategy):
+                    micro_batch.replay.restore()
+                    loss = loss_of(strategy.training_step(*micro_batch.args, **micro_batch.kwargs))
+                    if loss is None:
+                        continue
+                    losses.append(loss.detach())
+                    closure_loss = scaled(self.trainer, loss / self.trainer.accumulate_grad_batches)
+                    strategy.pre_backward(closure_loss)
+                    self.module.backward(closure_loss)
+        return _mean(losses) if losses else None
+
+    @contextmanager
+    def _fresh_gradients(self) -> Iterator[None]:
+        """The optimizer's gradients start from nothing; those of other parameters are as before afterwards."""
+        ours = {id(parameter) for parameter in self.parameters}
+        others = [(p, p.grad) for p in self.module.parameters() if id(p) not in ours]
+        had = [parameter for parameter in self.parameters if parameter.grad is not None]
+        for parameter in [*had, *(parameter for parameter, _ in others)]:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in others:
+                parameter.grad = gradient
+            for parameter in had:
+                # an unused parameter whose gradient the module keeps at zero instead of None must be stepped as before
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+    def gradients(self) -> list[Tensor | None]:
+        """See :class:`~lightning_ire.curvature.Window`."""
+        scale = self.scale
+        own = [None if parameter.grad is None else parameter.grad.detach().to_dense() for parameter in self.parameters]
+        if scale != 1:
+            own = [None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) / scale for g in own]
+        return own if self.synchronized else self.average(own)
+
+    def average(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """See :class:`~lightning_ire.curvature.Window`. Ranks agree beforehand on which parameters have one."""
+        if self.world_size == 1:
+            return list(gradients)
+        device = self.trainer.strategy.root_device
+        seen = self.total(torch.tensor([gradient is not None for gradient in gradients], dtype=torch.float32))
+        result: list[Tensor | None] = [None] * len(gradients)
+        bucket: list[int] = []
+        wanted = [index for index, count in enumerate(seen.tolist()) if count]
+        for position, index in enumerate(wanted):
+            bucket.append(index)
+            size = sum(self.parameters[member].numel() for member in bucket)
+            if size < _BUCKET and position < len(wanted) - 1:
+                continue
+            parts = [self._dense(gradients[member], self.parameters[member]) for member in bucket]
+            widest = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+            joined = torch.cat([part.reshape(-1).to(device, widest) for part in parts])
+            mean = self.total(joined) / self.world_size
+            for member, part, piece in zip(bucket, parts, mean.split([part.numel() for part in parts]), strict=True):
+                result[member] = piece.view(part.shape).to(part.device)
+            bucket = []
+        return result
+
+    @staticmethod
+    def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+        return torch.zeros_like(parameter) if gradient is None else gradient.contiguous()
+
+    def total(self, value: Tensor) -> Tensor:
+        """See :class:`~lightning_ire.curvature.Window`."""
+        if self.world_size == 1:
+            return value
+        moved = value.to(self.trainer.strategy.root_device, copy=True)
+        return self.trainer.strategy.reduce(moved, reduce_op="sum")
+
+
+def mixed_seed(*parts: object) -> int:
+    """A 62-bit seed from any parts: neighbouring steps or ranks give unrelated streams, the same on every machine.
+
+    Args:
+        *parts: Integers and strings.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def _mean(losses: Sequence[Tensor]) -> Tensor:
+    return torch.stack([loss.reshape(()) for loss in losses]).mean()

@@ -1,0 +1,335 @@
+"""The `IRE` callback: settings, and what happens at which of Lightning's hooks (how: `_session`)."""
+
+from __future__ import annotations
+
+import fnmatch
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire.callbacks._boost import check_decoupled_decay
+from lightning_ire.callbacks._lightning import check_supported, loss_of
+from lightning_ire.callbacks._masks import FlatMasks
+from lightning_ire.callbacks._progress import Progress
+from lightning_ire.callbacks._session import Session, trainable_parameters
+from lightning_ire.curvature import Curvature, SampledFisher
+from lightning_ire.perturbation import Perturbation
+from lightning_ire.schedule import Start, mask_due
+
+__all__ = ["IRE"]
+
+
+class IRE(Callback):
+    """Implicit Regularization Enhancement, and SAM, for any unmodified LightningModule.
+
+    After each step of the base optimizer the weights go kappa times further along the flat coordinates (eq. 4):
+    theta <- theta_old + (1 + kappa * n) * (theta_new - theta_old), n = 1 for the fraction gamma of coordinates with
+    the smallest diagonal curvature (eq. 5). The optimizer's state never sees the boost. With a `perturbation` the
+    gradient of a step is taken at moved weights (SAM), with or without the boost.
+
+    When: from the start (`start_*`) on, the mask is made at every `interval`-th optimizer step, at the weights before
+    that update (Alg. 1). A perturbation works from the first step of the run. An accumulation window counts as one
+    batch, for the mask and for SAM alike.
+
+    What a step costs: one copy of the weights inside the step; with SAM one more forward and backward pass; at a
+    refresh what the `curvature` says (:class:`~lightning_ire.SampledFisher`: one backward pass). For good: 1 byte per
+    parameter for the mask (4 more with `beta`). With `kappa=0` and no perturbation: nothing at all; before the start:
+    a step counter.
+
+    Known limits: extra passes cannot hide Python attributes that `training_step` sets, direct calls of a logger, and
+    in-place changes of the batch. Single device and DDP; sharded strategies, manual optimization and LBFGS are
+    refused at fit start.
+
+    Logged (see :mod:`lightning_ire.tags`): `ire/kappa`, `ire/flat_fraction`, `ire/threshold`, `ire/mask_iou`,
+    `ire/mask_iou_chance`, `ire/step_norm_flat`, `ire/step_norm_sharp`, `sam/perturbed_loss`, `sam/grad_norm`, with
+    the rows of the training metrics (`Trainer(log_every_n_steps=...)`).
+
+    Args:
+        kappa: Strength >= 0; 0 switches the boost and its estimates off.
+        gamma: Fraction of the coordinates called flat, in (0, 1]; 1: all of them (a larger learning rate).
+        interval: K: optimizer steps between two masks.
+        start_step: Zero-based optimizer step at which IRE switches on; strictly between 0 and 1: fraction of the run.
+        start_epoch: Zero-based epoch at which IRE switches on.
+        start_loss: IRE switches on after the first epoch whose mean training loss (unperturbed, averaged over
+            devices) is at or below this. At most one start_* argument; none: on from the first step.
+        curvature: The estimate of h; default: :class:`~lightning_ire.SampledFisher`.
+        perturbation: :class:`~lightning_ire.SAM`, :class:`~lightning_ire.AverageSAM`, ...; default: none.
+        scope: Rank |h| over all parameters at once ("global", the paper) or in each tensor by itself ("tensor").
+        exclude: Patterns (`fnmatch`, as in `"*.bias"`) of names of parameters that are never called flat and take no
+            part in the ranking.
+        scale_weight_decay: Whether the boost lengthens decoupled weight decay too (as in the authors' code).
+        exclude_zero_curvature: Whether coordinates with h = 0 (pruned, never used) are left out of the ranking.
+        kappa_schedule: "constant", or "lr": kappa * lr / (highest lr so far), per parameter group.
+        beta: Weight of the past in a moving average of h over refreshes, in [0, 1).
+
+    Raises:
+        ConfigurationError: If an argument is out of range, or, at fit start, for what is not supported.
+
+    Example:
+        >>> IRE(kappa=2.0, gamma=0.8, interval=10, start_epoch=5).gamma
+        0.8
+
+    References:
+        Wang et al., "Improving Generalization and Convergence by Enhancing Implicit Regularization", NeurIPS 2024
+        (arXiv 2405.20763): eq. 4-8, Alg. 1.
+    """
+
+    def __init__(
+        self,
+        kappa: float = 1.0,
+        gamma: float = 0.9,
+        interval: int = 10,
+        start_step: int | float | None = None,
+        start_epoch: int | None = None,
+        start_loss: float | None = None,
+        curvature: Curvature | None = None,
+        perturbation: Perturbation | None = None,
+        scope: Literal["global", "tensor"] = "global",
+        exclude: str | Sequence[str] | None = None,
+        scale_weight_decay: bool = True,
+        exclude_zero_curvature: bool = False,
+        kappa_schedule: Literal["constant", "lr"] = "constant",
+        beta: float = 0.0,
+    ) -> None:
+        self.kappa = check_number("kappa", kappa)
+        self.gamma = check_number("gamma", gamma, high=1.0, low_open=True)
+        self.interval = check_whole("interval", interval, low=1)
+        self.start = Start(start_step, start_epoch, start_loss)
+        self.curvature = _instance("curvature", curvature, Curvature, "SampledFisher()") or SampledFisher()
+        self.perturbation = _instance("perturbation", perturbation, Perturbation, "SAM(rho=0.05)")
+        self.scope = check_choice("scope", scope, ("global", "tensor"))
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
+        self.scale_weight_decay = bool(scale_weight_decay)
+        self.exclude_zero_curvature = bool(exclude_zero_curvature)
+        self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr"))
+        self.beta = check_number("beta", beta, high=1.0, high_open=True)
+        self._session: Session | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._trainer: Callable[[], pl.Trainer | None] = lambda: None
+        self._progress = self._new_progress()
+        self._warned = False
+
+    def _new_progress(self) -> Progress:
+        return Progress(FlatMasks(self.gamma, self.scope, self.exclude_zero_curvature, self.beta))
+
+    @property
+    def idle(self) -> bool:
+        """Whether this callback does nothing at all: no boost and no perturbation."""
+        return self.kappa == 0 and self.perturbation is None
+
+    @property
+    def started_at(self) -> int | None:
+        """Optimizer step at which the boost was switched on in this run; ``None``: not yet."""
+        return self._progress.started_at
+
+    def should_refresh(self, step: int) -> bool:
+        """Whether the mask is to be made at this step: the place to change the timing.
+
+        Args:
+            step: Zero-based count of real optimizer steps.
+        """
+        return self.started_at is not None and mask_due(step, self.started_at, self.interval)
+
+    def should_perturb(self, step: int) -> bool:
+        """Whether the gradient of this step is taken at moved weights.
+
+        Args:
+            step: Zero-based count of real optimizer steps.
+        """
+        return self.perturbation is not None and step % self.perturbation.interval == 0
+
+    # Life cycle
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what is not supported, before any compute."""
+        if self.idle:
+            return
+        local = False
+        if self.perturbation is not None:
+            self.perturbation.selects(pl_module)
+            local = self.perturbation.uses_gradient and not self.perturbation.sync
+        check_supported(trainer, pl_module, local_gradients=local)
+        if self.kappa and not self.scale_weight_decay:
+            check_decoupled_decay(trainer.optimizers[0])
+        names = [name for name, _ in pl_module.named_parameters(remove_duplicate=False)]
+        for pattern in self.exclude:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                rank_zero_warn(f"`exclude`: the pattern {pattern!r} fits no parameter of {type(pl_module).__name__}.")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up a saved state or begin a new one; say what will happen."""
+        if self.idle:
+            return
+        self._release()
+        self._warned = False
+        self._begin_or_continue(trainer, pl_module)
+        total = _total_steps(trainer)
+        first_step = self.start.first_step(total) if self.kappa else None
+        self._session = Session(self, self._progress, trainer, pl_module, first_step)
+        rank_zero_info(self._summary(trainer, total))
+        if not self.kappa or self.started_at is not None:
+            return
+        if self.start.never(total, trainer.max_epochs, first_step):
+            rank_zero_warn(
+                f"IRE starts at {self.start}, but the run ends before that (max_epochs={trainer.max_epochs}, "
+                f"{total:.0f} steps): lower `start_step` or `start_epoch`."
+            )
+        if self.start.immediate and trainer.global_step == 0 and _warms_up(trainer.optimizers[0]):
+            rank_zero_warn(
+                "IRE is on from the first step, while a learning-rate scheduler still warms up: the paper starts after "
+                "the warm-up; set `start_step` or `start_epoch`."
+            )
+
+    def _begin_or_continue(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        state, self._loaded = self._loaded, None
+        if state:
+            self._progress = self._new_progress()
+            misfits = self._progress.restore(state, module)
+            if misfits and self.kappa:
+                rank_zero_warn(
+                    f"The checkpoint's masks of {len(misfits)} parameters ({misfits[0]}, ...) fit none of this module: "
+                    "the mask is made anew at the next step."
+                )
+        elif trainer.global_step == 0 or self._trainer() is not trainer:
+            self._progress = self._new_progress()
+            self._progress.step = trainer.global_step  # not 0 when the checkpoint of a plain run goes on with IRE
+        self._trainer = weakref.ref(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the wrappers away, and say so if IRE never switched on."""
+        if self.kappa and self.started_at is None:
+            rank_zero_warn(f"IRE never switched on in this run: its start is {self.start}.")
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """`teardown` is not called when fit raises: put everything back here."""
+        self._release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put everything back."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._session is not None:
+            self._session.release()
+            self._session = None
+
+    # One batch
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Switch on when the time has come, and get ready to record the batch."""
+        if self._session is not None:
+            self._session.begin_batch()
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """The graph of the training forward pass can still be used for the estimate."""
+        if self._session is not None:
+            self._session.before_backward()
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put weights back that were moved before the pass."""
+        if self._session is not None:
+            self._session.after_backward()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, and look at the loss where something depends on it."""
+        if self._session is None:
+            return
+        self._session.write_logs()
+        loss = loss_of(outputs) if outputs else None
+        if not isinstance(loss, Tensor) or not self.kappa:
+            return
+        progress = self._progress
+        if progress.started_at is None:
+            if self.start.loss is not None:  # Lightning reports it divided by the number of micro-batches
+                progress.loss_sum = progress.loss_sum + loss.detach() * trainer.accumulate_grad_batches
+                progress.loss_count += 1
+        elif not self._warned and progress.step - progress.started_at <= self.interval:
+            self._warned = not bool(torch.isfinite(loss).all())
+            if self._warned:
+                rank_zero_warn(
+                    f"The loss became non-finite within {self.interval} steps of switching IRE on at step "
+                    f"{progress.started_at}: `kappa` = {self.kappa:g} may be too large for this learning rate."
+                )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Decide on a start by loss, on all devices alike."""
+        progress = self._progress
+        if self._session is None or not self.kappa or progress.started_at is not None or self.start.loss is None:
+            return
+        pair = torch.tensor([float(progress.loss_sum), progress.loss_count], device=trainer.strategy.root_device)
+        total, count = trainer.strategy.reduce(pair, reduce_op="sum").tolist()
+        progress.loss_sum, progress.loss_count = 0.0, 0
+        if count and total / count <= self.start.loss:
+            progress.started_at = progress.step
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs: tensors, numbers and strings only (`torch.load(weights_only=True)`)."""
+        if self.idle:
+            return {}
+        return self._progress.state_dict() if self._loaded is None else self._loaded
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a saved state until training starts and the parameters are known."""
+        self._loaded = state_dict or None
+
+    def _summary(self, trainer: pl.Trainer, total: float | None) -> str:
+        parameters = trainable_parameters(trainer.optimizers[0])
+        count = sum(parameter.numel() for parameter in parameters)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        what, passes, memory = [], [], [f"{size / 2**20:.1f} MiB inside the step"]
+        if self.kappa:
+            when = f"from {self.start}" if self.started_at is None else f"on since step {self.started_at}"
+            length = f" (run: {total:.0f} steps)" if total is not None and total < float("inf") else ""
+            what.append(f"kappa {self.kappa:g}, gamma {self.gamma:g}, {when}{length}")
+            passes.append(f"one {self.curvature!r} estimate every {_steps(self.interval)}")
+            memory.append(f"{count * (5 if self.beta else 1) / 2**20:.1f} MiB for good")
+        if self.perturbation is not None:
+            what.append(repr(self.perturbation))
+            if self.perturbation.uses_gradient:
+                passes.append(f"one more forward and backward every {_steps(self.perturbation.interval)}")
+        return (
+            f"IRE: {'; '.join(what)}; {count:,} parameters. Extra passes: {', '.join(passes) or 'none'}. "
+            f"Extra memory: {', '.join(memory)}."
+        )
+
+
+def _instance(name: str, value: Any, kind: type, example: str) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise ConfigurationError(f"Expected `{name}` to be a {kind.__name__} such as {example}, got {value!r}.")
+    return value
+
+
+def _total_steps(trainer: pl.Trainer) -> float | None:
+    """Optimizer steps in the run, infinite for a run without end; ``None`` where Lightning cannot say."""
+    try:
+        return float(trainer.estimated_stepping_batches)
+    except Exception:
+        return None
+
+
+def _warms_up(optimizer: Optimizer) -> bool:
+    """Whether a scheduler has set the first learning rate below the one to come."""
+    for group in optimizer.param_groups:
+        aim = max(float(group.get(key, 0.0)) for key in ("initial_lr", "max_lr"))
+        if float(group.get("lr", 0.0)) < aim:
+            return True
+    return False
+
+
+def _steps(interval: int) -> str:
+    return "step" if interval == 1 else f"{interval} steps"

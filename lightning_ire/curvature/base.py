@@ -1,0 +1,130 @@
+"""The interface between the callback and an estimate of the diagonal curvature.
+
+A `Curvature` holds only settings. For every refresh it opens an `Estimate`, which watches one accumulation window go
+by and then hands over h, one tensor per parameter.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Curvature", "Estimate", "MicroBatch", "Window", "finite_or_none"]
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """One call of `training_step`, remembered until the optimizer step.
+
+    Attributes:
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        loss: The returned loss, detached, not divided by the number of micro-batches; ``None``: nothing to
+            back-propagate.
+        backward_done: Whether Lightning back-propagated it.
+        replay: What the extra passes need besides the arguments (random number states); belongs to the callback.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss: Tensor | None = None
+    backward_done: bool = False
+    replay: Any = field(default=None, repr=False)
+
+
+class Window(Protocol):
+    """What an estimate may ask of the accumulation window it watches (all micro-batches of one optimizer step)."""
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The optimizer's parameters; estimates are in this order."""
+
+    @property
+    def micro_batches(self) -> Sequence[MicroBatch]:
+        """The calls of `training_step` so far."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module being trained."""
+
+    @property
+    def world_size(self) -> int:
+        """Number of devices that train together."""
+
+    @property
+    def share(self) -> float:
+        """Factor of each micro-batch's loss in the window's: 1 / accumulate_grad_batches."""
+
+    @property
+    def scale(self) -> float:
+        """Factor by which losses are multiplied against fp16 underflow; divide gradients by it."""
+
+    @property
+    def unmoved(self) -> bool:
+        """Whether the training forward runs at the unmoved weights (not so under AverageSAM)."""
+
+    @property
+    def labels(self) -> torch.Generator:
+        """CPU generator for this refresh: seeded by (seed, step, rank), so independent over ranks."""
+
+    def rerun(
+        self,
+        micro_batch: MicroBatch,
+        context: AbstractContextManager[Any],
+        *args: Any,
+        step: Callable[..., Any] | None = None,
+    ) -> AbstractContextManager[Any]:
+        """Another forward pass at the unmoved weights that leaves no trace, with `context` entered around it.
+
+        Yields the loss that `training_step` returned (or what `step`, called in its place, returned), with its graph;
+        the backward pass belongs inside the block.
+        """
+
+    def gradients(self) -> list[Tensor | None]:
+        """The window's unperturbed training gradients, unscaled, averaged over devices, before clipping."""
+
+    def average(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Mean over devices, the same on all; ``None`` only where no device has a gradient."""
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over devices."""
+
+
+class Estimate:
+    """One refresh. The hooks are called in the order of the methods below; the base class does nothing in them."""
+
+    def watch(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
+        """A context for Lightning's own `training_step` of this micro-batch."""
+        return nullcontext()
+
+    def before_backward(self, micro_batch: MicroBatch, loss: Tensor) -> None:
+        """The graph of `loss`, the tensor that `training_step` returned, is alive for the last time."""
+
+    def finish(self) -> list[Tensor | None] | None:
+        """The estimate h at the unmoved weights; ``None`` if it is not finite (the same on all devices)."""
+        raise NotImplementedError
+
+
+class Curvature(ABC):
+    """Settings of a curvature estimate. A new one is a subclass of this and an :class:`Estimate`."""
+
+    @abstractmethod
+    def begin(self, window: Window) -> Estimate:
+        """Start an estimate on a window in which nothing has run yet."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+def finite_or_none(values: list[Tensor | None]) -> list[Tensor | None] | None:
+    """The values, or ``None`` if one of them is NaN or infinite."""
+    present = [value for value in values if value is not None]
+    if not all(bool(torch.isfinite(value).all()) for value in present):
+        return None
+    return values

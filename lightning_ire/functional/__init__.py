@@ -1,0 +1,54 @@
+"""The mathematics of IRE and SAM on lists of tensors. Torch only: usable in any training loop, without Lightning.
+
+SGD-IRE in a plain PyTorch loop (the mask from one sampled-label gradient, every 10 steps):
+
+    >>> import torch
+    >>> from lightning_ire.functional import boost_, fisher_diagonal, flat_masks, sampled_cross_entropy
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(4, 3)
+    >>> weights = list(model.parameters())
+    >>> optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
+    >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
+    >>> first = torch.nn.functional.cross_entropy(model(x), y).item()
+    >>> for step in range(50):
+    ...     if step % 10 == 0:
+    ...         sampled = sampled_cross_entropy(model(x), y)
+    ...         gradients = torch.autograd.grad(sampled.loss, weights)
+    ...         masks = flat_masks(fisher_diagonal(gradients, batch=len(x)), gamma=0.8)
+    ...     loss = torch.nn.functional.cross_entropy(model(x), y)
+    ...     optimizer.zero_grad()
+    ...     loss.backward()
+    ...     old = [weight.detach().clone() for weight in weights]
+    ...     optimizer.step()
+    ...     boost_(weights, old, masks, kappa=2.0)
+    >>> loss.item() < first
+    True
+
+For SAM put `with perturbed(weights, sam_displacement(weights, gradients, rho=0.05)[0]):` around a second backward.
+"""
+
+from lightning_ire.functional.boost import boost_
+from lightning_ire.functional.fisher import SampledLoss, fisher_diagonal, sample_labels, sampled_cross_entropy
+from lightning_ire.functional.flat_mask import flat_masks, mask_below, pack_mask, unpack_mask
+from lightning_ire.functional.perturbation import average_sam_displacement, global_norm, perturbed, sam_displacement
+from lightning_ire.functional.state import RandomState, kept_buffers
+from lightning_ire.functional.threshold import flat_threshold
+
+__all__ = [
+    "RandomState",
+    "SampledLoss",
+    "average_sam_displacement",
+    "boost_",
+    "fisher_diagonal",
+    "flat_masks",
+    "flat_threshold",
+    "global_norm",
+    "kept_buffers",
+    "mask_below",
+    "pack_mask",
+    "perturbed",
+    "sam_displacement",
+    "sample_labels",
+    "sampled_cross_entropy",
+    "unpack_mask",
+]

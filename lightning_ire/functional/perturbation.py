@@ -1,0 +1,163 @@
+"""SAM's ascent, average SAM's random step, and moving the weights there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["average_sam_displacement", "global_norm", "perturbed", "sam_displacement"]
+
+
+@torch.no_grad()
+def global_norm(tensors: Sequence[Tensor | None]) -> Tensor:
+    """L2 norm over all tensors together, as a scalar of at least float32 (float64 for float64 tensors).
+
+    Args:
+        tensors: Dense or sparse tensors of any shapes and devices; ``None`` entries are skipped.
+
+    Returns:
+        Scalar tensor on the first tensor's device; 0 on the CPU if there is no tensor.
+
+    Example:
+        >>> global_norm([torch.tensor([3.0]), None, torch.tensor(4.0)])
+        tensor(5.)
+    """
+    norms = []
+    for tensor in tensors:
+        if tensor is not None:
+            dense = tensor.coalesce().values() if tensor.is_sparse else tensor
+            norms.append(torch.linalg.vector_norm(dense, dtype=_accumulation_dtype(dense.dtype)))
+    if not norms:
+        return torch.zeros(())
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in _promoted(norms)]))
+
+
+@torch.no_grad()
+def sam_displacement(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], rho: float, *, adaptive: bool = False
+) -> tuple[list[Tensor | None], Tensor]:
+    """SAM's ascent step: rho * g / ||g||, the norm over all parameters at once.
+
+    Foret et al. 2021, "Sharpness-Aware Minimization" (arXiv 2010.01412); eq. 7 of the IRE paper. `adaptive` is the
+    scale-free form of Kwon et al. 2021, "ASAM" (arXiv 2102.11600): rho * T^2 g / ||T g|| with T = |theta|.
+
+    Args:
+        parameters: Weights theta.
+        gradients: Gradients g of the same shapes (dense or sparse); ``None`` where a parameter has none.
+        rho: Radius >= 0 in weight units (adaptive: in units relative to the weights).
+        adaptive: Whether the radius adapts to the size of each weight.
+
+    Returns:
+        The displacements (``None`` where there is no gradient) and the norm that divided them. A zero, NaN or
+        infinite norm gives zero displacements.
+
+    Cost: parameter-sized displacements; no gradient pass.
+
+    Example:
+        >>> moves, norm = sam_displacement([torch.zeros(2)], [torch.tensor([3.0, 4.0])], rho=0.5)
+        >>> moves, norm
+        ([tensor([0.3000, 0.4000])], tensor(5.))
+    """
+    scaled: list[Tensor | None] = [
+        None if gradient is None else _times_size(weight, gradient.to_dense(), adaptive)
+        for weight, gradient in zip(parameters, gradients, strict=True)
+    ]
+    norm = global_norm(scaled)
+    usable = torch.isfinite(norm) & (norm > 0)
+    factor = torch.where(usable, rho / norm, 0.0)
+    moves: list[Tensor | None] = []
+    for weight, gradient in zip(parameters, scaled, strict=True):
+        if gradient is None:
+            moves.append(None)
+            continue
+        move = _times_size(weight, gradient, adaptive) * factor.to(gradient.device)
+        moves.append(torch.where(usable.to(move.device), move, 0.0).to(weight.dtype))
+    return moves, norm
+
+
+@torch.no_grad()
+def average_sam_displacement(
+    parameters: Sequence[Tensor], rho: float, *, generators: Sequence[torch.Generator | None] | None = None
+) -> list[Tensor]:
+    """A step of length rho in a uniformly random direction: rho * xi / ||xi||, xi ~ N(0, I).
+
+    Average SAM, eq. 8 of the IRE paper (arXiv 2405.20763).
+
+    Args:
+        parameters: Weights, for their shapes, dtypes and devices.
+        rho: Length >= 0 in weight units, over all parameters together.
+        generators: One random generator per parameter, on its device; ``None``: torch's global ones.
+
+    Returns:
+        One displacement per parameter.
+
+    Example:
+        >>> moves = average_sam_displacement([torch.zeros(3), torch.zeros(2, 2)], rho=0.1)
+        >>> round(float(global_norm(moves)), 4)
+        0.1
+    """
+    sources = generators if generators is not None else [None] * len(parameters)
+    noise = [
+        torch.randn(weight.shape, generator=source, dtype=_accumulation_dtype(weight.dtype), device=weight.device)
+        for weight, source in zip(parameters, sources, strict=True)
+    ]
+    factor = rho / global_norm(noise)
+    return [(draw * factor.to(draw.device)).to(weight.dtype) for weight, draw in zip(parameters, noise, strict=True)]
+
+
+@contextmanager
+def perturbed(parameters: Sequence[Tensor], displacements: Sequence[Tensor | None]) -> Iterator[list[Tensor]]:
+    """Inside the block the weights are moved; after it, whatever happened, they hold the saved bits again.
+
+    Restoring copies what was saved: subtracting the displacement again would be off by a rounding error for some
+    coordinates.
+
+    Args:
+        parameters: Weights, moved in place.
+        displacements: What is added to each; ``None`` leaves that weight alone.
+
+    Yields:
+        The saved weights, one tensor per parameter (a parameter that is not moved is saved too).
+
+    Cost: one copy of the weights, alive inside the block.
+
+    Example:
+        >>> weight = torch.tensor([1.0])
+        >>> with perturbed([weight], [torch.tensor([0.5])]):
+        ...     print(weight)
+        tensor([1.5000])
+        >>> weight
+        tensor([1.])
+    """
+    saved = [weight.detach().clone() for weight in parameters]
+    moved = [move is not None for move in displacements]
+    try:
+        with torch.no_grad():
+            for weight, move in zip(parameters, displacements, strict=True):
+                if move is not None:
+                    weight.add_(move)
+        displacements = move = None  # type: ignore[assignment]  # frees a copy of the weights for the time of the block
+        yield saved
+    finally:
+        with torch.no_grad():
+            for weight, before, touched in zip(parameters, saved, moved, strict=True):
+                if touched:
+                    weight.copy_(before)
+
+
+def _times_size(weight: Tensor, gradient: Tensor, adaptive: bool) -> Tensor:
+    return gradient * weight.abs() if adaptive else gradient
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the half types, whose squares overflow or lose all digits; else the type itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _promoted(norms: Sequence[Tensor]) -> list[Tensor]:
+    """Scalars of float32 and float64 brought to one type, so that they can be stacked."""
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    return [norm.to(widest) for norm in norms]

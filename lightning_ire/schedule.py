@@ -1,0 +1,131 @@
+"""When IRE is on and how strong it is: pure functions of the optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_ire._checks import ConfigurationError, check_number, check_whole
+
+__all__ = ["Start", "mask_due", "scheduled_kappas"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The moment IRE switches on: at most one of the three; none: the first step.
+
+    Attributes:
+        step: Zero-based optimizer step, or a fraction of the run strictly between 0 and 1.
+        epoch: Zero-based epoch.
+        loss: Epoch-mean training loss at or below which the next epoch starts with IRE.
+    """
+
+    step: int | float | None = None
+    epoch: int | None = None
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [f"`start_{name}`" for name in ("step", "epoch", "loss") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigurationError(f"Expected at most one of the start_* arguments, got {' and '.join(given)}.")
+        if isinstance(self.step, float) and not 0 < self.step < 1:
+            raise ConfigurationError(
+                "Expected `start_step` to be a whole number of steps >= 0 or a fraction of the run strictly between 0 "
+                f"and 1, got {self.step!r}."
+            )
+        if self.step is not None and not isinstance(self.step, float):
+            check_whole("start_step", self.step, low=0)
+        if self.epoch is not None:
+            check_whole("start_epoch", self.epoch, low=0)
+        if self.loss is not None:
+            check_number("start_loss", self.loss, low=-math.inf)
+
+    @property
+    def immediate(self) -> bool:
+        """Whether IRE is on from the first step."""
+        return self.step is None and self.epoch is None and self.loss is None
+
+    def first_step(self, total_steps: float | None) -> int | None:
+        """The optimizer step at which IRE starts, as far as it is known beforehand.
+
+        Args:
+            total_steps: Optimizer steps in the run, possibly infinite; ``None``: unknown.
+
+        Returns:
+            The step, or ``None`` for a start by epoch or loss.
+
+        Raises:
+            ConfigurationError: For a fraction of a run whose length is infinite or unknown.
+        """
+        if self.immediate:
+            return 0
+        if not isinstance(self.step, float):
+            return self.step
+        if total_steps is None or math.isinf(total_steps):
+            raise ConfigurationError(
+                f"Expected a run of known length for `start_step={self.step}` (a fraction of it), got one without end: "
+                "set `trainer.max_steps` or `trainer.max_epochs`, or give `start_step` in steps."
+            )
+        return int(self.step * total_steps)
+
+    def reached(self, step: int, epoch: int, first_step: int | None) -> bool:
+        """Whether IRE is to be on at this step (a start by loss is decided at the end of an epoch instead).
+
+        Args:
+            step: Zero-based optimizer step.
+            epoch: Zero-based epoch.
+            first_step: What :meth:`first_step` said.
+        """
+        if self.epoch is not None:
+            return epoch >= self.epoch
+        return first_step is not None and step >= first_step
+
+    def never(self, total_steps: float | None, max_epochs: int | None, first_step: int | None) -> bool:
+        """Whether the run is certain to end before the start.
+
+        Args:
+            total_steps: Optimizer steps in the run; ``None``: unknown.
+            max_epochs: Epochs in the run; ``None`` or -1: no limit.
+            first_step: What :meth:`first_step` said.
+        """
+        if self.epoch is not None:
+            return max_epochs is not None and 0 <= max_epochs <= self.epoch
+        return first_step is not None and total_steps is not None and first_step >= max(total_steps, 1)
+
+    def __str__(self) -> str:
+        if self.epoch is not None:
+            return f"epoch {self.epoch}"
+        if self.loss is not None:
+            return f"the epoch after the mean training loss is <= {self.loss:g}"
+        return f"step {self.step or 0}" if not isinstance(self.step, float) else f"{self.step:.0%} of the run"
+
+
+def mask_due(step: int, start: int, interval: int) -> bool:
+    """Alg. 1 of the IRE paper: the mask is made where (t - T_w) mod K = 0, before the update.
+
+    Args:
+        step: Zero-based optimizer step t.
+        start: Step T_w at which IRE switched on.
+        interval: K.
+
+    Example:
+        >>> [step for step in range(3, 30) if mask_due(step, start=3, interval=10)]
+        [3, 13, 23]
+    """
+    return (step - start) % interval == 0
+
+
+def scheduled_kappas(kappa: float, lrs: Sequence[float], peak_lrs: Sequence[float]) -> list[float]:
+    """The "lr" schedule of kappa: kappa * lr / (highest lr so far), per parameter group.
+
+    Args:
+        kappa: The strength at the highest learning rate.
+        lrs: Learning rate of each group.
+        peak_lrs: Highest learning rate of each group so far.
+
+    Example:
+        >>> scheduled_kappas(2.0, [0.05, 0.1], [0.1, 0.1])
+        [1.0, 2.0]
+    """
+    return [kappa * lr / peak if peak > 0 else 0.0 for lr, peak in zip(lrs, peak_lrs, strict=True)]
