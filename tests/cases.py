@@ -1,0 +1,123 @@
+"""Small modules, data and runs that the tests of the callback share."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+FEATURES, CLASSES = 6, 4
+OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+class Net(nn.Sequential):
+    """Two layers, with BatchNorm and dropout on request."""
+
+    def __init__(self, batch_norm: bool = False, dropout: float = 0.0) -> None:
+        layers: list[nn.Module] = [nn.Linear(FEATURES, 8)]
+        layers += [nn.BatchNorm1d(8)] if batch_norm else []
+        layers += [nn.Tanh()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+        super().__init__(*layers, nn.Linear(8, CLASSES))
+
+
+class Classifier(pl.LightningModule):
+    """A user's module: nothing in it knows of IRE."""
+
+    def __init__(
+        self,
+        net: nn.Module | None = None,
+        optimizer: OptimizerFactory = sgd,
+        scheduler: Callable[..., Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = Net() if net is None else net
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls += 1
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self)
+        if self.make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
+
+
+def data(samples: int = 64, dtype: torch.dtype = torch.float32, seed: int = 1) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
+    return TensorDataset(x, torch.randint(CLASSES, (samples,), generator=generator))
+
+
+def loader(dataset: TensorDataset, batch_size: int = 8, shuffle: bool = False) -> DataLoader:
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
+
+
+def trainer(callbacks: Sequence[pl.Callback] = (), **kwargs: Any) -> pl.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
+    return pl.Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
+
+
+def fit(
+    module: pl.LightningModule,
+    callbacks: Sequence[pl.Callback] = (),
+    train: DataLoader | None = None,
+    seed: int = 3,
+    ckpt_path: str | None = None,
+    **kwargs: Any,
+) -> pl.Trainer:
+    """Train a module from a fixed random state."""
+    run = trainer(callbacks, **kwargs)
+    torch.manual_seed(seed)
+    run.fit(module, train if train is not None else loader(data()), ckpt_path=ckpt_path)
+    return run
+
+
+def clone(module: pl.LightningModule) -> pl.LightningModule:
+    return copy.deepcopy(module)
+
+
+def assert_same_bits(first: nn.Module, second: nn.Module) -> None:
+    """All parameters and buffers equal to the bit."""
+    ours, theirs = first.state_dict(), second.state_dict()
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not same_bits(ours[name], theirs[name])]
+    assert not different, f"different: {different}"
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Equality that tells +0.0 from -0.0 and takes a NaN for itself."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))
+
+
+def moved(first: nn.Module, second: nn.Module) -> float:
+    """Largest difference between the parameters of two modules."""
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)

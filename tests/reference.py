@@ -1,0 +1,201 @@
+"""A slow reference of IRE and SAM: one plain loop that reads like the paper, sharing no arithmetic with the package.
+
+Only the seeds of the random draws are the package's, so that both see the same labels and the same noise.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_ire.callbacks._window import mixed_seed
+
+
+@dataclass
+class Recipe:
+    """What the reference does; the names are the callback's."""
+
+    kappa: float = 0.0
+    gamma: float = 0.9
+    interval: int = 10
+    start: int = 0
+    rho: float | None = None
+    adaptive: bool = False
+    average: bool = False
+    sam_interval: int = 1
+    norm_only: bool = False
+    scope: str = "global"
+    exclude: Sequence[str] = ()
+    scale_weight_decay: bool = True
+    kappa_schedule: str = "constant"
+    beta: float = 0.0
+    empirical: bool = False
+    exclude_zero: bool = False
+    clip: float | None = None
+    masks: list[Tensor] = field(default_factory=list)
+    average_h: list[Tensor] = field(default_factory=list)
+
+
+def train(
+    module: nn.Module,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    windows: Iterable[Sequence[tuple[Tensor, Tensor]]],
+    recipe: Recipe,
+    make_scheduler: Callable[..., Any] | None = None,
+    net: Callable[[Tensor], Tensor] | None = None,
+) -> list[list[Tensor]]:
+    """Train on windows of micro-batches; returns the masks in force at every step."""
+    optimizer = make_optimizer(module)
+    scheduler = make_scheduler(optimizer) if make_scheduler else None
+    weights = list(module.parameters())
+    peaks: dict[int, float] = {}
+    history = []
+    for step, window in enumerate(windows):
+        seed = mixed_seed(0, step)
+        on = recipe.kappa > 0 and step >= recipe.start
+        buffers = [buffer.clone() for buffer in module.buffers()]
+        base = [weight.detach().clone() for weight in weights]
+        perturbs = recipe.rho is not None and step % recipe.sam_interval == 0
+
+        if perturbs and recipe.average:
+            gradient = _gradient_at(module, weights, base, _random_step(weights, recipe.rho, seed), window)
+            after_forward = [buffer.clone() for buffer in module.buffers()]
+        else:
+            gradient = _gradient(module, weights, window)
+            after_forward = [buffer.clone() for buffer in module.buffers()]
+        if on and (step - recipe.start) % recipe.interval == 0:
+            _copy(module.buffers(), buffers)
+            plain = gradient
+            h = [g * g for g in plain] if recipe.empirical else _sampled_fisher(module, weights, window, seed)
+            _remake_masks(recipe, module, h)
+        if perturbs and not recipe.average:
+            _copy(module.buffers(), buffers)
+            ascent = _ascent(recipe, module, weights, gradient)
+            gradient = _gradient_at(module, weights, base, ascent, window)
+        _copy(module.buffers(), after_forward)
+
+        for weight, g in zip(weights, gradient, strict=True):
+            weight.grad = g.clone()
+        if recipe.clip is not None:
+            torch.nn.utils.clip_grad_norm_(weights, recipe.clip)
+        optimizer.step()
+        if on:
+            _boost(recipe, optimizer, weights, base, peaks)
+        elif recipe.kappa_schedule == "lr":
+            _peak(optimizer, peaks)
+        if scheduler is not None:
+            scheduler.step()
+        history.append([mask.clone() for mask in recipe.masks])
+    return history
+
+
+def _gradient(module: nn.Module, weights: list[Tensor], window: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    total = [torch.zeros_like(weight) for weight in weights]
+    for x, y in window:
+        loss = F.cross_entropy(module(x), y) / len(window)
+        for into, g in zip(total, torch.autograd.grad(loss, weights), strict=True):
+            into += g
+    return total
+
+
+def _gradient_at(
+    module: nn.Module, weights: list[Tensor], base: list[Tensor], move: list[Tensor], window: Any
+) -> list[Tensor]:
+    _copy(weights, [b + m for b, m in zip(base, move, strict=True)])
+    gradient = _gradient(module, weights, window)
+    _copy(weights, base)
+    return gradient
+
+
+def _ascent(recipe: Recipe, module: nn.Module, weights: list[Tensor], gradient: list[Tensor]) -> list[Tensor]:
+    norms = {
+        f"{prefix}.{name}"
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, (nn.BatchNorm1d, nn.LayerNorm))
+        for name, _ in layer.named_parameters(recurse=False)
+    }
+    chosen = [not recipe.norm_only or name in norms for name, _ in module.named_parameters()]
+    size = [w.detach().abs() if recipe.adaptive else torch.ones_like(w) for w in weights]
+    norm = sum(float((t * g).square().sum()) for t, g, c in zip(size, gradient, chosen, strict=True) if c) ** 0.5
+    return [
+        recipe.rho * t * t * g / norm if c else torch.zeros_like(g)
+        for t, g, c in zip(size, gradient, chosen, strict=True)
+    ]
+
+
+def _random_step(weights: list[Tensor], rho: float, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(mixed_seed(seed, "noise"))
+    noise = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
+    norm = sum(float(xi.square().sum()) for xi in noise) ** 0.5
+    return [rho * xi / norm for xi in noise]
+
+
+def _sampled_fisher(module: nn.Module, weights: list[Tensor], window: Any, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(mixed_seed(seed, "labels", 0))
+    total = [torch.zeros_like(weight) for weight in weights]
+    squares = 0.0
+    for x, _ in window:
+        logits = module(x)
+        cumulative = logits.detach().softmax(-1).cumsum(-1)
+        draw = torch.rand(len(x), generator=generator, dtype=torch.float64).to(cumulative) * cumulative[:, -1]
+        labels = (cumulative <= draw[:, None]).sum(-1)
+        log_likelihood = logits.log_softmax(-1)[torch.arange(len(x)), labels]
+        loss = -log_likelihood.mean() / len(window)
+        squares += len(x) * (1 / (len(x) * len(window))) ** 2
+        for into, g in zip(total, torch.autograd.grad(loss, weights), strict=True):
+            into += g
+    return [g * g / squares for g in total]
+
+
+def _remake_masks(recipe: Recipe, module: nn.Module, h: list[Tensor]) -> None:
+    if recipe.beta and recipe.average_h:
+        h = [recipe.beta * old + (1 - recipe.beta) * new for old, new in zip(recipe.average_h, h, strict=True)]
+    recipe.average_h = h
+    names = [name for name, _ in module.named_parameters()]
+    takes_part = [not any(fnmatchcase(name, pattern) for pattern in recipe.exclude) for name in names]
+    pools = [[v for v, t in zip(h, takes_part, strict=True) if t]] if recipe.scope == "global" else [[v] for v in h]
+    thresholds = []
+    for pool in pools:
+        ranked = torch.cat([v.reshape(-1) for v in pool]).sort().values
+        ranked = ranked[ranked > 0] if recipe.exclude_zero else ranked
+        thresholds.append(ranked[max(1, int(len(ranked) * recipe.gamma)) - 1])
+    if recipe.scope == "global":
+        thresholds = thresholds * len(h)
+    recipe.masks = [
+        ((v <= threshold) & t & ((v > 0) | (not recipe.exclude_zero)))
+        for v, threshold, t in zip(h, thresholds, takes_part, strict=True)
+    ]
+
+
+def _peak(optimizer: torch.optim.Optimizer, peaks: dict[int, float]) -> None:
+    for index, group in enumerate(optimizer.param_groups):
+        peaks[index] = max(peaks.get(index, 0.0), group["lr"])
+
+
+@torch.no_grad()
+def _boost(
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    weights: list[Tensor],
+    base: list[Tensor],
+    peaks: dict[int, float],
+) -> None:
+    _peak(optimizer, peaks)
+    group_of = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    for weight, old, mask in zip(weights, base, recipe.masks, strict=True):
+        index = group_of[id(weight)]
+        group = optimizer.param_groups[index]
+        kappa = recipe.kappa * (group["lr"] / peaks[index] if recipe.kappa_schedule == "lr" else 1.0)
+        shrink = 0.0 if recipe.scale_weight_decay else group["lr"] * group["weight_decay"]
+        start = old * (1 - shrink)
+        weight.copy_(start + (1 + kappa * mask.to(weight)) * (weight - start))
+
+
+@torch.no_grad()
+def _copy(into: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for target, value in zip(into, values, strict=True):
+        target.copy_(value)

@@ -1,0 +1,356 @@
+"""The command line, mostly in this process; what a user sees is checked in real processes at the end."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers.logger import DummyLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_ire import IRE, SAM, tags
+from lightning_ire._cli_messages import one_line, with_full_key
+from lightning_ire.cli import IRECLI, main
+
+ROOT = Path(__file__).parents[1]
+QUIET = "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false"
+BATCHES = "--trainer.limit_train_batches 2 --trainer.limit_val_batches 1 --trainer.limit_test_batches 1"
+DIGITS = (
+    "--model ImageClassifier --model.num_classes 10 --model.model ResNet --model.model.in_channels 1 "
+    "--model.model.blocks [1] --model.model.widths [4] --data Digits --data.augment false"
+)
+FIT = ["fit", *f"{DIGITS} {QUIET} {BATCHES} --trainer.max_epochs 1 --trainer.log_every_n_steps 1".split()]
+DRY = [*FIT, "--trainer.fast_dev_run", "1"]
+IRE_IN_LIST = {"trainer": {"callbacks": [{"class_path": "IRE", "init_args": {"kappa": 2.0, "gamma": 0.5}}]}}
+
+
+class SavingModel(BoringModel):
+    """Keeps its learning rate as a hyper-parameter in checkpoints, as many modules do."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr = lr
+
+
+class FolderlessLogger(DummyLogger):
+    """Logs to no folder (`save_dir` is None), as a logger of a remote service may do."""
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cli.py"])  # Lightning warns if both args and sys.argv are there
+
+
+def write(path: str, content: dict) -> str:
+    Path(path).write_text(yaml.safe_dump(content))
+    return path
+
+
+def event_tags(folder: str) -> dict[str, list[float]]:
+    """All scalars in a folder's event files."""
+    values: dict[str, list[float]] = {}
+    for path in sorted(Path(folder).glob("events.*")):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            values.setdefault(tag, []).extend(event.value for event in events.Scalars(tag))
+    return values
+
+
+def usage_error(args: list[str], capsys) -> str:
+    """Run a command line that cannot be right and return its one line."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(args)
+    assert exit_info.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "eed set to" not in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# -------------------------------------------------------------------------------- wrong keys and values
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        pytest.param("--ire.gama 1", "unrecognized arguments: --ire.gama 1", id="misspelt"),
+        pytest.param("--ire.kap 1", "unrecognized arguments: --ire.kap 1", id="abbreviated"),
+        pytest.param("--ire.gamma x", "ire.gamma: Expected float, got x", id="wrong-type"),
+        pytest.param("--ire.start_epoch x", "ire.start_epoch: Expected int, got x", id="wrong-type-optional"),
+        pytest.param("--ire.gamma 1.5", "Expected `ire.gamma` to be a number in (0, 1], got 1.5.", id="range"),
+        pytest.param(
+            "--ire.perturbation SAM --ire.perturbation.rho -1",
+            "Expected `ire.perturbation.rho` to be a number >= 0, got -1.0.",
+            id="range-nested",
+        ),
+        pytest.param("--ire.perturbation SAMM", "ire.perturbation: Expected a known class, got SAMM", id="class"),
+        pytest.param(
+            "--ire.perturbation SAM --ire.perturbation.roh 1",
+            "no such key: ire.perturbation.roh",
+            id="misspelt-nested",
+        ),
+        pytest.param("--model.model.block [1]", "no such key: model.model.block", id="misspelt-twice-nested"),
+        pytest.param("--model.optimizer.lrr 1", "no such key: model.optimizer.lrr", id="misspelt-callable"),
+        pytest.param("--model.model ResNett", "model.model: Expected a known class, got ResNett", id="class-nested"),
+        pytest.param(
+            "--model.lr_interval day", "model.lr_interval: Expected Literal['epoch', 'step'], got day", id="choice"
+        ),
+        pytest.param(
+            "--model.model.widths [4,8]",
+            "Expected `model.model.widths` to be as long as `blocks` ([1]), got [4, 8].",
+            id="lengths",
+        ),
+        pytest.param("--data.batch_size 0", "Expected `data.batch_size` to be a whole number >= 1, got 0.", id="data"),
+        pytest.param("--optimizer SGD --optimizer.lr -1", "Invalid learning rate: -1.0", id="foreign-class"),
+        pytest.param("--config nowhere.yaml", "config: File does not exist: ", id="no-config"),
+        pytest.param("--trainer.accelerator abacus", "You selected an invalid accelerator name: ", id="trainer"),
+    ],
+)
+def test_wrong_flag_is_one_line(flags, message, capsys):
+    assert usage_error([*DRY, *flags.split()], capsys).startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        pytest.param({"ire": {"gama": 1}}, "Subcommand 'fit' does not accept option 'ire.gama'", id="misspelt"),
+        pytest.param({"ire": {"gamma": 1.5}}, "Expected `ire.gamma` to be a number in (0, 1], got 1.5.", id="range"),
+        pytest.param(
+            {"ire": {"perturbation": {"class_path": "SAM", "init_args": {"rho": -1}}}},
+            "Expected `ire.perturbation.rho` to be a number >= 0, got -1.0.",
+            id="range-nested",
+        ),
+        pytest.param(
+            {"trainer": {"callbacks": [{"class_path": "IRE", "init_args": {"gamma": 1.5}}]}},
+            "Expected `trainer.callbacks.0.gamma` to be a number in (0, 1], got 1.5.",
+            id="listed",
+        ),
+        pytest.param(
+            {"trainer": {"callbacks": [{"class_path": "IRE", "init_args": {"gama": 1}}]}},
+            "no such key: trainer.callbacks.gama",
+            id="listed-misspelt",
+        ),
+    ],
+)
+def test_wrong_config_is_one_line(config, message, capsys):
+    assert usage_error([*DRY, "--config", write("wrong.yaml", config)], capsys) == f"error: {message}"
+
+
+def test_errors_of_the_run_are_one_line(capsys):
+    assert main([*DRY, "--model.optimizer.lr", "-1"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: Expected `optimizer` to have values in range, got: Invalid learning rate: -1.0."
+    )
+    monitor = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor", "nothing"]
+    assert main([*FIT, *monitor]) == 1
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("error: `ModelCheckpoint(monitor='nothing')` could not find the monitored key")
+
+
+def test_debugging_keeps_the_traceback(monkeypatch):
+    monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
+    with pytest.raises(argparse.ArgumentError, match=r"Expected `ire\.gamma` to be a number"):
+        main([*DRY, "--ire.gamma", "1.5"])
+    with pytest.raises(ValueError, match="Expected `optimizer` to have values in range"):
+        main([*DRY, "--model.optimizer.lr", "-1"])
+
+
+def test_messages_that_are_not_understood_are_kept():
+    assert one_line("first\n  second\n") == "first; second"
+    assert with_full_key("no name here", {"ire": {"gamma": 1.5}}) == "no name here"
+    assert (
+        with_full_key("Expected `delta` to be 1, got 2.", {"ire": {"gamma": 1.5}}) == "Expected `delta` to be 1, got 2."
+    )
+
+
+def test_full_key_is_the_one_with_the_value():
+    settings = {"data": {"seed": 1}, "list": [{"init_args": {"seed": -1}}]}
+    assert (
+        with_full_key("Expected `seed` to be >= 0, got -1.", settings) == "Expected `list.0.seed` to be >= 0, got -1."
+    )
+    assert with_full_key("Expected `seed` to be odd.", settings) == "Expected `data.seed` to be odd."
+
+
+# -------------------------------------------------------------------------------- the top-level keys
+
+
+def test_idle_key_adds_no_callback():
+    assert not [callback for callback in IRECLI(DRY).trainer.callbacks if isinstance(callback, IRE)]
+
+
+def test_key_sets_up_the_callback():
+    sam = "--ire.perturbation SAM --ire.perturbation.rho 0.1"
+    flags = f"--ire.kappa 5 --ire.gamma 0.8 {sam} --ire.curvature EmpiricalFisher"
+    (ire,) = (c for c in IRECLI([*DRY, *flags.split()]).trainer.callbacks if isinstance(c, IRE))
+    assert (ire.kappa, ire.gamma, ire.interval) == (5.0, 0.8, 10)
+    assert isinstance(ire.perturbation, SAM)
+    assert ire.perturbation.rho == 0.1
+    assert type(ire.curvature).__name__ == "EmpiricalFisher"
+
+
+def test_perturbation_alone_is_active():
+    (ire,) = (c for c in IRECLI([*DRY, "--ire.perturbation", "SAM"]).trainer.callbacks if isinstance(c, IRE))
+    assert ire.kappa == 0
+
+
+def test_listed_callback_works_beside_an_idle_key():
+    config = ["--config", write("listed.yaml", IRE_IN_LIST)]
+    (ire,) = (callback for callback in IRECLI([*DRY, *config]).trainer.callbacks if isinstance(callback, IRE))
+    assert (ire.kappa, ire.gamma) == (2.0, 0.5)
+
+
+def test_key_and_listed_callback_is_one_line(capsys):
+    config = ["--config", write("listed.yaml", IRE_IN_LIST), "--ire.kappa", "1"]
+    assert usage_error([*DRY, *config], capsys) == (
+        "error: Expected IRE to be set up in one place, got both the key `ire` and an entry of `trainer.callbacks`: "
+        "remove one of them."
+    )
+
+
+def test_single_callback_in_place_of_a_list():
+    config = {"trainer": {"callbacks": {"class_path": "IRE", "init_args": {"kappa": 3.0}}}}
+    cli = IRECLI([*DRY, "--config", write("single.yaml", config)])
+    assert [callback.kappa for callback in cli.trainer.callbacks if isinstance(callback, IRE)] == [3.0]
+
+
+def test_help_lists_the_keys(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["fit", "--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    assert "--ire.kappa KAPPA" in text
+    assert "--test_after_fit" in text
+
+
+def test_optimizer_keys_of_lightning():
+    flags = "--optimizer Adam --optimizer.lr 0.5 --lr_scheduler StepLR --lr_scheduler.step_size 7 --ire.kappa 1"
+    trainer = IRECLI([*DRY, *flags.split()]).trainer
+    assert type(trainer.optimizers[0]) is torch.optim.Adam
+    assert trainer.optimizers[0].defaults["lr"] == 0.5
+    assert trainer.lr_scheduler_configs[0].scheduler.step_size == 7
+
+
+# -------------------------------------------------------------------------------- one run after another
+
+
+def test_every_run_saves_its_config_and_it_runs_as_is(capsys):
+    assert main([*FIT, "--ire.kappa", "1", "--ire.perturbation", "SAM"]) == 0
+    first = Path("lightning_logs/version_0/config.yaml")
+    saved = first.read_text()
+    assert main(["fit", "--config", str(first)]) == 0
+    assert first.read_text() == saved
+    assert Path("lightning_logs/version_1/config.yaml").read_text() == saved
+    assert yaml.safe_load(saved)["ire"]["perturbation"]["class_path"] == "lightning_ire.SAM"
+    assert "Logs: lightning_logs/version_1" in capsys.readouterr().out.replace(f"{Path.cwd()}/", "")
+    assert main(["validate", "--config", str(first), "--ckpt_path", str(checkpoint("lightning_logs/version_0"))]) == 0
+
+
+def test_runs_without_a_folder_of_their_own_keep_each_others_configs():
+    for epochs in "123":
+        assert main([*FIT, "--trainer.logger", "false", "--trainer.max_epochs", epochs]) == 0
+    names = ["config.yaml", "config_1.yaml", "config_2.yaml"]
+    assert sorted(path.name for path in Path.cwd().glob("*.yaml")) == names
+    assert [yaml.safe_load(Path(name).read_text())["trainer"]["max_epochs"] for name in names] == [1, 2, 3]
+
+
+def test_resumed_in_the_same_folder_keeps_the_first_config():
+    logger = [
+        "--trainer.logger",
+        "TensorBoardLogger",
+        "--trainer.logger.save_dir",
+        "logs",
+        "--trainer.logger.version",
+        "0",
+    ]
+    assert main([*FIT, *logger]) == 0
+    folder = Path("logs/lightning_logs/version_0")
+    saved = (folder / "config.yaml").read_text()
+    resume = ["--ckpt_path", str(checkpoint(folder)), "--trainer.max_epochs", "2"]
+    assert main([*FIT, *logger, *resume]) == 0
+    assert (folder / "config.yaml").read_text() == saved
+    assert yaml.safe_load((folder / "config_1.yaml").read_text())["trainer"]["max_epochs"] == 2
+
+
+def test_logger_without_a_folder_is_no_reason_to_refuse():
+    assert main([*FIT, "--trainer.logger", "FolderlessLogger", "--trainer.enable_checkpointing", "false"]) == 0
+    assert not list(Path.cwd().rglob("config*.yaml"))
+
+
+def test_flags_win_over_hyper_parameters_in_the_checkpoint():
+    fit = ["fit", "--model", "SavingModel", *QUIET.split(), *BATCHES.split(), "--trainer.max_epochs", "1"]
+    assert main(fit) == 0
+    path = checkpoint("lightning_logs/version_0")
+    assert torch.load(path, weights_only=True)["hyper_parameters"]["lr"] == 0.1
+    resume = ["--model.lr", "0.5", "--ckpt_path", str(path), "--trainer.max_epochs", "2"]
+    cli = IRECLI([*fit, *resume])
+    assert (cli.model.lr, cli.trainer.current_epoch) == (0.5, 2)
+
+
+@pytest.mark.parametrize("asked", ["true", "false"])
+def test_test_after_fit(asked):
+    assert main([*FIT, "--test_after_fit", asked]) == 0
+    found = event_tags("lightning_logs/version_0")
+    assert ("test/accuracy" in found) is (asked == "true")
+    assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy"} <= set(found)
+
+
+def test_the_test_after_fit_is_of_the_final_weights(monkeypatch):
+    seen = {}
+    for hook in ("on_train_end", "on_test_start"):
+        monkeypatch.setattr(LightningModule, hook, lambda self, hook=hook: seen.update({hook: weights(self)}))
+    first_is_best = (
+        "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.monitor epoch --trainer.callbacks.mode min"
+    )
+    cli = IRECLI([*FIT, *first_is_best.split(), "--test_after_fit", "true", "--trainer.max_epochs", "2"])
+    assert "epoch=0" in cli.trainer.checkpoint_callback.best_model_path
+    assert torch.equal(seen["on_train_end"], seen["on_test_start"])
+
+
+def checkpoint(folder: str | Path) -> Path:
+    (path,) = Path(folder, "checkpoints").glob("*.ckpt")
+    return path
+
+
+def weights(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+# -------------------------------------------------------------------------------- real processes
+
+
+def run_cli(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *args], capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def test_process_with_a_wrong_value():
+    done = run_cli(*DRY, "--ire.gamma", "1.5")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: Expected `ire.gamma` to be a number in (0, 1], got 1.5."
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_process_that_trains_and_logs():
+    flags = (
+        "--ire.kappa 1 --ire.interval 2 --ire.perturbation SAM --trainer.limit_train_batches 5 --test_after_fit true"
+    )
+    done = run_cli(*FIT, *flags.split())
+    assert done.returncode == 0, done.stderr
+    assert "tensorboard --logdir " in done.stdout
+    assert "Tip" not in done.stdout + done.stderr
+    found = event_tags("lightning_logs/version_0")
+    logged = {
+        *tags.IRE_TAGS,
+        *tags.SAM_TAGS,
+        *(f"{s}/{v}" for s in ("train", "val", "test") for v in ("loss", "accuracy")),
+    }
+    assert logged <= set(found)
+    assert found[tags.KAPPA] == [1.0] * 5
