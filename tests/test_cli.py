@@ -154,6 +154,12 @@ def test_errors_of_the_run_are_one_line(capsys):
     assert last_line.startswith("error: `ModelCheckpoint(monitor='nothing')` could not find the monitored key")
 
 
+def test_missing_extra_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert main(DRY) == 1
+    assert capsys.readouterr().err.splitlines()[-1].endswith("pip install 'lightning-ire[vision]'")
+
+
 def test_debugging_keeps_the_traceback(monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(argparse.ArgumentError, match=r"Expected `ire\.gamma` to be a number"):
@@ -215,9 +221,9 @@ def test_key_and_listed_callback_is_one_line(capsys):
 
 
 def test_single_callback_in_place_of_a_list():
-    config = {"trainer": {"callbacks": {"class_path": "IRE", "init_args": {"kappa": 3.0}}}}
-    cli = IRECLI([*DRY, "--config", write("single.yaml", config)])
-    assert [callback.kappa for callback in cli.trainer.callbacks if isinstance(callback, IRE)] == [3.0]
+    config = {"trainer": {"callbacks": {"class_path": "LearningRateMonitor"}}}
+    cli = IRECLI([*DRY, "--config", write("single.yaml", config), "--ire.kappa", "3"])
+    assert {"LearningRateMonitor", "IRE"} <= {type(callback).__name__ for callback in cli.trainer.callbacks}
 
 
 def test_help_lists_the_keys(capsys):

@@ -68,11 +68,14 @@ class _SampledSquare(Estimate):
         self.squares = torch.zeros((), dtype=torch.float64)  # sum of w_i^2
         self.tap: CrossEntropyTap | None = None
         self.done: set[MicroBatch] = set()
+        self.label_states: dict[MicroBatch, Tensor] = {}
+        self.by_backward = False  # reentrant checkpointing refuses autograd.grad
 
     def watch(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
         self.tap = None
         if self.fisher_loss is not None or self.fraction < 1 or not self.window.unmoved:
             return nullcontext()
+        self.label_states[micro_batch] = self.window.labels.get_state()
         self.tap = CrossEntropyTap(self.window.labels, replace=False)
         return self.tap
 
@@ -84,6 +87,7 @@ class _SampledSquare(Estimate):
         try:
             self._add([call.sampled.loss], [None], [call.sampled.weights], keep_graph=True)
         except RuntimeError as error:  # reentrant checkpointing, a compiled backward that gave its buffers away
+            self.by_backward = _refused_by_checkpointing(error)
             warnings.warn(
                 "SampledFisher cannot share the training forward pass and runs one of its own at each estimate: "
                 + str(error).split("\n")[0],
@@ -103,6 +107,19 @@ class _SampledSquare(Estimate):
         return finite_or_none(fisher_diagonal(gradients, 1.0 / squares))
 
     def _own_pass(self, micro_batch: MicroBatch) -> None:
+        """A forward and backward pass with the labels that a shared pass would have drawn."""
+        labels = self.window.labels
+        state = self.label_states.get(micro_batch, labels.get_state())
+        for _ in range(2):
+            labels.set_state(state)
+            try:
+                return self._forward_and_backward(micro_batch)
+            except RuntimeError as error:
+                if self.by_backward or not _refused_by_checkpointing(error):
+                    raise
+                self.by_backward = True
+
+    def _forward_and_backward(self, micro_batch: MicroBatch) -> None:
         args = micro_batch.args
         if self.fraction < 1 and args:
             args = (_first_part(args[0], self.fraction), *args[1:])
@@ -149,7 +166,11 @@ class _SampledSquare(Estimate):
     ) -> None:
         factor = self.window.share * self.window.scale
         starts = [(torch.ones_like(out) if f is None else f) * factor for out, f in zip(outputs, factors, strict=True)]
-        gradients = _gradients(outputs, starts, self.window.parameters, keep_graph)
+        parameters = self.window.parameters
+        if self.by_backward:
+            gradients = _gradients_by_backward(outputs, starts, parameters)
+        else:
+            gradients = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep_graph, allow_unused=True)
         for index, gradient in enumerate(gradients):
             if gradient is None:
                 continue
@@ -174,16 +195,10 @@ class _Seeded(AbstractContextManager[None]):
         return None
 
 
-def _gradients(
-    outputs: list[Tensor], starts: list[Tensor], parameters: Sequence[nn.Parameter], keep_graph: bool
+def _gradients_by_backward(
+    outputs: list[Tensor], starts: list[Tensor], parameters: Sequence[nn.Parameter]
 ) -> Sequence[Tensor | None]:
-    """Gradients of sum(outputs * starts), without touching `.grad`."""
-    try:
-        return torch.autograd.grad(outputs, parameters, starts, retain_graph=keep_graph, allow_unused=True)
-    except RuntimeError as error:
-        if keep_graph or "checkpoint" not in str(error).lower():
-            raise
-    # reentrant checkpointing only knows backward(): put the gradients aside meanwhile
+    """Gradients of sum(outputs * starts) with `backward()`; the gradients in `.grad` are put aside meanwhile."""
     kept = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
@@ -193,6 +208,10 @@ def _gradients(
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
+
+
+def _refused_by_checkpointing(error: RuntimeError) -> bool:
+    return "checkpoint" in str(error).lower()
 
 
 def _first_part(batch: Any, fraction: float) -> Any:

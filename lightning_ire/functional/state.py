@@ -45,7 +45,9 @@ class RandomState:
         others = {device for device in devices if device.type not in ("cpu", "meta")}
         states = tuple((device, torch.get_device_module(device).get_rng_state(device)) for device in others)
         numpy = sys.modules.get("numpy")  # a numpy that nobody imported has drawn nothing
-        return cls(torch.get_rng_state(), states, numpy.random.get_state(legacy=False) if numpy else None, random.getstate())
+        return cls(
+            torch.get_rng_state(), states, numpy.random.get_state(legacy=False) if numpy else None, random.getstate()
+        )
 
     def restore(self) -> None:
         """Set all streams back to this state."""

@@ -2,8 +2,8 @@
 
 The bits of a non-negative IEEE float order like integers. So a histogram of the upper 16 bits finds the bucket that
 holds the k-th value, and a histogram of the next 16 bits inside that bucket finds it exactly: one pass over the data
-for 16-bit types, two for float32, four for float64. Nothing is concatenated or sorted, and the counts of several
-tensors (or devices) simply add up.
+for 16-bit types, two for float32, four for float64. Nothing is sorted, no copy of the whole is made, and the counts of
+several tensors (or devices) simply add up.
 """
 
 from __future__ import annotations
@@ -84,8 +84,10 @@ def _kth_pattern(tensors: Sequence[Tensor], rank: int, dtype: torch.dtype) -> in
     for shift in range(width - _DIGIT, -1, -_DIGIT):
         first = shift == width - _DIGIT
         counts = torch.zeros(1 << _DIGIT, dtype=torch.int64)
-        for tensor in tensors:
-            counts += _digit_counts(tensor, dtype, shift, None if first else prefix).cpu()
+        for bits in _patterns(tensors, dtype):
+            if not first:  # only values whose higher digits are those found so far
+                bits = bits[(bits >> (shift + _DIGIT)) == prefix] & ((1 << (shift + _DIGIT)) - 1)
+            counts += torch.bincount(bits >> shift, minlength=1 << _DIGIT).cpu()
         if first:
             _check_finite(counts, dtype)
         below = counts.cumsum(0)
@@ -95,20 +97,23 @@ def _kth_pattern(tensors: Sequence[Tensor], rank: int, dtype: torch.dtype) -> in
     return prefix
 
 
-def _digit_counts(tensor: Tensor, dtype: torch.dtype, shift: int, prefix: int | None) -> Tensor:
-    """Histogram of the 16 bits above `shift`, over the values whose higher bits equal `prefix`."""
-    counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=tensor.device)
-    for bits in _patterns(tensor, dtype):
-        if prefix is not None:
-            bits = bits[(bits >> (shift + _DIGIT)) == prefix] & ((1 << (shift + _DIGIT)) - 1)
-        counts += torch.bincount(bits >> shift, minlength=1 << _DIGIT)
-    return counts
+def _patterns(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Bit patterns of the absolute values: large tensors in chunks, small ones of a device together."""
+    waiting: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        for chunk in tensor.reshape(-1).split(_CHUNK):
+            if waiting and (size + chunk.numel() > _CHUNK or waiting[0].device != chunk.device):
+                yield _bits(waiting, dtype)
+                waiting, size = [], 0
+            waiting.append(chunk)
+            size += chunk.numel()
+    yield _bits(waiting, dtype)
 
 
-def _patterns(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Bit patterns of the absolute values, a chunk at a time."""
-    for chunk in tensor.reshape(-1).split(_CHUNK):
-        yield chunk.abs().to(dtype).view(_BITS[dtype])
+def _bits(chunks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    joined = chunks[0] if len(chunks) == 1 else torch.cat([chunk.to(dtype) for chunk in chunks])
+    return joined.to(dtype).abs().view(_BITS[dtype])
 
 
 def _check_finite(counts: Tensor, dtype: torch.dtype) -> None:
