@@ -108,6 +108,7 @@ def usage_error(args: list[str], capsys) -> str:
             id="lengths",
         ),
         pytest.param("--data.batch_size 0", "Expected `data.batch_size` to be a whole number >= 1, got 0.", id="data"),
+        pytest.param("--model.model.blocks x", "model.model.blocks: Expected Sequence, got x", id="type-nested"),
         pytest.param("--optimizer SGD --optimizer.lr -1", "Invalid learning rate: -1.0", id="foreign-class"),
         pytest.param("--config nowhere.yaml", "config: File does not exist: ", id="no-config"),
         pytest.param("--trainer.accelerator abacus", "You selected an invalid accelerator name: ", id="trainer"),

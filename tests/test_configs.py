@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from lightning_ire import IRE
@@ -70,3 +71,25 @@ def test_digits_schedule_ends_with_the_run():
     config = yaml.safe_load(path.read_text())
     scheduler = config["model"]["init_args"]["lr_scheduler"]["init_args"]
     assert scheduler["T_max"] == config["trainer"]["max_epochs"]
+
+
+def test_digits_keeps_the_best_and_the_last_weights():
+    (path,) = (path for path in CONFIGS if path.stem == "digits_resnet_sgd_ire")
+    flags = "--trainer.accelerator cpu --trainer.max_epochs 3 --trainer.limit_train_batches 2 --model.optimizer.lr 0"
+    IRECLI(["fit", "--config", str(path), *flags.split(), "--trainer.enable_progress_bar", "false"])
+    folder = Path("logs/digits_resnet_sgd_ire/version_0/checkpoints")
+    assert sorted(checkpoint.name for checkpoint in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 2
+    IRECLI(
+        [
+            "fit",
+            "--config",
+            str(path),
+            *flags.split(),
+            "--ckpt_path",
+            str(folder / "last.ckpt"),
+            "--trainer.max_epochs=4",
+        ]
+    )
+    resumed = Path("logs/digits_resnet_sgd_ire/version_1/checkpoints/last.ckpt")
+    assert torch.load(resumed, weights_only=True)["global_step"] == 8

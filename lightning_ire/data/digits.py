@@ -13,7 +13,9 @@ from lightning_ire._checks import ConfigurationError, check_whole
 
 __all__ = ["Digits"]
 
-_INSTALL = "Expected scikit-learn and torchvision to be installed for `Digits`: pip install 'lightning-ire[vision]'"
+_INSTALL = (
+    "Expected scikit-learn and torchvision for `Digits`, got an import error: pip install 'lightning-ire[vision]'"
+)
 
 
 class Digits(LightningDataModule):
@@ -73,8 +75,8 @@ class Digits(LightningDataModule):
         self.num_test = self._count("test_size", test_size)
         if self.num_val + self.num_test > self._num_images - self.num_classes:
             raise ConfigurationError(
-                f"Expected `val_size` and `test_size` to leave at least {self.num_classes} of {self._num_images} images "
-                f"for training, got {val_size!r} and {test_size!r}."
+                f"Expected `val_size` and `test_size` to leave at least {self.num_classes} of {self._num_images} "
+                f"images for training, got {val_size!r} and {test_size!r}."
             )
         self._parts: dict[str, _Images] = {}
 
@@ -85,7 +87,7 @@ class Digits(LightningDataModule):
             stage: Lightning's stage; not used.
 
         Raises:
-            ModuleNotFoundError: If scikit-learn or torchvision is not installed.
+            ConfigurationError: If scikit-learn or torchvision is not installed.
         """
         if self._parts:
             return
@@ -93,7 +95,7 @@ class Digits(LightningDataModule):
             from sklearn.datasets import load_digits
             from torchvision.transforms import v2
         except ImportError as error:
-            raise ModuleNotFoundError(_INSTALL) from error
+            raise ConfigurationError(_INSTALL) from error
         source = load_digits()
         images = torch.from_numpy(source.images).float().unsqueeze(1) / 16.0
         labels = torch.from_numpy(source.target).long()
@@ -140,9 +142,12 @@ class Digits(LightningDataModule):
 
     def _count(self, name: str, size: int | float) -> int:
         """Return the number of images that a part of this size has."""
-        number = isinstance(size, (int, float)) and not isinstance(size, bool)
-        count = (size if isinstance(size, int) else round(size * self._num_images)) if number and 0 <= size else -1
-        if not number or count < 0 or (isinstance(size, float) and size >= 1) or 0 < count < self.num_classes:
+        count = -1
+        if isinstance(size, int) and not isinstance(size, bool):
+            count = size
+        elif isinstance(size, float) and 0 <= size < 1:
+            count = round(size * self._num_images)
+        if count < 0 or 0 < count < self.num_classes:  # every part needs images of every class
             raise ConfigurationError(
                 f"Expected `{name}` to be 0, a count >= {self.num_classes} or a fraction in (0, 1) of "
                 f"{self._num_images} images, got {size!r}."

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
@@ -24,9 +24,9 @@ class ImageClassifier(LightningModule):
     """Trains a network with cross entropy and logs loss and accuracy.
 
     A batch is a pair of images [N, C, H, W] and class indices [N]. With label smoothing eps the target q has 1 - eps on
-    the true class and eps / (K - 1) on each of the K - 1 others (torch's own parameter counts the true class in: eps K /
-    (K - 1) gives the same target). The loss that is minimised is the cross entropy `-sum_k q_k log p_k`, mean over the
-    batch.
+    the true class and eps / (K - 1) on each of the K - 1 others (torch's own parameter counts the true class in: there
+    eps * K / (K - 1) gives the same target). The loss that is minimised is the cross entropy `-sum_k q_k log p_k`, mean
+    over the batch.
 
     Logged, as fractions and in nats: `train/loss` (every step; the Kullback-Leibler form, that is the cross entropy
     minus the constant entropy of q: 0 when fitted, whatever eps is), `train/accuracy` (over the epoch, in training
@@ -144,7 +144,7 @@ class ImageClassifier(LightningModule):
 
 
 def _metrics(num_classes: int, prefix: str) -> MetricCollection:
-    metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
+    metrics: dict[str, Metric | MetricCollection] = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
     if num_classes > 10:
         metrics["accuracy_top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,9 +53,9 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual network for small images, as He et al. use it on CIFAR-10.
 
-    A 3 x 3 convolution, stages of `BasicBlock`, the mean over all positions and a linear layer. The first block of every
-    stage but the first halves the resolution. Depth = 2 * sum(blocks) + 2: `blocks=[9, 9, 9]` with the default widths
-    is ResNet-56 (853,018 parameters for 3 channels and 10 classes), `[3, 3, 3]` is ResNet-20.
+    A 3 x 3 convolution, stages of `BasicBlock`, the mean over all positions and a linear layer. The first block of
+    every stage but the first halves the resolution. Depth = 2 * sum(blocks) + 2: `blocks=[9, 9, 9]` with the default
+    widths is ResNet-56 (853,018 parameters for 3 channels and 10 classes), `[3, 3, 3]` is ResNet-20.
 
     Convolutions start with He initialisation (normal, fan out), as BatchNorm scales with 1 and shifts with 0.
 
@@ -124,5 +125,5 @@ def _check_stages(blocks: Sequence[int], widths: Sequence[int]) -> None:
         raise ConfigurationError(
             f"Expected `widths` to be as long as `blocks` ({list(blocks)!r}), got {list(widths)!r}."
         )
-    if any(later < earlier for earlier, later in zip(widths, widths[1:], strict=False)):
+    if any(later < earlier for earlier, later in pairwise(widths)):
         raise ConfigurationError(f"Expected `widths` to be non-decreasing, got {list(widths)!r}.")

@@ -1,45 +1,146 @@
-import builtins
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from lightning_ire import ConfigurationError
 from lightning_ire.data import Digits
 
 
-def parts(**settings) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """All images and labels of each part, in the order in which they are kept."""
+def ready(**settings) -> Digits:
     data = Digits(**{"augment": False, **settings})
     data.setup()
+    return data
+
+
+def read(part) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([image for image, _ in part]), torch.stack([label for _, label in part])
+
+
+def grey_values(data: Digits) -> dict[str, set[bytes]]:
+    """The images of each part as whole grey values, so that they can be compared whatever the normalisation."""
+    images = {name: read(part)[0] for name, part in data._parts.items()}
+    darkest = min(part.min() for part in images.values())
+    brightest = max(part.max() for part in images.values())
     return {
-        name: (torch.stack([image for image, _ in part]), torch.stack([label for _, label in part]))
-        for name, part in data._parts.items()
-        if len(part)
+        name: {((image - darkest) / (brightest - darkest) * 16).round().byte().numpy().tobytes() for image in part}
+        for name, part in images.items()
     }
 
 
-def rows(images: torch.Tensor, of: torch.Tensor) -> set[bytes]:
-    """The images as they are in the source, so that parts with different seeds can be compared."""
-    grey = ((images - of.min()) / (of.max() - of.min()) * 16).round().to(torch.uint8)
-    return {image.numpy().tobytes() for image in grey}
-
-
-def test_sizes_shapes_and_classes():
-    found = parts()
-    assert {name: len(labels) for name, (_, labels) in found.items()} == {"train": 1257, "val": 180, "test": 360} or {
-        name: len(labels) for name, (_, labels) in found.items()
-    } == {"train": 1258, "val": 180, "test": 359}
-    for images, labels in found.values():
-        assert images.dtype == torch.float32
+def test_sizes_shapes_and_shares():
+    data = ready()
+    assert {name: len(part) for name, part in data._parts.items()} == {"train": 1258, "val": 180, "test": 359}
+    for part in data._parts.values():
+        images, labels = read(part)
+        assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
         assert images.shape[1:] == (1, 8, 8)
-        assert labels.dtype == torch.int64
-        share = torch.bincount(labels, minlength=10) / len(labels)
-        assert share.sub(0.1).abs().max() < 0.01  # stratified: each class has its share in every part
-    assert (Digits.num_classes, Digits.in_channels) == (10, 1)
+        share = torch.bincount(labels, minlength=data.num_classes) / len(labels)
+        assert (share - 0.1).abs().max() < 0.006  # the share of each class is the same in every part
 
 
 def test_every_image_is_in_one_part():
-    everything = torch.cat([images for images, _ in parts().values()])
-    found = [rows(images, everything) for images, _ in parts().values()]
-    assert sum(map(len, found)) == len(set.union(*found)) == 1797
+    found = grey_values(ready())
+    assert len(set.union(*found.values())) == sum(map(len, found.values())) == 1797
+
+
+def test_normalised_with_the_training_part_alone():
+    data = ready()
+    images, _ = read(data._parts["train"])
+    assert images.mean().item() == pytest.approx(0, abs=1e-5)
+    assert images.std().item() == pytest.approx(1, abs=1e-5)
+    for name in ("val", "test"):  # one grey value is one number in every part
+        assert torch.isin(read(data._parts[name])[0], images).all()
+
+
+def test_split_depends_on_its_own_seed_alone():
+    torch.manual_seed(1)
+    first = grey_values(ready(seed=3))
+    torch.manual_seed(2)
+    assert grey_values(ready(seed=3)) == first
+    assert grey_values(ready(seed=4))["test"] != first["test"]
+
+
+def test_counts_and_fractions():
+    data = ready(val_size=100, test_size=0.5)
+    assert [len(part) for part in data._parts.values()] == [1797 - 100 - 898, 100, 898]
+
+
+def test_no_held_out_parts():
+    data = ready(val_size=0, test_size=0.0)
+    assert len(data._parts["train"]) == 1797
+    assert (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()) == ([], [], [])
+
+
+def test_training_batches_are_full_and_shuffled():
+    loader = ready(batch_size=100).train_dataloader()
+    batches = [labels for _, labels in loader]
+    assert [len(labels) for labels in batches] == [100] * 12
+    assert not torch.equal(torch.cat(batches), torch.cat([labels for _, labels in loader]))
+
+
+@pytest.mark.parametrize(("processes", "drops"), [(1, True), (2, False)])
+def test_a_training_part_below_one_batch_per_process_is_kept(processes, drops):
+    data = ready(batch_size=1000)
+    data.trainer = SimpleNamespace(world_size=processes)
+    assert data.train_dataloader().drop_last is drops
+    assert len(ready(batch_size=2000).train_dataloader()) == 1
+
+
+def test_evaluation_reads_every_image_in_order():
+    data = ready(batch_size=100, augment=True)
+    for loader, size in ((data.val_dataloader(), 180), (data.test_dataloader(), 359), (data.predict_dataloader(), 359)):
+        first, second = (torch.cat([images for images, _ in loader]) for _ in range(2))
+        assert len(first) == size
+        assert torch.equal(first, second)
+
+
+def test_augmentation_moves_training_images_a_little():
+    plain, augmented = ready()._parts["train"], ready(augment=True)._parts["train"]
+    background = plain[0][0].min()
+    first, second = augmented[0][0], augmented[0][0]
+    assert not torch.equal(first, second)
+    assert first.min() == pytest.approx(background.item())  # what is moved in is background, not grey
+    ink = [(read(part)[0] - background).sum() for part in (plain, augmented)]
+    assert ink[1] / ink[0] == pytest.approx(1, abs=0.1)  # at most the border is lost
+
+
+def test_set_up_once():
+    data = ready()
+    parts = dict(data._parts)
+    data.setup("test")
+    assert all(data._parts[name] is part for name, part in parts.items())
+
+
+@pytest.mark.parametrize("module", ["sklearn.datasets", "torchvision.transforms"])
+def test_missing_packages_are_named(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigurationError, match=re.escape("pip install 'lightning-ire[vision]'")):
+        Digits().setup()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "Expected `batch_size` to be a whole number >= 1, got 0."),
+        ({"seed": -1}, "Expected `seed` to be a whole number >= 0, got -1."),
+        ({"num_workers": -1}, "Expected `num_workers` to be a whole number >= 0, got -1."),
+        (
+            {"val_size": -5},
+            "Expected `val_size` to be 0, a count >= 10 or a fraction in (0, 1) of 1797 images, got -5.",
+        ),
+        ({"val_size": 5}, "Expected `val_size` to be 0, a count >= 10 or a fraction in (0, 1) of 1797 images, got 5."),
+        ({"test_size": 1.0}, "Expected `test_size` to be 0, a count >= 10 or a fraction in (0, 1)"),
+        ({"test_size": 0.001}, "Expected `test_size` to be 0, a count >= 10 or a fraction in (0, 1)"),
+        ({"test_size": True}, "Expected `test_size` to be 0, a count >= 10 or a fraction in (0, 1)"),
+        (
+            {"val_size": 1000, "test_size": 790},
+            "Expected `val_size` and `test_size` to leave at least 10 of 1797 images for training, got 1000 and 790.",
+        ),
+    ],
+)
+def test_wrong_values(settings, message):
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        Digits(**settings)

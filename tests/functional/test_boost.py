@@ -74,22 +74,30 @@ def test_mask_none_leaves_the_parameter_alone():
     assert [torch.equal(got, was) for got, was in zip(weights, before, strict=True)] == [True, False, True, True]
 
 
-@pytest.mark.parametrize("decay", [None, 0.1])
+@pytest.mark.parametrize("decay", [None, [0.1]])
 @pytest.mark.parametrize("kappa", [0.3, 1.0, 1e4])
-@pytest.mark.parametrize("dtype", list(BITS))
+@pytest.mark.parametrize("dtype", list(BITS), ids=str)
 def test_mask_zero_keeps_every_bit(dtype, kappa, decay):
     """Also where the step is infinite or NaN, and where adding +0.0 would turn -0.0 into 0.0."""
     info = torch.finfo(dtype)
-    special = [-0.0, 0.0, math.inf, -math.inf, math.nan, info.smallest_normal / 2, -info.smallest_normal / 4]
-    special += [info.max, info.min, 1.0, -info.eps]
-    olds = [*special, *reversed(special), *special[1:], special[0]]
-    weight = torch.tensor(special * 3, dtype=dtype).repeat(4)  # long enough for the vectorized and the scalar kernel
-    weight[4::33] = torch.copysign(weight[4::33], torch.tensor(-1.0, dtype=dtype))  # the other NaN
-    old = torch.tensor(olds, dtype=dtype).repeat(4)
+    special = [-0.0, 0.0, math.inf, -math.inf, info.smallest_normal / 2, -info.smallest_normal / 4, info.max, info.min]
+    special += [1.0, -info.eps, 1e-3]
+    weight = torch.tensor(special * 12, dtype=dtype)  # long enough for the vectorized and for the scalar kernel
+    old = torch.tensor([*special, *reversed(special), math.nan, *special[1:]] * 4, dtype=dtype)
     before = weight.view(BITS[dtype]).clone()
-    boost_([weight], [old], [torch.zeros(len(weight)).bool()], kappa, decay=None if decay is None else [decay])
+    boost_([weight], [old], [torch.zeros(len(weight)).bool()], kappa, decay=decay)
     changed = (weight.view(BITS[dtype]) != before).nonzero().flatten()
     assert not len(changed), f"{before[changed][:3].tolist()} -> {weight.view(BITS[dtype])[changed][:3].tolist()}"
+
+
+@pytest.mark.parametrize("dtype", list(BITS), ids=str)
+def test_mask_zero_keeps_the_bits_of_nan(dtype):
+    """The sign and payload of a NaN too: "coordinates with mask 0 keep their bits, whatever they hold"."""
+    weight = torch.full((132,), math.nan, dtype=dtype)
+    weight[::3] = torch.copysign(weight[::3], torch.tensor(-1.0, dtype=dtype))
+    before = weight.view(BITS[dtype]).clone()
+    boost_([weight], [torch.zeros_like(weight)], [torch.zeros(132).bool()], 1.0)
+    assert torch.equal(weight.view(BITS[dtype]), before)
 
 
 def test_one_nan_step_stays_in_its_coordinate():

@@ -100,7 +100,7 @@ def test_exclude_zero_ranks_the_rest(values, gamma, chunk):
         assert_same_bits(got, reference(values, gamma, exclude_zero=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_values_over_several_real_chunks(dtype):
     generator = torch.Generator().manual_seed(0)
     values = [
@@ -112,7 +112,7 @@ def test_many_values_over_several_real_chunks(dtype):
         assert_same_bits(flat_threshold(values, gamma), reference(values, gamma))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_neighbouring_bit_patterns_are_told_apart(dtype):
     """Consecutive representable numbers that differ in their lowest bit only."""
     start = int(bits(torch.tensor(1.5, dtype=dtype)))
@@ -152,7 +152,7 @@ def test_exclude_zero_of_nothing_but_zeros_is_zero():
     assert_same_bits(got, torch.tensor(0.0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
 def test_nan_and_infinity_are_refused_with_their_number(dtype, bad):
     values = [torch.ones(40, dtype=dtype), torch.full((33,), bad, dtype=dtype)]
@@ -166,7 +166,7 @@ def test_half_infinity_is_refused_among_wider_values():
         flat_threshold(values, 0.5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_largest_finite_number_is_accepted(dtype):
     assert_same_bits(
         flat_threshold([torch.tensor(torch.finfo(dtype).min, dtype=dtype)], 1.0),
@@ -186,7 +186,7 @@ def test_gamma_out_of_range_is_refused(gamma):
         flat_threshold([torch.ones(3)], gamma)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64], ids=str)
 @pytest.mark.parametrize("exclude_zero", [False, True])
 def test_other_dtypes_are_refused(dtype, exclude_zero):
     with pytest.raises(TypeError, match=f"Expected values of dtype torch.float16.*, got {dtype}"):

@@ -1,0 +1,512 @@
+"""Settings, refusals, timing, warnings, logs and state of the callback."""
+
+import logging
+import warnings
+from typing import Any
+
+import cases
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Classifier, Net
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from torch import nn
+
+from lightning_ire import IRE, SAM, AverageSAM, ConfigurationError, EmpiricalFisher, Perturbation, tags
+
+BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "kappa": ({"kappa": -1}, r"Expected `kappa` to be a number >= 0, got -1\."),
+    "kappa-nan": ({"kappa": float("nan")}, r"Expected `kappa` to be a number >= 0, got nan\."),
+    "kappa-bool": ({"kappa": True}, r"Expected `kappa` to be a number >= 0, got True\."),
+    "gamma-low": ({"gamma": 0}, r"Expected `gamma` to be a number in \(0, 1\], got 0\."),
+    "gamma-high": ({"gamma": 1.5}, r"Expected `gamma` to be a number in \(0, 1\], got 1\.5\."),
+    "interval": ({"interval": 0}, r"Expected `interval` to be a whole number >= 1, got 0\."),
+    "interval-float": ({"interval": 2.5}, r"Expected `interval` to be a whole number >= 1, got 2\.5\."),
+    "start_step": ({"start_step": -3}, r"Expected `start_step` to be a whole number >= 0, got -3\."),
+    "start_step-float": ({"start_step": 1.5}, r"Expected `start_step` to be a whole number of steps .* got 1\.5\."),
+    "start_epoch": ({"start_epoch": 0.5}, r"Expected `start_epoch` to be a whole number >= 0, got 0\.5\."),
+    "start_loss": ({"start_loss": "low"}, r"Expected `start_loss` to be a number >= -inf, got 'low'\."),
+    "two-starts": ({"start_step": 1, "start_epoch": 1}, r"Expected at most one .*`start_step` and `start_epoch`\."),
+    "scope": ({"scope": "layer"}, r"Expected `scope` to be one of 'global', 'tensor', got 'layer'\."),
+    "schedule": ({"kappa_schedule": "cosine"}, r"Expected `kappa_schedule` to be one of 'constant', 'lr', got 'cosi"),
+    "beta": ({"beta": 1.0}, r"Expected `beta` to be a number in \[0, 1\), got 1\.0\."),
+    "perturbation": ({"perturbation": 0.05}, r"Expected `perturbation` to be a Perturbation such as SAM\(rho=0\.05\)"),
+    "curvature": ({"curvature": "fisher"}, r"Expected `curvature` to be a Curvature such as SampledFisher\(\), got"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
+def test_bad_settings_name_the_key_in_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        IRE(**settings)
+    assert "\n" not in str(caught.value)
+
+
+# Refusals at fit start
+
+
+def test_manual_optimization_is_refused() -> None:
+    module = Classifier()
+    module.automatic_optimization = False
+    with pytest.raises(ConfigurationError, match="Classifier with automatic_optimization=False"):
+        cases.fit(module, [IRE()])
+
+
+def test_lbfgs_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="got LBFGS"):
+        cases.fit(Classifier(optimizer=lambda m: torch.optim.LBFGS(m.parameters())), [IRE()])
+
+
+def test_dataloader_iter_is_refused() -> None:
+    class Iterates(Classifier):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    with pytest.raises(ConfigurationError, match=r"Iterates\.training_step` to take a batch"):
+        cases.fit(Iterates(), [IRE()])
+
+
+def test_sharded_strategies_are_refused_by_name() -> None:
+    from lightning_ire.callbacks._lightning import check_supported
+
+    class Run:
+        strategy = FSDPStrategy()
+        optimizers: tuple[Any, ...] = ()
+
+    with pytest.raises(ConfigurationError, match="Expected a single device or DDP, got FSDPStrategy"):
+        check_supported(Run(), Classifier(), local_gradients=False)
+
+
+def test_an_idle_callback_refuses_nothing() -> None:
+    cases.fit(Classifier(optimizer=lambda m: torch.optim.LBFGS(m.parameters())), [IRE(kappa=0)])
+
+
+def test_sam_on_without_norm_layers_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="Expected a module with normalization layers"):
+        cases.fit(Classifier(), [IRE(kappa=0, perturbation=SAM(0.1, parameters="norm"))])
+
+
+class Unknown(torch.optim.Optimizer):
+    """A decay that nobody has described."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1, "weight_decay": 0.1})
+
+    def step(self, closure: Any = None) -> None:
+        with torch.enable_grad():
+            closure()
+
+
+def test_unknown_weight_decay_is_refused_where_it_matters() -> None:
+    with pytest.raises(ConfigurationError, match=r"decoupled weight decay for `scale_weight_decay=False`.*got Unknown"):
+        cases.fit(Classifier(optimizer=lambda m: Unknown(m.parameters())), [IRE(scale_weight_decay=False)])
+    cases.fit(Classifier(optimizer=lambda m: Unknown(m.parameters())), [IRE()])
+
+
+def test_coupled_weight_decay_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="`scale_weight_decay=False` changes nothing here: SGD's weight decay"):
+        cases.fit(Classifier(), [IRE(scale_weight_decay=False)])
+
+
+def test_fraction_of_a_run_without_end_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"known length for `start_step=0.5`.*set `trainer.max_steps`"):
+        cases.fit(Classifier(), [IRE(start_step=0.5)], max_epochs=-1, max_time={"seconds": 5})
+
+
+# Timing
+
+
+class Timeline(pl.Callback):
+    """Step, epoch and whether the boost is on, after every batch."""
+
+    def __init__(self, ire: IRE) -> None:
+        self.ire = ire
+        self.on: list[bool] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.on.append(bool(self.ire._progress.masks.masks))
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [({}, 0), ({"start_step": 0}, 0), ({"start_step": 5}, 5), ({"start_step": 0.5}, 12), ({"start_epoch": 2}, 16)],
+)
+def test_start(settings: dict[str, Any], first: int) -> None:
+    ire = IRE(**settings)
+    timeline = Timeline(ire)
+    cases.fit(Classifier(), [ire, timeline], max_epochs=3)
+    assert timeline.on == [False] * first + [True] * (24 - first)
+    assert ire.started_at == first
+
+
+def test_masks_are_made_every_interval_steps_from_the_start_on() -> None:
+    made = []
+
+    class Counting(EmpiricalFisher):
+        def begin(self, window: Any) -> Any:
+            made.append(ire._progress.step)
+            return super().begin(window)
+
+    ire = IRE(interval=4, start_step=3, curvature=Counting())
+    cases.fit(Classifier(), [ire])
+    assert made == [3, 7, 11, 15]
+
+
+def test_start_by_loss_latches_at_the_end_of_an_epoch() -> None:
+    class Falling(Classifier):
+        """Returned loss: 4, 3, 2, 1, 4, ... by epoch, whatever the weights."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss - loss.detach() + [4.0, 3.0, 2.0, 4.0][self.current_epoch] + 0.1 * (-1) ** batch_idx
+
+    ire = IRE(start_loss=2.05, curvature=EmpiricalFisher(), perturbation=SAM(0.1))
+    timeline = Timeline(ire)
+    cases.fit(Falling(), [ire, timeline], max_epochs=4, accumulate_grad_batches=2)
+    assert timeline.on == [False] * 24 + [False] + [True] * 7  # the mask is made when the first window closes
+    assert ire.started_at == 12
+
+
+@pytest.mark.parametrize("settings", [{"start_step": 16}, {"start_step": 500}, {"start_epoch": 2}])
+def test_a_start_out_of_reach_is_warned_about_before_and_after(settings: dict[str, Any]) -> None:
+    before = r"the run ends before that \(max_epochs=2, 16 steps\): lower"
+    with pytest.warns(UserWarning, match=before), pytest.warns(UserWarning, match="IRE never switched on in this run"):
+        cases.fit(Classifier(), [IRE(**settings)])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"start_step": 15}, {"start_epoch": 1}, {}, {"kappa": 0, "perturbation": SAM(0.1)}]
+)
+def test_a_start_within_reach_is_not(settings: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*IRE.*")
+        cases.fit(Classifier(), [IRE(**settings)])
+
+
+def linear_warmup(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=5)
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=40)
+
+
+def cosine(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=16)
+
+
+@pytest.mark.parametrize("scheduler", [linear_warmup, one_cycle])
+def test_starting_inside_the_warm_up_is_warned_about(scheduler: Any) -> None:
+    with pytest.warns(UserWarning, match="a learning-rate scheduler still warms up"):
+        cases.fit(Classifier(scheduler=scheduler), [IRE()])
+
+
+@pytest.mark.parametrize(("scheduler", "settings"), [(cosine, {}), (linear_warmup, {"start_step": 6}), (None, {})])
+def test_no_warm_up_no_warning(scheduler: Any, settings: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*warms up.*")
+        cases.fit(Classifier(scheduler=scheduler), [IRE(**settings)])
+
+
+def test_a_loss_that_breaks_down_right_after_the_start_names_kappa_once() -> None:
+    class Breaks(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss + (float("nan") if self.global_step >= 6 else 0.0)
+
+    with pytest.warns(UserWarning, match="non-finite") as caught:
+        cases.fit(Breaks(), [IRE(kappa=7, start_step=4, interval=5, curvature=EmpiricalFisher())])
+    messages = [str(w.message) for w in caught if "non-finite" in str(w.message)]
+    assert len(messages) == 1
+    assert "within 5 steps of switching IRE on at step 4: `kappa` = 7 may be too large" in messages[0]
+
+
+def test_a_loss_that_breaks_down_later_is_not_ours() -> None:
+    class Breaks(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss + (float("nan") if self.global_step >= 10 else 0.0)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*non-finite.*")
+        cases.fit(Breaks(), [IRE(interval=5, curvature=EmpiricalFisher())])
+
+
+def test_a_pattern_that_fits_nothing_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match=r"`exclude`: the pattern 'embed\*' fits no parameter of Classifier"):
+        cases.fit(Classifier(), [IRE(exclude=["*.bias", "embed*"])])
+
+
+# Words and numbers
+
+
+def test_summary_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        cases.fit(Classifier(), [IRE(kappa=2, gamma=0.8, start_epoch=1, perturbation=SAM(0.05, interval=2))])
+    lines = [record.message for record in caplog.records if record.message.startswith("IRE")]
+    assert lines == [
+        "IRE: kappa 2, gamma 0.8, from epoch 1 (run: 16 steps); SAM(rho=0.05, interval=2); 92 parameters. "
+        "Extra passes: one SampledFisher() estimate every 10 steps, one more forward and backward every 2 steps. "
+        "Extra memory: 0.0 MiB inside the step, 0.0 MiB for good."
+    ]
+
+
+def logged(tmp_path: Any, *callbacks: pl.Callback, **kwargs: Any) -> list[dict[str, str]]:
+    import csv
+
+    logger = CSVLogger(tmp_path)
+    module = Classifier(Net(batch_norm=True))
+    module.log_every = None
+    cases.fit(module, callbacks, logger=logger, **kwargs)
+    logger.save()
+    path = tmp_path / "lightning_logs" / f"version_{logger.version}" / "metrics.csv"
+    return list(csv.DictReader(path.open()))
+
+
+def test_log_tags_and_their_values(tmp_path: Any) -> None:
+    rows = logged(tmp_path, IRE(kappa=3.0, gamma=0.5, interval=2, perturbation=SAM(0.1)))
+    assert len(rows) == 16
+    assert {*tags.IRE_TAGS, *tags.SAM_TAGS} <= set(rows[0])
+    assert [int(row["step"]) for row in rows] == list(range(16))
+    for index, row in enumerate(rows):
+        assert float(row[tags.KAPPA]) == 3
+        assert 0.5 <= float(row[tags.FLAT_FRACTION]) < 0.55
+        assert float(row[tags.THRESHOLD]) > 0
+        assert float(row[tags.STEP_NORM_FLAT]) > 0
+        assert float(row[tags.STEP_NORM_SHARP]) > 0
+        assert float(row[tags.GRAD_NORM]) > 0
+        assert float(row[tags.PERTURBED_LOSS]) > 0
+        assert (row[tags.MASK_IOU] != "") == (index >= 2)  # two masks are needed
+        if index >= 2:
+            assert 0.2 < float(row[tags.MASK_IOU]) <= 1
+            assert float(row[tags.MASK_IOU_CHANCE]) == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_logs_come_with_lightnings_own_rows(tmp_path: Any) -> None:
+    rows = logged(tmp_path, IRE(kappa=3.0), log_every_n_steps=5)
+    assert [int(row["step"]) for row in rows] == [4, 9, 14]
+
+
+def test_logged_norms_are_those_of_the_whole_step() -> None:
+    before: dict[str, Any] = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            before["weights"] = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            steps = {name: p.detach() - before["weights"][name] for name, p in pl_module.named_parameters()}
+            masks = ire._progress.masks.masks
+            flat = sum((steps[name] * mask).square().sum() for name, mask in masks.items()).sqrt()
+            whole = sum(step.square().sum() for step in steps.values()).sqrt()
+            norms = [trainer.callback_metrics[tag] for tag in (tags.STEP_NORM_FLAT, tags.STEP_NORM_SHARP)]
+            torch.testing.assert_close(norms[0], flat, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(torch.stack(norms).square().sum().sqrt(), whole, rtol=1e-5, atol=1e-7)
+            before["seen"] = before.get("seen", 0) + 1
+
+    ire = IRE(kappa=2.0, gamma=0.6, exclude="net.2.bias")
+    cases.fit(Classifier(), [ire, Look()])
+    assert before["seen"] == 16
+
+
+def test_sam_logs_the_loss_and_gradient_of_its_two_passes() -> None:
+    losses = []
+
+    class Watch(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            losses.append(loss.detach())
+            return loss
+
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+            if trainer.fit_loop.epoch_loop.batch_progress.current.ready % 2 == 0:
+                seen.append((trainer.callback_metrics[tags.PERTURBED_LOSS], outputs["loss"] * 2))
+
+    cases.fit(Watch(), [IRE(kappa=0.0, perturbation=SAM(0.1)), Look()], accumulate_grad_batches=2, max_epochs=1)
+    for index, (perturbed, reported) in enumerate(seen):
+        _, second, moved_first, moved_second = losses[4 * index : 4 * index + 4]
+        torch.testing.assert_close(perturbed, (moved_first + moved_second) / 2)
+        assert torch.equal(reported, second)  # what Lightning reports is the unperturbed loss
+    assert len(seen) == 4
+
+
+# State
+
+
+def test_one_callback_for_two_fits_starts_anew() -> None:
+    ire = IRE(kappa=2.0, start_step=4)
+    first, second = Classifier(), Classifier()
+    second.load_state_dict(first.state_dict())
+    cases.fit(first, [ire])
+    cases.fit(second, [ire])
+    assert ire._progress.step == 16
+    assert ire.started_at == 4
+    cases.assert_same_bits(first, second)
+
+
+def test_a_fit_that_goes_on_keeps_count() -> None:
+    ire = IRE(kappa=2.0, interval=5)
+    module = Classifier()
+    trainer = cases.fit(module, [ire], max_epochs=1)
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, cases.loader(cases.data()))
+    assert ire._progress.step == 24
+    assert ire.started_at == 0
+
+
+@pytest.mark.parametrize("settings", [
+    {"kappa": 2.0, "interval": 3},
+    {"kappa": 2.0, "interval": 3, "beta": 0.5, "start_step": 5, "kappa_schedule": "lr"},
+    {"kappa": 2.0, "interval": 3, "perturbation": SAM(0.1, interval=3)},
+    {"kappa": 2.0, "interval": 3, "perturbation": AverageSAM(0.1)},
+    {"kappa": 2.0, "interval": 3, "start_loss": 100.0},
+    {"kappa": 0.0, "perturbation": SAM(0.1, interval=3)},
+])  # fmt: skip
+def test_resume_at_an_epoch_boundary_is_exact(settings: dict[str, Any], tmp_path: Any) -> None:
+    start = Classifier(scheduler=cosine)
+    whole, first = cases.clone(start), cases.clone(start)
+    straight = IRE(**settings)
+    cases.fit(whole, [straight], max_epochs=4)
+
+    trainer = cases.fit(first, [IRE(**settings)], max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    state = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["IRE"]
+    assert state["step"] == 16
+    resumed, ire = Classifier(scheduler=cosine), IRE(**settings)
+    cases.fit(resumed, [ire], max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"), seed=77)
+    cases.assert_same_bits(resumed, whole)
+    assert ire._progress.step == straight._progress.step == 32
+    assert ire.started_at == straight.started_at
+    for name, mask in straight._progress.masks.masks.items():
+        assert torch.equal(mask, ire._progress.masks.masks[name])
+
+
+def test_masks_take_one_bit_per_parameter_in_a_checkpoint(tmp_path: Any) -> None:
+    trainer = cases.fit(Classifier(Net()), [IRE(kappa=1.0)])
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    flat = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"]["IRE"]["flat"]
+    assert {name: (packed.dtype, packed.numel()) for name, packed in flat["masks"].items()} == {
+        "net.0.weight": (torch.uint8, 6),
+        "net.0.bias": (torch.uint8, 1),
+        "net.2.weight": (torch.uint8, 4),
+        "net.2.bias": (torch.uint8, 1),
+    }
+    assert flat["average"] == {}
+
+
+def test_a_plain_checkpoint_goes_on_with_ire_and_back(tmp_path: Any) -> None:
+    module = Classifier()
+    cases.fit(module, []).save_checkpoint(tmp_path / "plain.ckpt")
+    ire = IRE(kappa=1.0, start_step=20)
+    trainer = cases.fit(Classifier(), [ire], max_epochs=3, ckpt_path=str(tmp_path / "plain.ckpt"))
+    assert ire._progress.step == trainer.global_step == 24  # steps of the whole run, so start_step means the same
+    assert ire.started_at == 20
+    trainer.save_checkpoint(tmp_path / "ire.ckpt")
+    back = cases.fit(Classifier(), [], max_epochs=4, ckpt_path=str(tmp_path / "ire.ckpt"))
+    assert back.global_step == 32
+
+
+def test_a_checkpoint_of_another_module_drops_its_masks_and_says_so(tmp_path: Any) -> None:
+    class Bigger(Classifier):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] = self.state_dict()
+            checkpoint["optimizer_states"] = []
+
+    cases.fit(Classifier(), [IRE(kappa=1.0)]).save_checkpoint(tmp_path / "small.ckpt")
+    net = nn.Sequential(nn.Linear(cases.FEATURES, 30), nn.Tanh(), nn.Linear(30, cases.CLASSES))
+    ire = IRE(kappa=1.0)
+    with pytest.warns(UserWarning, match=r"masks of 3 parameters \(net.0.weight, ...\) fit none of this module"):
+        cases.fit(Bigger(net), [ire], max_epochs=3, ckpt_path=str(tmp_path / "small.ckpt"))
+    assert ire._progress.masks.masks["net.0.weight"].shape == (30, cases.FEATURES)
+
+
+# Interfaces
+
+
+def test_a_new_perturbation_is_one_class() -> None:
+    class Ascent(Perturbation):
+        """Un-normalized SAM."""
+
+        def displacement(self, parameters: Any, gradients: Any, generators: Any) -> Any:
+            return [None if g is None else 0.1 * g for g in gradients], None
+
+    module = Classifier()
+    plain = cases.clone(module)
+    cases.fit(module, [IRE(kappa=0, perturbation=Ascent())])
+    cases.fit(plain)
+    assert module.calls == 2 * plain.calls
+    assert cases.moved(module, plain) > 1e-6
+
+
+def test_decorated_one_argument_training_step() -> None:
+    """Lightning looks through the decorator at the real signature; with our wrapper on top it must see the same."""
+    import functools
+
+    def decorator(function: Any) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    class One(Classifier):
+        @decorator
+        def training_step(self, batch: Any) -> Any:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    cases.fit(One(), [IRE(kappa=1.0, perturbation=SAM(0.1))])
+
+
+def test_frozen_unused_tied_and_scalar_parameters() -> None:
+    class Odd(Classifier):
+        def __init__(self) -> None:
+            super().__init__(Net())
+            self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+            self.unused = nn.Parameter(torch.ones(3))
+            self.scale = nn.Parameter(torch.tensor(1.0))
+            self.tied = nn.Linear(8, 8)
+            self.tied_too = nn.Linear(8, 8)
+            self.tied_too.weight = self.tied.weight
+            self.empty = nn.Parameter(torch.empty(0, 3))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            hidden = self.tied_too(self.tied(self.net[1](self.net[0](batch[0]))))
+            return F.cross_entropy(self.net[2](hidden) * self.scale + self.empty.sum(), batch[1])
+
+    module = Odd()
+    ire = IRE(kappa=1.0, gamma=0.5, perturbation=SAM(0.1))
+    cases.fit(module, [ire])
+    masks = ire._progress.masks.masks
+    assert {"frozen", "unused", "empty", "tied_too.weight"}.isdisjoint(masks)
+    assert {"scale", "tied.weight"} <= set(masks)
+    assert torch.equal(module.unused, torch.ones(3))
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_sparse_embedding() -> None:
+    class Words(Classifier):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__(Net(), optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+            torch.manual_seed(2)
+            self.words = nn.Embedding(20, cases.FEATURES, sparse=sparse)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self.net(self.words(batch[1]) + batch[0]), batch[1])
+
+    net = Net()
+    runs = []
+    for sparse in (True, False):
+        module = Words(sparse)
+        module.net.load_state_dict(net.state_dict())
+        cases.fit(module, [IRE(kappa=1.0, gamma=0.5, perturbation=SAM(0.1))])
+        runs.append(module)
+    assert cases.moved(*runs) < 1e-5
+
+
+def test_supported_strategy_is_the_one_lightning_picks() -> None:
+    assert isinstance(cases.trainer().strategy, SingleDeviceStrategy)

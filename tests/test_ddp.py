@@ -1,0 +1,92 @@
+"""Two processes on the CPU: replicas never drift, and equal one process on the joined batch where they should."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cases
+import ddp_script
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Classifier, Net
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ddp")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_"))}
+    paths = [str(HERE), str(HERE.parent)]
+    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "ddp_script.py"), str(folder)],
+        env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", ddp_script.RUNS)
+def test_replicas_are_bit_identical_after_every_step(ranks: list[dict[str, Any]], name: str) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert cases.same_bits(first["weights"], second["weights"])
+    assert torch.isfinite(first["weights"]).all()
+    assert first["masks"].keys() == second["masks"].keys()
+    for key, mask in first["masks"].items():
+        assert torch.equal(mask, second["masks"][key])
+    assert bool(first["masks"]) == (ddp_script.RUNS[name]["ire"]["kappa"] > 0)
+    assert first["started_at"] == second["started_at"]
+
+
+JOINED = ["plain", "empirical", "sam-sync", "empirical-sam-sync", "average-sam"]
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_equals_one_process_on_the_joined_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    alone = ddp_script.run(name, devices=1, batch_size=16)
+    torch.testing.assert_close(ranks[0][name]["weights"], alone["weights"], rtol=1e-10, atol=1e-12)
+
+
+def test_forced_second_pass_at_rho_0_changes_nothing(ranks: list[dict[str, Any]]) -> None:
+    assert cases.same_bits(ranks[0]["rho-0"]["weights"], ranks[0]["plain"]["weights"])
+    assert ranks[0]["rho-0"]["calls"] == 2 * ranks[0]["plain"]["calls"]
+
+
+@pytest.mark.parametrize(("name", "parts"), [("sam-local", 1), ("sam-local-accumulated", 2)])
+def test_each_device_perturbs_with_its_own_gradient(ranks: list[dict[str, Any]], name: str, parts: int) -> None:
+    """m-sharpness: the mean over devices of the gradients at each device's own worst point."""
+    torch.manual_seed(11)
+    module = Classifier(Net()).double()
+    weights = list(module.parameters())
+    optimizer = cases.sgd(module)
+    x, y = cases.data(16 * ddp_script.STEPS, dtype=torch.float64).tensors
+    for step in range(ddp_script.STEPS):
+        gradients = []
+        for rank in range(2):
+            rows = slice(16 * step + rank, 16 * (step + 1), 2)
+            first = torch.autograd.grad(F.cross_entropy(module.net(x[rows]), y[rows]), weights)
+            norm = torch.cat([g.reshape(-1) for g in first]).norm()
+            with torch.no_grad():
+                base = [w.clone() for w in weights]
+                for w, g in zip(weights, first, strict=True):
+                    w += 0.1 * g / norm
+            gradients.append(torch.autograd.grad(F.cross_entropy(module.net(x[rows]), y[rows]), weights))
+            with torch.no_grad():
+                for w, b in zip(weights, base, strict=True):
+                    w.copy_(b)
+        for w, one, other in zip(weights, *gradients, strict=True):
+            w.grad = (one + other) / 2
+        optimizer.step()
+        after = torch.cat([w.detach().reshape(-1) for w in weights])
+        seen = ranks[0][name]["weights"][(step + 1) * parts - 1]
+        torch.testing.assert_close(seen, after, rtol=1e-10, atol=1e-12)
+    sync = ranks[0]["sam-sync"]["weights"][-1]
+    assert float((sync - after).abs().max()) > 1e-5
+
+
+def test_start_by_loss_is_decided_together(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["start-loss"]["started_at"] for rank in ranks] == [ddp_script.STEPS] * 2

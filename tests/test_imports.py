@@ -1,0 +1,99 @@
+"""Imports point one way, and private names of Lightning stay in one file."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "lightning_ire"
+
+# what each part may import of the package itself; anything not listed is forbidden
+ALLOWED = {
+    "_checks": set(),
+    "tags": set(),
+    "functional": {"functional"},
+    "schedule": {"_checks"},
+    "perturbation": {"_checks", "functional"},
+    "curvature": {"_checks", "functional", "curvature"},
+    "callbacks": {"_checks", "tags", "functional", "schedule", "perturbation", "curvature", "callbacks"},
+    "_cli_messages": {"_checks"},
+    "models": {"_checks", "models"},
+    "data": {"_checks", "data"},
+}
+# packages of others, beside the standard library
+THIRD_PARTY = {
+    "_checks": set(),
+    "tags": set(),
+    "functional": {"torch"},
+    "schedule": set(),
+    "perturbation": {"torch"},
+    "curvature": {"torch"},
+    "callbacks": {"torch", "lightning", "torchmetrics"},
+}
+FILES = sorted(
+    path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ("__init__.py", "cli.py")
+)
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    part = part_of(path)
+    assert part in ALLOWED, f"say in ALLOWED what {part} may import"
+    ours = {name.split(".")[1] for name in imports(path) if name.split(".")[0] == "lightning_ire"}
+    if "ConfigurationError" in ours:  # the public name of something in _checks
+        ours = ours - {"ConfigurationError"} | {"_checks"}
+    assert ours <= ALLOWED[part]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_third_party_packages(path: Path) -> None:
+    part = part_of(path)
+    if part in THIRD_PARTY:
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert roots - set(sys.stdlib_module_names) - {"lightning_ire"} <= THIRD_PARTY[part]
+
+
+def test_nothing_imports_the_command_line_or_the_tests() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert not {name for name in imports(path) if name.startswith(("lightning_ire.cli", "tests", "cli."))}
+
+
+def test_functional_does_not_load_lightning() -> None:
+    """The mathematics is usable without Lightning: its source folder is imported without the package around it."""
+    code = (
+        "import importlib.util, sys, types\n"
+        f"package = types.ModuleType('lightning_ire'); package.__path__ = [{str(PACKAGE)!r}]\n"
+        "sys.modules['lightning_ire'] = package\n"
+        "import lightning_ire.functional\n"
+        "assert not {'lightning', 'torchmetrics', 'jsonargparse'} & set(sys.modules), 'loaded'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_private_names_of_lightning_are_in_one_file() -> None:
+    pattern = re.compile(r"\b(trainer|strategy|pl_module|module|precision_plugin|fit_loop|logger)\._(?!_)[a-z]\w*")
+    found = {
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if pattern.search(line) and "self._trainer" not in line
+    }
+    assert found == {"_lightning.py"}
