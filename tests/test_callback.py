@@ -69,7 +69,7 @@ def test_dataloader_iter_is_refused() -> None:
 
 
 def test_sharded_strategies_are_refused_by_name() -> None:
-    from lightning_ire.callbacks._lightning import check_supported
+    from lightning_ire._lightning import check_supported
 
     class Run:
         strategy = FSDPStrategy()
@@ -113,6 +113,17 @@ def test_coupled_weight_decay_is_warned_about() -> None:
 def test_fraction_of_a_run_without_end_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"known length for `start_step=0.5`.*set `trainer.max_steps`"):
         cases.fit(Classifier(), [IRE(start_step=0.5)], max_epochs=-1, max_time={"seconds": 5})
+
+
+def test_a_cached_graph_is_explained() -> None:
+    class Caches(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 0 and not hasattr(self, "kept"):
+                self.kept = self.net[0](batch[0]).square().mean()
+            return super().training_step(batch, batch_idx) + self.kept
+
+    with pytest.raises(ConfigurationError, match=r"Expected `Caches\.training_step` to make its graph anew.*detach"):
+        cases.fit(Caches(), [IRE(kappa=0, perturbation=SAM(0.1))])
 
 
 # Timing
@@ -486,6 +497,46 @@ def test_frozen_unused_tied_and_scalar_parameters() -> None:
     assert {"scale", "tied.weight"} <= set(masks)
     assert torch.equal(module.unused, torch.ones(3))
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_an_epoch_cut_short_inside_a_window_is_dropped() -> None:
+    """Lightning zeroes what the two micro-batches of the cut window had accumulated; they are not replayed either."""
+
+    class Cuts(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 6 else None
+
+    module = Cuts()
+    plain = cases.clone(module)
+    for run, callbacks in ((plain, []), (module, [IRE(kappa=0, perturbation=SAM(0.0))])):
+        cases.fit(run, callbacks, accumulate_grad_batches=4, max_epochs=3)
+    cases.assert_same_bits(module, plain)
+    assert (plain.calls, module.calls) == (18, 18 + 3 * 4)
+
+
+def test_the_callback_can_be_copied_and_pickled() -> None:
+    import copy
+    import pickle
+
+    ire = IRE(kappa=2.0, perturbation=SAM(0.1))
+    cases.fit(Classifier(), [ire])
+    for other in (copy.deepcopy(ire), pickle.loads(pickle.dumps(ire))):
+        assert other.kappa == 2.0
+        assert other._progress.step == ire._progress.step
+        cases.fit(Classifier(), [other])
+
+
+def test_parameters_that_only_the_optimizer_has() -> None:
+    strangers = [nn.Parameter(torch.ones(cases.FEATURES, dtype=torch.float32)) for _ in range(2)]
+
+    class Outside(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            return F.cross_entropy(self.net(x * strangers[0] + strangers[1]), y)
+
+    ire = IRE(kappa=1.0, gamma=1.0)
+    cases.fit(Outside(optimizer=lambda m: torch.optim.SGD([*m.parameters(), *strangers], lr=0.1)), [ire])
+    assert {"optimizer.parameter_0", "optimizer.parameter_1", "net.0.bias"} <= set(ire._progress.masks.masks)
 
 
 def test_sparse_embedding() -> None:

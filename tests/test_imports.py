@@ -14,11 +14,12 @@ PACKAGE = Path(__file__).parent.parent / "lightning_ire"
 ALLOWED = {
     "_checks": set(),
     "tags": set(),
+    "_lightning": {"_checks"},
     "functional": {"functional"},
     "schedule": {"_checks"},
     "perturbation": {"_checks", "functional"},
     "curvature": {"_checks", "functional", "curvature"},
-    "callbacks": {"_checks", "tags", "functional", "schedule", "perturbation", "curvature", "callbacks"},
+    "callbacks": {"_checks", "_lightning", "tags", "functional", "schedule", "perturbation", "curvature", "callbacks"},
     "_cli_messages": {"_checks"},
     "models": {"_checks", "models"},
     "data": {"_checks", "data"},
@@ -31,6 +32,7 @@ THIRD_PARTY = {
     "schedule": set(),
     "perturbation": {"torch"},
     "curvature": {"torch"},
+    "_lightning": {"torch", "lightning"},
     "callbacks": {"torch", "lightning", "torchmetrics"},
 }
 FILES = sorted(

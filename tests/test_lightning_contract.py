@@ -1,4 +1,4 @@
-"""What `callbacks/_lightning.py` relies on in Lightning and torch: each fails loudly when a release changes it."""
+"""What `lightning_ire/_lightning.py` relies on in Lightning and torch: each fails loudly when a release changes it."""
 
 from typing import Any
 
@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from cases import Classifier
 from torch.overrides import TorchFunctionMode
 
-from lightning_ire import IRE, SAM
-from lightning_ire.callbacks import _lightning
-from lightning_ire.callbacks._lightning import Takeover, muted_logging, will_log
+from lightning_ire import IRE, SAM, _lightning
+from lightning_ire._lightning import Takeover, muted_logging, will_log
 
 
 class Order(pl.Callback):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_ire.callbacks._lightning import muted_logging
+from lightning_ire._lightning import muted_logging
 from lightning_ire.functional import RandomState, kept_buffers
 
 __all__ = ["devices_of", "no_trace"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ire.callbacks._boost import learning_rates
@@ -66,21 +66,21 @@ class Progress:
             "flat": self.masks.state_dict(),
         }
 
-    def restore(self, state: Mapping[str, Any], module: nn.Module) -> list[str]:
+    def restore(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list[str]:
         """Take up a saved state.
 
         Args:
             state: What :meth:`state_dict` returned.
-            module: The module that is to be trained, on its device.
+            parameters: The run's parameters by name, on their devices.
 
         Returns:
-            Names of parameters whose saved masks do not fit the module.
+            Names of parameters whose saved masks fit none of them.
         """
         self.step = state["step"]
         self.started_at = state["started_at"]
         self.loss_sum, self.loss_count = state["loss_sum"], state["loss_count"]
         self.peak_lrs = list(state["peak_lrs"])
         self.seed = state["seed"]
-        misfits = self.masks.load_state_dict(state["flat"], dict(module.named_parameters()))
+        misfits = self.masks.load_state_dict(state["flat"], parameters)
         self.retry = state["retry"] or bool(misfits)
         return misfits

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire import tags
+from lightning_ire._lightning import Takeover, loss_of, unsynchronized, will_log
 from lightning_ire.callbacks._boost import OldWeights, boost
-from lightning_ire.callbacks._lightning import Takeover, loss_of, unsynchronized, will_log
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._window import AccumulationWindow, mixed_seed
 from lightning_ire.curvature import MicroBatch
@@ -28,7 +28,7 @@ from lightning_ire.functional import perturbed
 if TYPE_CHECKING:
     from lightning_ire.callbacks.ire import IRE
 
-__all__ = ["Session", "trainable_parameters"]
+__all__ = ["Session", "named_parameters", "trainable_parameters"]
 
 
 class Session:
@@ -59,7 +59,7 @@ class Session:
         self.takeover: Takeover | None = None
         self.window: AccumulationWindow | None = None
         self.logs: dict[str, Tensor | float] = {}
-        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._names = {id(p): name for name, p in named_parameters(module, self.optimizer).items()}
         self._armed = False
         self._live: tuple[MicroBatch, Tensor] | None = None
         self._moved = ExitStack()
@@ -165,9 +165,9 @@ class Session:
         self.progress.retry = values is None
         if values is None:
             return
-        self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        self._names = {id(p): name for name, p in named_parameters(self.module, self.optimizer).items()}
         excluded = _fitting(self.module, self.settings.exclude)
-        names = [self._names.get(id(parameter), "") for parameter in window.parameters]
+        names = [self._names[id(parameter)] for parameter in window.parameters]
         taking_part = [None if id(p) in excluded else h for p, h in zip(window.parameters, values, strict=True)]
         self.progress.masks.refresh(names, taking_part)
 
@@ -227,6 +227,19 @@ def trainable_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     """
     unique = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
     return list(unique.values())
+
+
+def named_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The module's parameters and those that only the optimizer has.
+
+    Args:
+        module: The module being trained.
+        optimizer: Its optimizer.
+    """
+    named = dict(module.named_parameters())
+    known = {id(parameter) for parameter in named.values()}
+    strangers = [p for p in trainable_parameters(optimizer) if id(p) not in known]
+    return named | {f"optimizer.parameter_{index}": parameter for index, parameter in enumerate(strangers)}
 
 
 def _fitting(module: nn.Module, patterns: Sequence[str]) -> set[int]:

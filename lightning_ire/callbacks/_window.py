@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_ire.callbacks._lightning import loss_of, loss_scale, scaled, unsynchronized
+from lightning_ire._checks import ConfigurationError
+from lightning_ire._lightning import loss_of, loss_scale, scaled, unsynchronized
 from lightning_ire.callbacks._no_trace import devices_of, no_trace
 from lightning_ire.curvature import Estimate, MicroBatch
 from lightning_ire.functional import RandomState, perturbed
@@ -187,8 +188,21 @@ class AccumulationWindow:
                     losses.append(loss.detach())
                     closure_loss = scaled(self.trainer, loss / self.trainer.accumulate_grad_batches)
                     strategy.pre_backward(closure_loss)
-                    self.module.backward(closure_loss)
+                    self._backward(closure_loss)
         return _mean(losses) if losses else None
+
+    def _backward(self, loss: Tensor) -> None:
+        try:
+            self.module.backward(loss)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            name = type(self.module).__name__
+            raise ConfigurationError(
+                f"Expected `{name}.training_step` to make its graph anew at every call, got one that uses a tensor of "
+                "the first pass again in the second pass of the perturbation: detach what it keeps between calls "
+                "(hidden states, cached features), or compute it inside."
+            ) from error
 
     @contextmanager
     def _fresh_gradients(self) -> Iterator[None]:

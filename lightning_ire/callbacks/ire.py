@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import fnmatch
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire._lightning import check_supported, loss_of
 from lightning_ire.callbacks._boost import check_decoupled_decay
-from lightning_ire.callbacks._lightning import check_supported, loss_of
 from lightning_ire.callbacks._masks import FlatMasks
 from lightning_ire.callbacks._progress import Progress
-from lightning_ire.callbacks._session import Session, trainable_parameters
+from lightning_ire.callbacks._session import Session, named_parameters, trainable_parameters
 from lightning_ire.curvature import Curvature, SampledFisher
 from lightning_ire.perturbation import Perturbation
 from lightning_ire.schedule import Start, mask_due
@@ -113,9 +114,13 @@ class IRE(Callback):
         self.beta = check_number("beta", beta, high=1.0, high_open=True)
         self._session: Session | None = None
         self._loaded: dict[str, Any] | None = None
-        self._trainer: Callable[[], pl.Trainer | None] = lambda: None
+        self._trainer: weakref.ref[pl.Trainer] | None = None
         self._progress = self._new_progress()
         self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and spawned processes get the settings and the progress, not what belongs to a running fit."""
+        return {**vars(self), "_session": None, "_trainer": None}
 
     def _new_progress(self) -> Progress:
         return Progress(FlatMasks(self.gamma, self.scope, self.exclude_zero_curvature, self.beta))
@@ -192,13 +197,13 @@ class IRE(Callback):
         state, self._loaded = self._loaded, None
         if state:
             self._progress = self._new_progress()
-            misfits = self._progress.restore(state, module)
+            misfits = self._progress.restore(state, named_parameters(module, trainer.optimizers[0]))
             if misfits and self.kappa:
                 rank_zero_warn(
                     f"The checkpoint's masks of {len(misfits)} parameters ({misfits[0]}, ...) fit none of this module: "
                     "the mask is made anew at the next step."
                 )
-        elif trainer.global_step == 0 or self._trainer() is not trainer:
+        elif trainer.global_step == 0 or self._trainer is None or self._trainer() is not trainer:
             self._progress = self._new_progress()
             self._progress.step = trainer.global_step  # not 0 when the checkpoint of a plain run goes on with IRE
         self._trainer = weakref.ref(trainer)
@@ -223,6 +228,11 @@ class IRE(Callback):
             self._session = None
 
     # One batch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning drops what an epoch that was cut short had accumulated."""
+        if self._session is not None:
+            self._session.window = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -318,7 +328,7 @@ def _total_steps(trainer: pl.Trainer) -> float | None:
     """Optimizer steps in the run, infinite for a run without end; ``None`` where Lightning cannot say."""
     try:
         return float(trainer.estimated_stepping_batches)
-    except Exception:
+    except MisconfigurationException:  # accumulation that changes over the epochs
         return None
 
 
