@@ -62,6 +62,10 @@ class Perturbation(ABC):
         """
         return None
 
+    def state_dict(self) -> dict[str, object]:
+        """Nothing; Lightning's Trainer asks objects with this method for their `state_key`, see there."""
+        return {}
+
     @property
     def state_key(self) -> str:
         """Lightning asks every callback for this name: the place to say that a perturbation is none."""
@@ -117,13 +121,13 @@ class SAM(Perturbation):
         return sam_displacement(parameters, gradients, self.rho, adaptive=self.adaptive)
 
     def selects(self, module: nn.Module) -> set[str] | None:
-        """See the base class. A normalization layer is one whose class name contains "norm"."""
+        """See the base class. A normalization layer has "norm" in the name of its class, and no layers inside."""
         if self.parameters == "all":
             return None
         names = {
             f"{prefix}.{name}" if prefix else name
             for prefix, layer in module.named_modules(remove_duplicate=False)
-            if "norm" in type(layer).__name__.lower()
+            if "norm" in type(layer).__name__.lower() and not any(layer.children())
             for name, _ in layer.named_parameters(recurse=False)
         }
         if not names:

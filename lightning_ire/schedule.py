@@ -98,7 +98,7 @@ class Start:
             return f"epoch {self.epoch}"
         if self.loss is not None:
             return f"the epoch after the mean training loss is <= {self.loss:g}"
-        return f"step {self.step or 0}" if not isinstance(self.step, float) else f"{self.step:.0%} of the run"
+        return f"step {self.step or 0}" if not isinstance(self.step, float) else f"{100 * self.step:g}% of the run"
 
 
 def mask_due(step: int, start: int, interval: int) -> bool:

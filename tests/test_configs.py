@@ -15,6 +15,9 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 EMBEDDED = [path for path in CONFIGS if path.name.startswith(("digits_", "stdlib_"))]
 
 
+FROM_THE_FIRST_STEP = "--ire.start_step null --ire.start_epoch null --ire.start_loss null"
+
+
 def by_name(paths: list[Path]) -> list:
     return [pytest.param(path, id=path.stem) for path in paths]
 
@@ -50,7 +53,7 @@ def test_logs_under_the_name_of_the_config(path):
 @pytest.mark.parametrize("path", by_name(EMBEDDED))
 def test_trains(path):
     flags = "--trainer.fast_dev_run 2 --trainer.accelerator cpu --trainer.enable_progress_bar false"
-    cli = IRECLI(["fit", "--config", str(path), *flags.split()])
+    cli = IRECLI(["fit", "--config", str(path), *f"{flags} {FROM_THE_FIRST_STEP}".split()])
     assert cli.trainer.global_step == 2
     assert [callback for callback in cli.trainer.callbacks if isinstance(callback, IRE)]
 
@@ -75,21 +78,12 @@ def test_digits_schedule_ends_with_the_run():
 
 def test_digits_keeps_the_best_and_the_last_weights():
     (path,) = (path for path in CONFIGS if path.stem == "digits_resnet_sgd_ire")
-    flags = "--trainer.accelerator cpu --trainer.max_epochs 3 --trainer.limit_train_batches 2 --model.optimizer.lr 0"
-    IRECLI(["fit", "--config", str(path), *flags.split(), "--trainer.enable_progress_bar", "false"])
+    flags = "--trainer.accelerator cpu --trainer.limit_train_batches 2 --trainer.enable_progress_bar false"
+    fit = ["fit", "--config", str(path), *f"{flags} {FROM_THE_FIRST_STEP} --model.optimizer.lr 0".split()]
+    IRECLI([*fit, "--trainer.max_epochs", "3"])
     folder = Path("logs/digits_resnet_sgd_ire/version_0/checkpoints")
     assert sorted(checkpoint.name for checkpoint in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
     assert torch.load(folder / "last.ckpt", weights_only=True)["epoch"] == 2
-    IRECLI(
-        [
-            "fit",
-            "--config",
-            str(path),
-            *flags.split(),
-            "--ckpt_path",
-            str(folder / "last.ckpt"),
-            "--trainer.max_epochs=4",
-        ]
-    )
+    IRECLI([*fit, "--trainer.max_epochs", "4", "--ckpt_path", str(folder / "last.ckpt")])
     resumed = Path("logs/digits_resnet_sgd_ire/version_1/checkpoints/last.ckpt")
     assert torch.load(resumed, weights_only=True)["global_step"] == 8

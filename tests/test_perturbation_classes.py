@@ -90,6 +90,15 @@ def test_average_sam_moves_by_the_generators():
     assert norm is None
 
 
+class PreNorm(nn.Module):
+    """A block that is called after its first layer, as in many vision transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.LayerNorm(4)
+        self.then = nn.Linear(4, 4)
+
+
 class Mixed(nn.Module):
     """Every kind of normalization layer beside layers that are none."""
 
@@ -103,12 +112,13 @@ class Mixed(nn.Module):
         self.scale = nn.Parameter(torch.ones(4))
         self.embedding = nn.Embedding(5, 4)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.block = PreNorm()
         self.head = nn.Linear(4, 2)
 
 
 def test_norm_selects_the_normalization_layers_parameters():
     expected = {"body.1.weight", "body.1.bias", "body.3.weight", "body.3.bias", "layer.weight", "layer.bias"}
-    expected |= {"root.weight", "instance.weight", "instance.bias"}
+    expected |= {"root.weight", "instance.weight", "instance.bias", "block.first.weight", "block.first.bias"}
     module = Mixed()
     assert SAM(parameters="norm").selects(module) == expected
     assert expected < {name for name, _ in module.named_parameters()}

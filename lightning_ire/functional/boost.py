@@ -23,7 +23,7 @@ def boost_(
 
     Eq. 4 of the IRE paper (arXiv 2405.20763) on the weights:
     theta <- theta_old + (1 + kappa * n) * (theta - theta_old), computed as theta += kappa * n * (theta - theta_old).
-    Coordinates with mask 0 keep their bits, whatever they hold. The optimizer's state never sees the boost.
+    Coordinates with mask 0 keep their bits (a NaN stays a NaN). The optimizer's state never sees the boost.
 
     Args:
         parameters: Weights after the base step; changed in place.

@@ -68,8 +68,9 @@ def sampled_cross_entropy(
 ) -> SampledLoss:
     """The training loss with its labels replaced by draws from the model: what eq. 6 differentiates.
 
-    Class weights, reduction and ignored positions are those of the training loss; there is no label smoothing and
-    there are no soft targets.
+    Reduction and ignored positions are those of the training loss, and so is the weight that a class weight gives to
+    each prediction: the weight of its training target. (Weights of the drawn labels would make the gradient's mean
+    differ from zero and the estimate biased.) There is no label smoothing and there are no soft targets.
 
     Args:
         logits: Shape [N, C, ...] or [C], with graph.
@@ -87,28 +88,27 @@ def sampled_cross_entropy(
         Liu et al., "Sophia" (arXiv 2305.14342), where the estimator is called GNB; eq. 6 of arXiv 2405.20763.
     """
     labels = sample_labels(logits, generator)
-    soft = target.is_floating_point()
-    if not soft:  # an index of our own: a position may well draw the class that marks ignored positions
+    if not target.is_floating_point():  # an index of our own: a position may draw the class that marks ignored ones
         labels = torch.where(target == ignore_index, _IGNORED, labels)
-    weights = _prediction_weights(labels, weight, logits.dtype)
+    weights = _training_weights(target, weight, ignore_index, logits)
     if reduction == "mean":  # torch divides by the weights' sum for class indices, by the count for probabilities
-        weights = weights / (labels.numel() if soft else weights.sum())
-    against = _one_hot(labels, logits) if soft and weight is not None else labels
-    loss = F.cross_entropy(logits, against, weight=weight, ignore_index=_IGNORED, reduction=reduction)
-    return SampledLoss(loss, weights)
+        weights = weights / (labels.numel() if target.is_floating_point() else weights.sum())
+    if weight is None:
+        return SampledLoss(F.cross_entropy(logits, labels, ignore_index=_IGNORED, reduction=reduction), weights)
+    losses = weights.to(logits.dtype) * F.cross_entropy(logits, labels, ignore_index=_IGNORED, reduction="none")
+    return SampledLoss(losses if reduction == "none" else losses.sum(), weights)
 
 
-def _one_hot(labels: Tensor, logits: Tensor) -> Tensor:
-    """The labels as class probabilities of the logits' shape and dtype."""
-    classes = 1 if logits.dim() > 1 else 0
-    return F.one_hot(labels, logits.size(classes)).movedim(-1, classes).to(logits.dtype)
-
-
-def _prediction_weights(labels: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Weight of each prediction before the reduction: 1, or its label's class weight; 0 where it is ignored."""
-    ignored = labels == _IGNORED
-    wide = torch.promote_types(dtype, torch.float32)
-    weights = torch.ones_like(labels, dtype=wide) if weight is None else weight.to(wide)[labels.masked_fill(ignored, 0)]
+@torch.no_grad()
+def _training_weights(target: Tensor, weight: Tensor | None, ignore_index: int, logits: Tensor) -> Tensor:
+    """Weight of each prediction in the training loss before the reduction; 0 where it is ignored."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if target.is_floating_point():
+        classes = 1 if logits.dim() > 1 else 0
+        shares = target.to(wide).movedim(classes, -1)
+        return torch.ones_like(shares[..., 0]) if weight is None else shares @ weight.to(wide)
+    ignored = target == ignore_index
+    weights = torch.ones_like(target, dtype=wide) if weight is None else weight.to(wide)[target.masked_fill(ignored, 0)]
     return weights.masked_fill(ignored, 0.0)
 
 

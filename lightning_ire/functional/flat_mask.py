@@ -47,6 +47,8 @@ def flat_masks(
     if scope == "global":
         threshold = flat_threshold(values, gamma, exclude_zero=exclude_zero)
         return [None if value is None else mask_below(value, threshold, exclude_zero=exclude_zero) for value in values]
+    if not any(value is not None and value.numel() for value in values):
+        flat_threshold(values, gamma)  # says what is missing
     masks: list[Tensor | None] = []
     for value in values:
         if value is None or not value.numel():
@@ -69,8 +71,9 @@ def mask_below(value: Tensor, threshold: Tensor, *, exclude_zero: bool = False) 
     Returns:
         A boolean tensor of the shape and on the device of `value`.
     """
-    size = value.detach().abs().to(threshold.dtype)  # a scalar tensor would be rounded to the other's dtype
-    mask = size <= threshold.to(value.device)
+    # a scalar tensor would be rounded to the other's dtype
+    size = value.detach().abs().to(torch.promote_types(value.dtype, threshold.dtype))
+    mask = size <= threshold.to(size)
     return mask & (size > 0) if exclude_zero else mask
 
 

@@ -51,8 +51,8 @@ def sam_displacement(
         adaptive: Whether the radius adapts to the size of each weight.
 
     Returns:
-        The displacements (``None`` where there is no gradient) and the norm that divided them. A zero, NaN or
-        infinite norm gives zero displacements.
+        The displacements (``None`` where there is no gradient) and the norm that divided them. A norm that is zero,
+        NaN, infinite or too small to divide by gives zero displacements.
 
     Cost: parameter-sized displacements; no gradient pass.
 
@@ -66,8 +66,10 @@ def sam_displacement(
         for weight, gradient in zip(parameters, gradients, strict=True)
     ]
     norm = global_norm(scaled)
-    usable = torch.isfinite(norm) & (norm > 0)
-    factor = torch.where(usable, rho / norm, 0.0)
+    factor = rho / norm
+    usable = torch.isfinite(norm) & torch.isfinite(
+        factor
+    )  # not so for a norm of 0, or so small that 1 / norm overflows
     moves: list[Tensor | None] = []
     for weight, gradient in zip(parameters, scaled, strict=True):
         if gradient is None:
@@ -149,7 +151,8 @@ def perturbed(parameters: Sequence[Tensor], displacements: Sequence[Tensor | Non
 
 
 def _times_size(weight: Tensor, gradient: Tensor, adaptive: bool) -> Tensor:
-    return gradient * weight.abs() if adaptive else gradient
+    wide = gradient.to(_accumulation_dtype(gradient.dtype))
+    return wide * weight.abs() if adaptive else wide
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

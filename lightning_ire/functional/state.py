@@ -64,7 +64,8 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
     """After the block all buffers of the module and its children are the same tensors with the same contents.
 
     All buffers, not only BatchNorm's: registered memories, teachers' averages and counters too. A buffer that the
-    block replaces by another tensor is put back; one that it registers stays.
+    block replaces or deletes is put back; one that it registers stays. Contents are put back in place, so a graph made
+    before the block that saved a buffer for its backward pass cannot be back-propagated after it.
 
     Args:
         module: Any module.
@@ -84,6 +85,14 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for owner, name, buffer, before in saved:
-                if getattr(owner, name, None) is not buffer:
+                if not hasattr(owner, name):
+                    owner.register_buffer(name, buffer)
+                elif getattr(owner, name) is not buffer:
                     setattr(owner, name, buffer)
-                buffer.copy_(before)
+                if not _overlaps_itself(buffer):
+                    buffer.copy_(before)
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether elements share memory (`expand`): torch lets nobody write to such a tensor, so it cannot have changed."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

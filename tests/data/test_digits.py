@@ -102,9 +102,14 @@ def test_augmentation_moves_training_images_a_little():
     background = plain[0][0].min()
     first, second = augmented[0][0], augmented[0][0]
     assert not torch.equal(first, second)
-    assert first.min() == pytest.approx(background.item())  # what is moved in is background, not grey
     ink = [(read(part)[0] - background).sum() for part in (plain, augmented)]
     assert ink[1] / ink[0] == pytest.approx(1, abs=0.1)  # at most the border is lost
+
+
+def test_augmentation_moves_background_in():
+    part = ready(augment=True)._parts["train"]
+    part.images = torch.zeros_like(part.images)  # nothing but background
+    assert read(part)[0].unique().numel() == 1
 
 
 def test_set_up_once():
@@ -134,7 +139,7 @@ def test_missing_packages_are_named(module, monkeypatch):
         ({"val_size": 5}, "Expected `val_size` to be 0, a count >= 10 or a fraction in (0, 1) of 1797 images, got 5."),
         ({"test_size": 1.0}, "Expected `test_size` to be 0, a count >= 10 or a fraction in (0, 1)"),
         ({"test_size": 0.001}, "Expected `test_size` to be 0, a count >= 10 or a fraction in (0, 1)"),
-        ({"test_size": True}, "Expected `test_size` to be 0, a count >= 10 or a fraction in (0, 1)"),
+        ({"test_size": False}, "Expected `test_size` to be 0, a count >= 10 or a fraction in (0, 1)"),
         (
             {"val_size": 1000, "test_size": 790},
             "Expected `val_size` and `test_size` to leave at least 10 of 1797 images for training, got 1000 and 790.",
