@@ -1,5 +1,6 @@
 """Settings, refusals, timing, warnings, logs and state of the callback."""
 
+import itertools
 import logging
 import warnings
 from typing import Any
@@ -295,6 +296,29 @@ def test_log_tags_and_their_values(tmp_path: Any) -> None:
             assert float(row[tags.MASK_IOU_CHANCE]) == pytest.approx(1 / 3, abs=0.05)
 
 
+def test_logged_iou_is_that_of_the_sharp_sets_of_the_last_two_masks() -> None:
+    seen: list[tuple[torch.Tensor, float, float]] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            sharp = torch.cat([~mask.reshape(-1) for mask in ire._progress.masks.masks.values()])
+            metrics = trainer.callback_metrics
+            seen.append((sharp, *(float(metrics.get(tag, -1.0)) for tag in (tags.MASK_IOU, tags.MASK_IOU_CHANCE))))
+
+    ire = IRE(gamma=0.6, interval=1)
+    cases.fit(Classifier(), [ire, Look()])
+    for (before, _, _), (after, iou, chance) in itertools.pairwise(seen):
+        assert iou == pytest.approx(float((before & after).sum() / (before | after).sum()))
+        first, second = float(before.float().mean()), float(after.float().mean())
+        assert chance == pytest.approx(first * second / (first + second - first * second))
+    assert len({round(iou, 6) for _, iou, _ in seen}) > 5
+
+
+def test_iou_where_everything_is_flat() -> None:
+    metrics = cases.fit(Classifier(), [IRE(gamma=1.0, interval=1)]).callback_metrics
+    assert metrics[tags.MASK_IOU] == metrics[tags.MASK_IOU_CHANCE] == metrics[tags.FLAT_FRACTION] == 1
+
+
 def test_logs_come_with_lightnings_own_rows(tmp_path: Any) -> None:
     rows = logged(tmp_path, IRE(kappa=3.0), log_every_n_steps=5)
     assert [int(row["step"]) for row in rows] == [4, 9, 14]
@@ -358,6 +382,22 @@ def test_one_callback_for_two_fits_starts_anew() -> None:
     assert ire._progress.step == 16
     assert ire.started_at == 4
     cases.assert_same_bits(first, second)
+
+
+def test_a_fit_that_failed_in_its_first_step_begins_anew() -> None:
+    class FailsOnce(Classifier):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if self.calls == 1:
+                raise RuntimeError("boom")
+
+    ire = IRE(kappa=2.0)
+    module, trainer = FailsOnce(), cases.trainer([ire])
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer.fit(module, cases.loader(cases.data()))
+    failed = ire._progress
+    assert failed.masks.masks  # the mask was made before the step
+    trainer.fit(module, cases.loader(cases.data()))
+    assert ire._progress is not failed
 
 
 def test_a_fit_that_goes_on_keeps_count() -> None:

@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_ire import IRE, SAM, EmpiricalFisher, tags
+from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher, tags
 
 ZERO_SAM = {"kappa": 0.0, "perturbation": SAM(0.0)}
 
@@ -244,23 +244,41 @@ def _exploding_optimizer(module: nn.Module) -> torch.optim.Optimizer:
     return Exploding(module.parameters(), lr=0.1)
 
 
-def test_average_sam_puts_weights_back_when_the_forward_raises() -> None:
-    from lightning_ire import AverageSAM
-
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_average_sam_puts_weights_back_before_anybody_hears_of_the_exception(accumulate: int) -> None:
     class Boom(Classifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             raise KeyError("boom")
 
+    class AtException(pl.Callback):
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            cases.assert_same_bits(pl_module, before)
+
     module = Boom(Net())
     before = cases.clone(module)
     with pytest.raises(KeyError, match="boom"):
-        cases.fit(module, [IRE(kappa=0.0, perturbation=AverageSAM(1.0))])
+        cases.fit(
+            module, [AtException(), IRE(kappa=0.0, perturbation=AverageSAM(1.0))], accumulate_grad_batches=accumulate
+        )
     cases.assert_same_bits(module, before)
 
 
-def test_average_sam_moves_weights_only_between_forward_and_backward() -> None:
-    from lightning_ire import AverageSAM
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("perturbation", [SAM(0.1), AverageSAM(0.1)])
+def test_steps_without_a_loss_do_nothing(perturbation: Any) -> None:
+    class Nothing(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None
 
+    module = Nothing(Net())
+    before = cases.clone(module)
+    trainer = cases.fit(module, [IRE(kappa=1.0, perturbation=perturbation)])
+    cases.assert_same_bits(module, before)
+    assert not set(trainer.callback_metrics)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_average_sam_moves_weights_only_between_forward_and_backward() -> None:
     seen: dict[str, Any] = {"forward": [], "batch_end": []}
 
     class Watch(Classifier):
