@@ -16,7 +16,7 @@ from cases import Classifier, Net
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher
+from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher, tags
 
 STEPS = 6
 
@@ -29,6 +29,14 @@ class OneSided(Classifier):
         if self.global_rank == 1 and batch_idx == 2:
             return loss * 0.0
         return loss
+
+
+class OwnFisher(Classifier):
+    """A sampled-label loss without chance: with it the estimates of two processes and of one are the same number."""
+
+    def fisher_loss(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return F.cross_entropy(self.net(x), (y + 1) % cases.CLASSES), len(x)
 
 
 class PartlyUsed(Classifier):
@@ -54,7 +62,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "sam-local-accumulated": {"ire": {"kappa": 0.0, "perturbation": SAM(0.1)}, "accumulate": 2},
     "average-sam": {"ire": {"kappa": 0.0, "perturbation": AverageSAM(0.1)}},
     "sampled": {"ire": BOOST},
+    "own-fisher-accumulated": {"ire": BOOST, "module": lambda: OwnFisher(Net()), "accumulate": 2},
     "sampled-sam-local-accumulated": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "accumulate": 2},
+    "own-fisher": {"ire": BOOST, "module": lambda: OwnFisher(Net())},
     "rho-0": {"ire": {"kappa": 0.0, "perturbation": SAM(0.0)}},
     "one-sided": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": OneSided},
     "partly-used": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": PartlyUsed, "unused": True},
@@ -100,7 +110,13 @@ def run(name: str, devices: int, batch_size: int) -> dict[str, Any]:
         accumulate_grad_batches=accumulate,
     )
     masks = {key: mask.clone() for key, mask in ire._progress.masks.masks.items()}
-    return {"weights": torch.stack(steps.weights), "masks": masks, "calls": module.calls, "started_at": ire.started_at}
+    return {
+        "weights": torch.stack(steps.weights),
+        "masks": masks,
+        "threshold": float(ire._progress.masks.logs.get(tags.THRESHOLD, 0.0)),
+        "calls": module.calls,
+        "started_at": ire.started_at,
+    }
 
 
 if __name__ == "__main__":

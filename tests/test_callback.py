@@ -437,6 +437,19 @@ def test_resume_at_an_epoch_boundary_is_exact(settings: dict[str, Any], tmp_path
         assert torch.equal(mask, ire._progress.masks.masks[name])
 
 
+def test_a_resumed_run_draws_the_labels_of_the_run_it_goes_on_with(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Classifier()
+    whole, half, resumed = cases.clone(start), cases.clone(start), cases.clone(start)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "11")
+    cases.fit(whole, [IRE(interval=3)], max_epochs=4)
+    cases.fit(half, [IRE(interval=3)]).save_checkpoint(tmp_path / "half.ckpt")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "12")  # another process, seeded otherwise
+    cases.fit(resumed, [IRE(interval=3)], max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"))
+    cases.assert_same_bits(resumed, whole)
+
+
 def test_masks_take_one_bit_per_parameter_in_a_checkpoint(tmp_path: Any) -> None:
     trainer = cases.fit(Classifier(Net()), [IRE(kappa=1.0)])
     trainer.save_checkpoint(tmp_path / "run.ckpt")

@@ -42,13 +42,16 @@ def test_replicas_are_bit_identical_after_every_step(ranks: list[dict[str, Any]]
     assert first["started_at"] == second["started_at"]
 
 
-JOINED = ["plain", "empirical", "sam-sync", "empirical-sam-sync", "average-sam"]
+JOINED = [
+    "plain", "empirical", "sam-sync", "empirical-sam-sync", "average-sam", "own-fisher", "own-fisher-accumulated",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", JOINED)
 def test_equals_one_process_on_the_joined_batch(ranks: list[dict[str, Any]], name: str) -> None:
     alone = ddp_script.run(name, devices=1, batch_size=16)
     torch.testing.assert_close(ranks[0][name]["weights"], alone["weights"], rtol=1e-10, atol=1e-12)
+    assert ranks[0][name]["threshold"] == pytest.approx(alone["threshold"], rel=1e-8)
 
 
 def test_forced_second_pass_at_rho_0_changes_nothing(ranks: list[dict[str, Any]]) -> None:

@@ -335,3 +335,19 @@ def test_empirical_fisher_adds_no_pass() -> None:
     module = Classifier(Net())
     cases.fit(module, [IRE(kappa=1.0, interval=1, curvature=EmpiricalFisher())])
     assert module.calls == 16
+
+
+def test_calls_that_are_not_lightnings_are_not_replayed() -> None:
+    """Another callback that runs `training_step` for its own purposes, inside and outside of a window."""
+
+    class Curious(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            with torch.no_grad():
+                pl_module.training_step((batch[0] * 100, batch[1]), batch_idx)
+
+    plain, module = Classifier(Net()), Classifier(Net())
+    module.load_state_dict(plain.state_dict())
+    perturbation = {"kappa": 1.0, "perturbation": SAM(0.1)}
+    cases.fit(plain, [IRE(**perturbation)], accumulate_grad_batches=2)
+    cases.fit(module, [IRE(**perturbation), Curious()], accumulate_grad_batches=2)
+    cases.assert_same_bits(plain, module)
