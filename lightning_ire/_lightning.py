@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lightning_ire._checks import ConfigurationError
 
 __all__ = [
+    "ConfigWins",
     "Takeover",
     "check_supported",
     "loss_of",
@@ -133,6 +134,16 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradi
             "Expected DDP without static_graph for SAM with each device's own gradient, got static_graph=True: "
             "set `perturbation.sync` to true, or static_graph to false."
         )
+
+
+class ConfigWins:
+    """Mix-in for a LightningCLI: config and flags win over the hyper-parameters in a checkpoint.
+
+    Private: `LightningCLI` offers no setting for it.
+    """
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning's own lets a checkpoint's hyper-parameters override config and flags in silence."""
 
 
 def loss_of(output: Any) -> Tensor | None:

@@ -17,6 +17,7 @@ import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
 from lightning_ire import IRE, ConfigurationError
 from lightning_ire._cli_messages import one_line, with_full_key
+from lightning_ire._lightning import ConfigWins
 
 __all__ = ["IRECLI", "main"]
 
@@ -56,7 +57,7 @@ class NumberedConfigCallback(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
-class IRECLI(LightningCLI):
+class IRECLI(ConfigWins, LightningCLI):
     """Lightning's command line with a top-level key for each callback of this package, and `test_after_fit`.
 
     Args:
@@ -80,9 +81,6 @@ class IRECLI(LightningCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="Whether fit ends with a test of the final weights."
         )
-
-    def _parse_ckpt_path(self) -> None:
-        """Do nothing: in Lightning's own, a checkpoint's hyper-parameters override config and flags in silence."""
 
     def instantiate_classes(self) -> None:
         """Make all objects; a value that a constructor refuses is a usage error that names the full key."""

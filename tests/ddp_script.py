@@ -36,6 +36,7 @@ class OwnFisher(Classifier):
 
     def fisher_loss(self, batch: Any, batch_idx: int) -> Any:
         x, y = batch
+        self.draws.append(float(torch.rand(())))
         return F.cross_entropy(self.net(x), (y + 1) % cases.CLASSES), len(x)
 
 
@@ -61,6 +62,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "sam-local": {"ire": {"kappa": 0.0, "perturbation": SAM(0.1)}},
     "sam-local-accumulated": {"ire": {"kappa": 0.0, "perturbation": SAM(0.1)}, "accumulate": 2},
     "average-sam": {"ire": {"kappa": 0.0, "perturbation": AverageSAM(0.1)}},
+    "plain-accumulated": {"ire": {"kappa": 0.0}, "accumulate": 2},
+    "rho-0-accumulated": {"ire": {"kappa": 0.0, "perturbation": SAM(0.0)}, "accumulate": 2},
     "sampled": {"ire": BOOST},
     "own-fisher-accumulated": {"ire": BOOST, "module": lambda: OwnFisher(Net()), "accumulate": 2},
     "sampled-sam-local-accumulated": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "accumulate": 2},
@@ -89,6 +92,7 @@ def run(name: str, devices: int, batch_size: int) -> dict[str, Any]:
         settings["curvature"] = EmpiricalFisher()
     torch.manual_seed(11)
     module = spec.get("module", lambda: Classifier(Net()))().double()
+    module.draws = []
     ire, steps = IRE(**settings), Steps()
     accumulate = spec.get("accumulate", 1)
     dataset = cases.data(16 * STEPS, dtype=torch.float64)
@@ -115,6 +119,7 @@ def run(name: str, devices: int, batch_size: int) -> dict[str, Any]:
         "masks": masks,
         "threshold": float(ire._progress.masks.logs.get(tags.THRESHOLD, 0.0)),
         "calls": module.calls,
+        "draws": module.draws,
         "started_at": ire.started_at,
     }
 

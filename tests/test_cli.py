@@ -1,6 +1,7 @@
 """The command line, mostly in this process; what a user sees is checked in real processes at the end."""
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -334,7 +335,12 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
 
 def run_cli(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *args], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, str(ROOT / "cli.py"), *args],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 

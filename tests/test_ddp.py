@@ -54,9 +54,17 @@ def test_equals_one_process_on_the_joined_batch(ranks: list[dict[str, Any]], nam
     assert ranks[0][name]["threshold"] == pytest.approx(alone["threshold"], rel=1e-8)
 
 
-def test_forced_second_pass_at_rho_0_changes_nothing(ranks: list[dict[str, Any]]) -> None:
-    assert cases.same_bits(ranks[0]["rho-0"]["weights"], ranks[0]["plain"]["weights"])
-    assert ranks[0]["rho-0"]["calls"] == 2 * ranks[0]["plain"]["calls"]
+@pytest.mark.parametrize("loop", ["", "-accumulated"])
+def test_forced_second_pass_at_rho_0_changes_nothing(ranks: list[dict[str, Any]], loop: str) -> None:
+    plain, forced = ranks[0][f"plain{loop}"], ranks[0][f"rho-0{loop}"]
+    assert cases.same_bits(forced["weights"], plain["weights"])
+    assert forced["calls"] == 2 * plain["calls"]
+
+
+def test_each_device_draws_its_own_labels_anew_at_each_refresh(ranks: list[dict[str, Any]]) -> None:
+    draws = [draw for rank in ranks for draw in rank["own-fisher"]["draws"]]
+    assert len(draws) == 2 * ddp_script.STEPS // 2
+    assert len(set(draws)) == len(draws)
 
 
 @pytest.mark.parametrize(("name", "parts"), [("sam-local", 1), ("sam-local-accumulated", 2)])

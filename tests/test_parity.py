@@ -68,11 +68,13 @@ class Outputs(pl.Callback):
         self.rows += [outputs["loss"].clone(), outputs["logits"].clone()]
 
 
-def run(ire: list[pl.Callback], tmp_path: Path, **kwargs: Any) -> dict[str, Any]:
+def run(
+    ire: list[pl.Callback], tmp_path: Path, module_class: type[Everything] = Everything, **kwargs: Any
+) -> dict[str, Any]:
     torch.manual_seed(5)
     np.random.seed(5)
     random.seed(5)
-    module, outputs = Everything(), Outputs()
+    module, outputs = module_class(), Outputs()
     trainer = cases.fit(
         module,
         [*ire, outputs],
@@ -143,15 +145,23 @@ def test_estimates_that_need_their_own_pass_leave_no_trace(tmp_path: Path) -> No
             output = super().training_step(batch, batch_idx)
             return {**output, "loss": output["loss"] + 0.01 * self.net[0].weight.square().sum()}
 
-    global_class = globals()["Everything"]
-    globals()["Everything"] = TwoTerms
-    try:
-        plain = run([], tmp_path)
-        estimated = run([IRE(kappa=5.0, interval=1, exclude="*")], tmp_path)
-    finally:
-        globals()["Everything"] = global_class
+    plain = run([], tmp_path, TwoTerms)
+    estimated = run([IRE(kappa=5.0, interval=1, exclude="*")], tmp_path, TwoTerms)
     assert_same_run(plain, estimated)
     assert estimated["module"].calls == 2 * plain["module"].calls
+
+
+def test_a_fisher_loss_that_draws_leaves_no_trace(tmp_path: Path) -> None:
+    class Draws(Everything):
+        def fisher_loss(self, batch: Any, batch_idx: int) -> Any:
+            noise = torch.rand(3), np.random.normal(), random.random()
+            self.draws.append(noise)
+            return F.cross_entropy(self.net(batch[0]), batch[1]) * noise[0].sum()
+
+    plain = run([], tmp_path, Draws)
+    estimated = run([IRE(kappa=5.0, interval=1, exclude="*")], tmp_path, Draws)
+    assert_same_run(plain, estimated)
+    assert len(estimated["module"].draws) == 16
 
 
 def test_kappa_0_is_not_there_at_all(tmp_path: Path) -> None:

@@ -61,7 +61,6 @@ class AccumulationWindow:
         self.micro_batches: list[MicroBatch] = []
         self.estimate: Estimate | None = None
         self.world_size = trainer.world_size
-        self.share = 1.0 / trainer.accumulate_grad_batches  # Lightning divides by it in a short last window too
         self._training_step = training_step
         self._seed = seed
         self._replays = replays
@@ -186,6 +185,7 @@ class AccumulationWindow:
                     if loss is None:
                         continue
                     losses.append(loss.detach())
+                    # by the full number in a short last window too, as Lightning does
                     closure_loss = scaled(self.trainer, loss / self.trainer.accumulate_grad_batches)
                     strategy.pre_backward(closure_loss)
                     self._backward(closure_loss)

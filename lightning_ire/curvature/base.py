@@ -58,10 +58,6 @@ class Window(Protocol):
         """Number of devices that train together."""
 
     @property
-    def share(self) -> float:
-        """Factor of each micro-batch's loss in the window's: 1 / accumulate_grad_batches."""
-
-    @property
     def scale(self) -> float:
         """Factor by which losses are multiplied against fp16 underflow; divide gradients by it."""
 

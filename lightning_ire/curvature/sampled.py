@@ -58,7 +58,7 @@ class SampledFisher(Curvature):
 
 
 class _SampledSquare(Estimate):
-    """Adds up G and sum(w_i^2) over the window's micro-batches."""
+    """Adds up G and sum(w_i^2) over the window's micro-batches; a common factor of all losses cancels in B * G * G."""
 
     def __init__(self, window: Window, fraction: float) -> None:
         self.window = window
@@ -164,8 +164,8 @@ class _SampledSquare(Estimate):
         weights: list[Tensor],
         keep_graph: bool,
     ) -> None:
-        factor = self.window.share * self.window.scale
-        starts = [(torch.ones_like(out) if f is None else f) * factor for out, f in zip(outputs, factors, strict=True)]
+        scale = self.window.scale
+        starts = [(torch.ones_like(out) if f is None else f) * scale for out, f in zip(outputs, factors, strict=True)]
         parameters = self.window.parameters
         if self.by_backward:
             gradients = _gradients_by_backward(outputs, starts, parameters)
@@ -175,11 +175,11 @@ class _SampledSquare(Estimate):
             if gradient is None:
                 continue
             wide = torch.promote_types(gradient.dtype, torch.float32)
-            gradient = gradient.detach().to_dense().to(wide) / self.window.scale
+            gradient = gradient.detach().to_dense().to(wide) / scale
             before = self.gradients[index]
             self.gradients[index] = gradient if before is None else before.add_(gradient)
         for weight in weights:
-            self.squares += (weight.detach().double() * self.window.share).square().sum().cpu()
+            self.squares += weight.detach().double().square().sum().cpu()
 
 
 class _Seeded(AbstractContextManager[None]):
