@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Classifier
+from lightning.pytorch.cli import LightningCLI
 from torch.overrides import TorchFunctionMode
 
 from lightning_ire import IRE, SAM, _lightning
 from lightning_ire._lightning import Takeover, muted_logging, will_log
+from lightning_ire.cli import IRECLI
 
 
 class Order(pl.Callback):
@@ -118,6 +120,11 @@ def test_will_log_agrees_with_the_rows_that_lightning_writes() -> None:
     rows = Rows()
     cases.fit(Logs(), [Look()], logger=rows, log_every_n_steps=3, accumulate_grad_batches=2, max_epochs=3)
     assert said == rows.steps == [2, 5, 8, 11]
+
+
+def test_the_command_line_method_that_is_overridden_exists() -> None:
+    assert callable(LightningCLI._parse_ckpt_path)
+    assert IRECLI._parse_ckpt_path is _lightning.ConfigWins._parse_ckpt_path
 
 
 def test_muted_logging_reaches_nested_modules_and_ends() -> None:
