@@ -25,6 +25,7 @@ from lightning_ire._checks import ConfigurationError
 
 __all__ = [
     "ConfigWins",
+    "Patches",
     "Takeover",
     "check_supported",
     "loss_of",
@@ -36,10 +37,45 @@ __all__ = [
 ]
 
 
-class Takeover:
-    """Functions of ours around a module's `training_step` and around the closure of its `optimizer_step`.
+class Patches:
+    """Functions of ours in front of methods, on the instance; the classes are not touched."""
 
-    The module's class is not touched: the wrappers are attributes of the instance, and :meth:`remove` takes them away.
+    def __init__(self) -> None:
+        self._installed: list[tuple[Any, str, Callable[..., Any], Any]] = []
+
+    def put(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        """Let calls of a method go to `replacement`.
+
+        Args:
+            owner: The object.
+            name: Name of the method.
+            replacement: What is called instead.
+        """
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return replacement(*args, **kwargs)
+
+        # Lightning looks one level deep to read the signature: show it what it would have seen without us
+        wrapper.__wrapped__ = getattr(original, "__wrapped__", original)
+        self._installed.append((owner, name, wrapper, vars(owner).get(name)))
+        setattr(owner, name, wrapper)
+
+    def remove(self) -> None:
+        """Take the wrappers away. Does nothing the second time."""
+        for owner, name, wrapper, before in reversed(self._installed):
+            if vars(owner).get(name) is not wrapper:
+                continue  # somebody put another wrapper on top and owns the name now
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+        self._installed = []
+
+
+class Takeover(Patches):
+    """Functions of ours around a module's `training_step` and around the closure of its `optimizer_step`.
 
     Args:
         module: The module being trained.
@@ -55,8 +91,7 @@ class Takeover:
         closure: Callable[[Callable[[], Any]], Any],
         after: Callable[[], None],
     ) -> None:
-        self._module = module
-        self._installed: dict[str, tuple[Callable[..., Any], Any]] = {}
+        super().__init__()
         self.original_training_step: Callable[..., Any] = module.training_step
         original_step = module.optimizer_step
 
@@ -74,26 +109,8 @@ class Takeover:
             finally:
                 after()
 
-        self._install("training_step", self.original_training_step, wrapped_training_step)
-        self._install("optimizer_step", original_step, wrapped_optimizer_step)
-
-    def _install(self, name: str, original: Callable[..., Any], wrapper: Callable[..., Any]) -> None:
-        functools.update_wrapper(wrapper, original)
-        # Lightning looks one level deep to read the signature: show it what it would have seen without us
-        wrapper.__wrapped__ = getattr(original, "__wrapped__", original)  # type: ignore[attr-defined]
-        self._installed[name] = (wrapper, vars(self._module).get(name))
-        setattr(self._module, name, wrapper)
-
-    def remove(self) -> None:
-        """Take the wrappers away. Does nothing the second time."""
-        for name, (wrapper, before) in self._installed.items():
-            if vars(self._module).get(name) is not wrapper:
-                continue  # somebody put another wrapper on top and owns the name now
-            if before is None:
-                delattr(self._module, name)
-            else:
-                setattr(self._module, name, before)
-        self._installed = {}
+        self.put(module, "training_step", wrapped_training_step)
+        self.put(module, "optimizer_step", wrapped_optimizer_step)
 
 
 def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradients: bool) -> None:
@@ -112,11 +129,6 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradi
         raise ConfigurationError(
             f"Expected a single device or DDP, got {type(strategy).__name__}: IRE does not support sharded or other "
             "strategies yet; set `trainer.strategy` to 'auto' or 'ddp', or remove the callback."
-        )
-    if not module.automatic_optimization:
-        raise ConfigurationError(
-            f"Expected automatic optimization, got {type(module).__name__} with automatic_optimization=False: IRE does "
-            "not support manual optimization yet; use automatic optimization or remove the callback."
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise ConfigurationError(

@@ -48,13 +48,6 @@ def test_bad_settings_name_the_key_in_one_line(settings: dict[str, Any], message
 # Refusals at fit start
 
 
-def test_manual_optimization_is_refused() -> None:
-    module = Classifier()
-    module.automatic_optimization = False
-    with pytest.raises(ConfigurationError, match="Classifier with automatic_optimization=False"):
-        cases.fit(module, [IRE()])
-
-
 def test_lbfgs_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="got LBFGS"):
         cases.fit(Classifier(optimizer=lambda m: torch.optim.LBFGS(m.parameters())), [IRE()])
@@ -426,7 +419,7 @@ def test_resume_at_an_epoch_boundary_is_exact(settings: dict[str, Any], tmp_path
 
     trainer = cases.fit(first, [IRE(**settings)], max_epochs=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    state = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["IRE"]
+    state = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]["IRE"]["optimizers"][0]
     assert state["step"] == 16
     resumed, ire = Classifier(scheduler=cosine), IRE(**settings)
     cases.fit(resumed, [ire], max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"), seed=77)
@@ -453,7 +446,7 @@ def test_a_resumed_run_draws_the_labels_of_the_run_it_goes_on_with(
 def test_masks_take_one_bit_per_parameter_in_a_checkpoint(tmp_path: Any) -> None:
     trainer = cases.fit(Classifier(Net()), [IRE(kappa=1.0)])
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    flat = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"]["IRE"]["flat"]
+    flat = torch.load(tmp_path / "run.ckpt", weights_only=True)["callbacks"]["IRE"]["optimizers"][0]["flat"]
     assert {name: (packed.dtype, packed.numel()) for name, packed in flat["masks"].items()} == {
         "net.0.weight": (torch.uint8, 6),
         "net.0.bias": (torch.uint8, 1),

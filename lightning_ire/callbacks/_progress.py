@@ -18,7 +18,7 @@ __all__ = ["Progress"]
 
 @dataclass
 class Progress:
-    """State of one run.
+    """State of one optimizer's part in a run.
 
     Attributes:
         masks: The masks in force, with the moving average of h.

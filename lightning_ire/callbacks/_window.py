@@ -177,7 +177,7 @@ class AccumulationWindow:
         strategy = self.trainer.strategy
         losses = []
         todo = self.back_propagated
-        with torch.enable_grad(), no_trace(self.module), self._fresh_gradients():
+        with torch.enable_grad(), no_trace(self.module), self.fresh_gradients():
             for index, micro_batch in enumerate(todo):
                 with nullcontext() if index == len(todo) - 1 else unsynchronized(strategy):
                     micro_batch.replay.restore()
@@ -205,7 +205,7 @@ class AccumulationWindow:
             ) from error
 
     @contextmanager
-    def _fresh_gradients(self) -> Iterator[None]:
+    def fresh_gradients(self) -> Iterator[None]:
         """The optimizer's gradients start from nothing; those of other parameters are as before afterwards."""
         ours = {id(parameter) for parameter in self.parameters}
         others = [(p, p.grad) for p in self.module.parameters() if id(p) not in ours]

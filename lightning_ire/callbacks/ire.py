@@ -18,9 +18,11 @@ from torch.optim import Optimizer
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire._lightning import check_supported, loss_of
 from lightning_ire.callbacks._boost import check_decoupled_decay
+from lightning_ire.callbacks._manual import ManualSession
 from lightning_ire.callbacks._masks import FlatMasks
 from lightning_ire.callbacks._progress import Progress
-from lightning_ire.callbacks._session import Session, named_parameters, trainable_parameters
+from lightning_ire.callbacks._session import AutomaticSession, Session
+from lightning_ire.callbacks._stepper import named_parameters, trainable_parameters
 from lightning_ire.curvature import Curvature, SampledFisher
 from lightning_ire.perturbation import Perturbation
 from lightning_ire.schedule import Start, mask_due
@@ -46,8 +48,11 @@ class IRE(Callback):
     a step counter.
 
     Known limits: extra passes cannot hide Python attributes that `training_step` sets, direct calls of a logger, and
-    in-place changes of the batch. Single device and DDP; sharded strategies, manual optimization and LBFGS are
-    refused at fit start.
+    in-place changes of the batch. Single device and DDP; sharded strategies and LBFGS are refused at fit start.
+
+    A module in manual optimization: the boost works around each step of what `self.optimizers()` returns, with masks
+    and counts of its own for each optimizer; a perturbation needs `optimizer.step(closure)` and calls the closure
+    twice; SampledFisher needs losses that are what one call of `cross_entropy` returned, or a `fisher_loss`.
 
     Logged (see :mod:`lightning_ire.tags`): `ire/kappa`, `ire/flat_fraction`, `ire/threshold`, `ire/mask_iou`,
     `ire/mask_iou_chance`, `ire/step_norm_flat`, `ire/step_norm_sharp`, `sam/perturbed_loss`, `sam/grad_norm`, with
@@ -115,7 +120,7 @@ class IRE(Callback):
         self._session: Session | None = None
         self._loaded: dict[str, Any] | None = None
         self._trainer: weakref.ref[pl.Trainer] | None = None
-        self._progress = self._new_progress()
+        self._progresses = [self._new_progress()]
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,17 +136,23 @@ class IRE(Callback):
         return self.kappa == 0 and self.perturbation is None
 
     @property
+    def _progress(self) -> Progress:
+        """The first optimizer's; the only one unless the module is in manual optimization."""
+        return self._progresses[0]
+
+    @property
     def started_at(self) -> int | None:
-        """Optimizer step at which the boost was switched on in this run; ``None``: not yet."""
+        """Step at which the (first) optimizer's boost was switched on in this run; ``None``: not yet."""
         return self._progress.started_at
 
-    def should_refresh(self, step: int) -> bool:
+    def should_refresh(self, step: int, started_at: int) -> bool:
         """Whether the mask is to be made at this step: the place to change the timing.
 
         Args:
-            step: Zero-based count of real optimizer steps.
+            step: Zero-based count of the optimizer's real steps.
+            started_at: Step at which its boost was switched on.
         """
-        return self.started_at is not None and mask_due(step, self.started_at, self.interval)
+        return mask_due(step, started_at, self.interval)
 
     def should_perturb(self, step: int) -> bool:
         """Whether the gradient of this step is taken at moved weights.
@@ -163,7 +174,8 @@ class IRE(Callback):
             local = self.perturbation.uses_gradient and not self.perturbation.sync
         check_supported(trainer, pl_module, local_gradients=local)
         if self.kappa and not self.scale_weight_decay:
-            check_decoupled_decay(trainer.optimizers[0])
+            for optimizer in trainer.optimizers:
+                check_decoupled_decay(optimizer)
         names = [name for name, _ in pl_module.named_parameters(remove_duplicate=False)]
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -178,7 +190,8 @@ class IRE(Callback):
         self._begin_or_continue(trainer, pl_module)
         total = _total_steps(trainer)
         first_step = self.start.first_step(total) if self.kappa else None
-        self._session = Session(self, self._progress, trainer, pl_module, first_step)
+        session = AutomaticSession if pl_module.automatic_optimization else ManualSession
+        self._session = session(self, self._progresses, trainer, pl_module, first_step)
         rank_zero_info(self._summary(trainer, total))
         if not self.kappa or self.started_at is not None:
             return
@@ -187,7 +200,7 @@ class IRE(Callback):
                 f"IRE starts at {self.start}, but the run ends before that (max_epochs={trainer.max_epochs}, "
                 f"{total:.0f} steps): lower `start_step` or `start_epoch`."
             )
-        if self.start.immediate and trainer.global_step == 0 and _warms_up(trainer.optimizers[0]):
+        if self.start.immediate and trainer.global_step == 0 and any(map(_warms_up, trainer.optimizers)):
             rank_zero_warn(
                 "IRE is on from the first step, while a learning-rate scheduler still warms up: the paper starts after "
                 "the warm-up; set `start_step` or `start_epoch`."
@@ -195,17 +208,22 @@ class IRE(Callback):
 
     def _begin_or_continue(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         state, self._loaded = self._loaded, None
+        count = len(trainer.optimizers)
         if state:
-            self._progress = self._new_progress()
-            misfits = self._progress.restore(state, named_parameters(module, trainer.optimizers[0]))
+            self._progresses = [self._new_progress() for _ in range(count)]
+            misfits = []
+            saved = zip(self._progresses, trainer.optimizers, state["optimizers"], strict=False)
+            for progress, optimizer, one in saved:
+                misfits += progress.restore(one, named_parameters(module, optimizer))
             if misfits and self.kappa:
                 rank_zero_warn(
                     f"The checkpoint's masks of {len(misfits)} parameters ({misfits[0]}, ...) fit none of this module: "
                     "the mask is made anew at the next step."
                 )
         elif trainer.global_step == 0 or self._trainer is None or self._trainer() is not trainer:
-            self._progress = self._new_progress()
-            self._progress.step = trainer.global_step  # not 0 when the checkpoint of a plain run goes on with IRE
+            self._progresses = [self._new_progress() for _ in range(count)]
+            for progress in self._progresses:  # not 0 when the checkpoint of a plain run goes on with IRE
+                progress.step = trainer.global_step // max(count, 1)
         self._trainer = weakref.ref(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -230,9 +248,9 @@ class IRE(Callback):
     # One batch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning drops what an epoch that was cut short had accumulated."""
+        """Begin an epoch."""
         if self._session is not None:
-            self._session.window = None
+            self._session.begin_epoch()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -244,7 +262,7 @@ class IRE(Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """The graph of the training forward pass can still be used for the estimate."""
         if self._session is not None:
-            self._session.before_backward()
+            self._session.before_backward(loss)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put weights back that were moved before the pass."""
@@ -283,7 +301,8 @@ class IRE(Callback):
         total, count = trainer.strategy.reduce(pair, reduce_op="sum").tolist()
         progress.loss_sum, progress.loss_count = 0.0, 0
         if count and total / count <= self.start.loss:
-            progress.started_at = progress.step
+            for each in self._progresses:
+                each.started_at = each.step
 
     # Checkpoints
 
@@ -291,14 +310,16 @@ class IRE(Callback):
         """Everything a resumed run needs: tensors, numbers and strings only (`torch.load(weights_only=True)`)."""
         if self.idle:
             return {}
-        return self._progress.state_dict() if self._loaded is None else self._loaded
+        if self._loaded is not None:  # not yet taken up
+            return self._loaded
+        return {"optimizers": [progress.state_dict() for progress in self._progresses]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a saved state until training starts and the parameters are known."""
         self._loaded = state_dict or None
 
     def _summary(self, trainer: pl.Trainer, total: float | None) -> str:
-        parameters = trainable_parameters(trainer.optimizers[0])
+        parameters = [parameter for optimizer in trainer.optimizers for parameter in trainable_parameters(optimizer)]
         count = sum(parameter.numel() for parameter in parameters)
         size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
         what, passes, memory = [], [], [f"{size / 2**20:.1f} MiB inside the step"]

@@ -102,6 +102,9 @@ class Estimate:
     def before_backward(self, micro_batch: MicroBatch, loss: Tensor) -> None:
         """The graph of `loss`, the tensor that `training_step` returned, is alive for the last time."""
 
+    def forget(self) -> None:
+        """The gradients so far were zeroed (a module in manual optimization may do that at any time)."""
+
     def finish(self) -> list[Tensor | None] | None:
         """The estimate h at the unmoved weights; ``None`` if it is not finite (the same on all devices)."""
         raise NotImplementedError

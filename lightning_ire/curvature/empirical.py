@@ -16,6 +16,8 @@ class EmpiricalFisher(Curvature):
     Free, but no estimate of the Fisher: the labels are the true ones and the square is of the batch's mean, so that
     h vanishes where the training loss is fitted.
 
+    Under :class:`~lightning_ire.AverageSAM` there is no unperturbed gradient: h is then that of the only pass.
+
     Cost: no pass; one gradient-sized copy inside the step. With `SAM(sync=False)` on several devices one all-reduce.
     """
 

@@ -80,10 +80,11 @@ class _SampledSquare(Estimate):
         return self.tap
 
     def before_backward(self, micro_batch: MicroBatch, loss: Tensor) -> None:
-        tap, self.tap = self.tap, None
-        call = tap and next((call for call in tap.calls if call.result is loss and not call.elementwise), None)
-        if not call:
+        calls = self.tap.calls if self.tap is not None else []
+        call = next((call for call in calls if call.result is loss and not call.elementwise), None)
+        if call is None:
             return
+        calls.remove(call)
         try:
             self._add([call.sampled.loss], [None], [call.sampled.weights], keep_graph=True)
         except RuntimeError as error:  # reentrant checkpointing, a compiled backward that gave its buffers away
@@ -96,7 +97,14 @@ class _SampledSquare(Estimate):
         else:
             self.done.add(micro_batch)
 
+    def forget(self) -> None:
+        """See the base class. Calls that were seen stay: their loss may be back-propagated after zero_grad."""
+        self.gradients = [None] * len(self.window.parameters)
+        self.squares.zero_()
+        self.done.clear()
+
     def finish(self) -> list[Tensor | None] | None:
+        self.tap = None
         for micro_batch in self.window.micro_batches:
             if micro_batch.backward_done and micro_batch not in self.done:
                 self._own_pass(micro_batch)
@@ -166,12 +174,17 @@ class _SampledSquare(Estimate):
     ) -> None:
         scale = self.window.scale
         starts = [(torch.ones_like(out) if f is None else f) * scale for out, f in zip(outputs, factors, strict=True)]
-        parameters = self.window.parameters
+        indices = [index for index, parameter in enumerate(self.window.parameters) if parameter.requires_grad]
+        parameters = [self.window.parameters[index] for index in indices]
+        if not parameters:  # all frozen for the time of this backward pass (`toggle_model` of another optimizer)
+            return
         if self.by_backward:
             gradients = _gradients_by_backward(outputs, starts, parameters)
         else:
             gradients = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep_graph, allow_unused=True)
-        for index, gradient in enumerate(gradients):
+        if all(gradient is None for gradient in gradients):
+            return
+        for index, gradient in zip(indices, gradients, strict=True):
             if gradient is None:
                 continue
             wide = torch.promote_types(gradient.dtype, torch.float32)

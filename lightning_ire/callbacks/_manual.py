@@ -1,0 +1,267 @@
+"""One fit of a module in manual optimization: the boost around each `optimizer.step()`, SAM where it gets a closure.
+
+Nothing can be replayed from outside here, since `training_step` makes its own steps. So a perturbation calls the
+closure twice that the module gives to `optimizer.step(closure)`, and an estimate uses the backward passes that the
+module makes. Every optimizer has its own masks and counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_ire import tags
+from lightning_ire._checks import ConfigurationError
+from lightning_ire._lightning import Patches, unsynchronized
+from lightning_ire.callbacks._no_trace import devices_of, no_trace
+from lightning_ire.callbacks._progress import Progress
+from lightning_ire.callbacks._stepper import Stepper
+from lightning_ire.callbacks._window import AccumulationWindow
+from lightning_ire.curvature import MicroBatch
+from lightning_ire.functional import RandomState, perturbed
+
+if TYPE_CHECKING:
+    from lightning_ire.callbacks.ire import IRE
+
+__all__ = ["ManualSession"]
+
+
+class ManualWindow(AccumulationWindow):
+    """The backward passes that a module makes between two steps of one optimizer."""
+
+    @contextmanager
+    def rerun(
+        self,
+        micro_batch: MicroBatch,
+        context: AbstractContextManager[Any],
+        *args: Any,
+        step: Callable[..., Any] | None = None,
+    ) -> Iterator[Any]:
+        """A pass of `step`; `training_step` itself cannot be run again, it would step the optimizers."""
+        if step is None:
+            name = type(self.module).__name__
+            raise ConfigurationError(
+                f"Expected `{name}` (manual optimization) to back-propagate what one call of `cross_entropy` returned, "
+                f"for SampledFisher to draw labels for it, got another loss: give {name} a method "
+                "`fisher_loss(batch, batch_idx)`, or set `curvature` to EmpiricalFisher()."
+            )
+        with super().rerun(micro_batch, context, *args, step=step) as output:
+            yield output
+
+
+class ManualStepper(Stepper):
+    """An optimizer that the module steps by itself."""
+
+    window: ManualWindow | None = None
+    inside = False
+    warned = False
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All of the optimizer's: which of them are frozen may change between two backward passes (`toggle_model`)."""
+        return list({id(p): p for group in self.optimizer.param_groups for p in group["params"]}.values())
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        active = self.progress.started_at is not None or self.settings.perturbation is not None
+        if active and not self.inside and not self.warned:
+            self.warned = True
+            rank_zero_warn(
+                f"{type(optimizer).__name__} was stepped directly, without IRE and without a perturbation: step what "
+                "`self.optimizers()` returns."
+            )
+        super()._stepped(optimizer, args, kwargs)
+
+
+class ManualSession:
+    """The session of a module in manual optimization.
+
+    Args:
+        settings: The callback, for its arguments and its decisions about timing.
+        progresses: The state that outlives the session, one for each optimizer.
+        trainer: The trainer.
+        module: The module being trained.
+        first_step: Step of each optimizer at which its boost starts, where that is known.
+    """
+
+    def __init__(
+        self,
+        settings: IRE,
+        progresses: Sequence[Progress],
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        first_step: int | None,
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.steppers = [
+            ManualStepper(settings, progress, trainer, module, optimizer, first_step)
+            for progress, optimizer in zip(progresses, trainer.optimizers, strict=True)
+        ]
+        self.patches: Patches | None = None
+        self._training_step: Callable[..., Any] = module.training_step
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._watching = ExitStack()
+        self._extra_pass = False
+
+    def release(self) -> None:
+        """Put everything back."""
+        if self.patches is not None:
+            self.patches.remove()
+        for stepper in self.steppers:
+            stepper.window = None
+            stepper.release()
+
+    def begin_epoch(self) -> None:
+        """The module decides itself what goes on over an epoch's end."""
+
+    def begin_batch(self) -> None:
+        """Switch on when the time has come."""
+        active = [stepper.switch_on() for stepper in self.steppers]
+        if any(active) and self.patches is None:
+            self._install()
+
+    def _install(self) -> None:
+        self.patches = Patches()
+        self._training_step = self.module.training_step
+        self.patches.put(self.module, "training_step", self._around_training_step)
+        self.patches.put(self.module, "manual_backward", self._around_backward(self.module.manual_backward))
+        wrapped = self.module.optimizers()
+        for stepper, optimizer in zip(self.steppers, wrapped if isinstance(wrapped, list) else [wrapped], strict=True):
+            self.patches.put(optimizer, "step", self._around_step(stepper, optimizer.step))
+            for owner in (optimizer, stepper.optimizer):
+                self.patches.put(owner, "zero_grad", self._around_zero_grad(stepper, owner.zero_grad))
+
+    def _around_training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._call is not None or not self.module.training:  # somebody else's call
+            return self._training_step(*args, **kwargs)
+        self._call = (args, kwargs)
+        try:
+            with self._watching:
+                for stepper in self.steppers:
+                    self._open(stepper)
+                return self._training_step(*args, **kwargs)
+        finally:
+            self._call = None
+
+    def _open(self, stepper: ManualStepper) -> None:
+        """Open the window of the optimizer's next step, and let its estimate watch this `training_step`."""
+        if not stepper.switch_on():
+            return
+        if stepper.window is None:
+            window = stepper.open_window(self._training_step, ManualWindow)
+            assert isinstance(window, ManualWindow)
+            stepper.window = window
+        estimate = stepper.window.estimate
+        if estimate is not None and self._call is not None:
+            self._watching.enter_context(estimate.watch(self._micro_batch()))
+
+    def _micro_batch(self) -> MicroBatch:
+        args, kwargs = self._call or ((), {})
+        return MicroBatch(args, kwargs, replay=RandomState.capture(devices_of(self.module)))
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Too late: a GradScaler has already made another tensor of the loss (see `_around_backward`)."""
+
+    def _around_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not self._extra_pass and self._call is not None:
+                self._add_to_estimates(loss)
+            return original(loss, *args, **kwargs)
+
+        return manual_backward
+
+    def _add_to_estimates(self, loss: Tensor) -> None:
+        """Every backward pass of the module counts for the estimates of all optimizers, as it does for `.grad`."""
+        for stepper in self.steppers:
+            if stepper.window is not None and stepper.window.estimate is not None:
+                micro_batch = self._micro_batch()
+                micro_batch.loss, micro_batch.backward_done = loss.detach(), True
+                stepper.window.micro_batches.append(micro_batch)
+                stepper.window.estimate.before_backward(micro_batch, loss)
+
+    def after_backward(self) -> None:
+        """Nothing to do: weights are moved and put back around the closure."""
+
+    def _around_zero_grad(self, stepper: ManualStepper, original: Callable[..., Any]) -> Callable[..., Any]:
+        def zero_grad(*args: Any, **kwargs: Any) -> Any:
+            window = stepper.window
+            if window is not None and window.estimate is not None and not self._extra_pass:
+                window.micro_batches.clear()
+                window.estimate.forget()
+            return original(*args, **kwargs)
+
+        return zero_grad
+
+    def _around_step(self, stepper: ManualStepper, original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+            if self._call is None or not stepper.switch_on():
+                return original(closure, **kwargs)
+            if stepper.window is None:
+                self._open(stepper)
+            window = stepper.window
+            assert window is not None
+            if window.perturbation is not None and closure is None:
+                raise ConfigurationError(
+                    f"Expected `optimizer.step(closure)` for {window.perturbation!r} in manual optimization, got "
+                    f"`optimizer.step()`: give {type(self.module).__name__}'s step a closure that computes the whole "
+                    "gradient (zero_grad, forward, manual_backward), so that it can be taken again at moved weights."
+                )
+            stepper.inside = True
+            try:
+                return original(lambda: self._whole_closure(stepper, window, closure), **kwargs)
+            finally:
+                stepper.inside = False
+                stepper.window = None
+                stepper.forget_old()
+                self._open(stepper)
+
+        return step
+
+    def _whole_closure(self, stepper: ManualStepper, window: ManualWindow, closure: Callable[[], Any] | None) -> Any:
+        """The module's closure, the mask at theta_t, the gradient at the moved weights, the copy of the old weights."""
+        stepper.logs = {}
+        copies: dict[int, Tensor] = {}
+        result = None
+        state = RandomState.capture(devices_of(self.module)) if window.perturbation is not None else None
+        if closure is not None:
+            with torch.enable_grad(), ExitStack() as around:
+                if not window.unmoved:
+                    around.enter_context(window.moved())
+                around.enter_context(nullcontext() if window.synchronized else unsynchronized(self.trainer.strategy))
+                result = closure()
+        if window.estimate is not None:
+            stepper.refresh(window)
+        if state is not None and closure is not None and window.unmoved:
+            copies = self._perturbed_gradient(stepper, window, closure, state)
+        stepper.save_old(copies)
+        return result
+
+    def _perturbed_gradient(
+        self, stepper: ManualStepper, window: ManualWindow, closure: Callable[[], Any], state: RandomState
+    ) -> dict[int, Tensor]:
+        movable, moves, norm = window.displacement([parameter.grad for parameter in window.movable])
+        block = perturbed(movable, moves)
+        del moves  # the block frees them once the weights are moved
+        self._extra_pass = True
+        try:
+            with block as saved, torch.enable_grad(), no_trace(self.module), window.fresh_gradients():
+                state.restore()
+                loss = closure()
+        finally:
+            self._extra_pass = False
+        if isinstance(loss, Tensor):
+            stepper.logs[tags.PERTURBED_LOSS] = loss.detach()
+        if norm is not None:
+            stepper.logs[tags.GRAD_NORM] = norm / window.scale
+        return {id(parameter): copy for parameter, copy in zip(movable, saved, strict=True)}
+
+    def write_logs(self) -> None:
+        """The first optimizer's values under the plain tags, the others' with a suffix."""
+        for index, stepper in enumerate(self.steppers):
+            stepper.write_logs(f"/optimizer_{index}" if index else "")

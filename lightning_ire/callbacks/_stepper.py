@@ -1,0 +1,205 @@
+"""One optimizer in one fit: when it is on, its masks, and the boost after each of its steps."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_ire._lightning import will_log
+from lightning_ire.callbacks._boost import OldWeights, boost
+from lightning_ire.callbacks._progress import Progress
+from lightning_ire.callbacks._window import AccumulationWindow, mixed_seed
+from lightning_ire.perturbation import Perturbation
+
+if TYPE_CHECKING:
+    from lightning_ire.callbacks.ire import IRE
+
+__all__ = ["Stepper", "named_parameters", "trainable_parameters"]
+
+
+class Stepper:
+    """Counts the real steps of one optimizer and boosts them.
+
+    Args:
+        settings: The callback, for its arguments and its decisions about timing.
+        progress: The optimizer's state that outlives the fit.
+        trainer: The trainer.
+        module: The module being trained.
+        optimizer: The optimizer.
+        first_step: Optimizer step at which the boost starts, where that is known.
+    """
+
+    def __init__(
+        self,
+        settings: IRE,
+        progress: Progress,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        optimizer: Optimizer,
+        first_step: int | None,
+    ) -> None:
+        self.settings = settings
+        self.progress = progress
+        self.trainer = trainer
+        self.module = module
+        self.optimizer = optimizer
+        self.first_step = first_step
+        self.logs: dict[str, Tensor | float] = {}
+        self._names = self._current_names()
+        self._old: OldWeights | None = None
+        self._counter = optimizer.register_step_post_hook(self._stepped)
+
+    def release(self) -> None:
+        """Take the hook away."""
+        self._counter.remove()
+        self._old = None
+
+    def switch_on(self) -> bool:
+        """Switch the boost on when the time has come.
+
+        Returns:
+            Whether the next step needs anything but counting.
+        """
+        settings, progress = self.settings, self.progress
+        pending = settings.kappa > 0 and progress.started_at is None
+        if pending and settings.start.reached(progress.step, self.trainer.current_epoch, self.first_step):
+            progress.started_at = progress.step
+        return progress.started_at is not None or settings.perturbation is not None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that an estimate is made for."""
+        return trainable_parameters(self.optimizer)
+
+    @property
+    def refreshes(self) -> bool:
+        """Whether the mask is to be made at the next step."""
+        started_at = self.progress.started_at
+        if started_at is None:
+            return False
+        return self.progress.retry or self.settings.should_refresh(self.progress.step, started_at)
+
+    def open_window(self, training_step: Any, window_class: type[AccumulationWindow]) -> AccumulationWindow:
+        """The window of the next step, with an estimate if the mask is due.
+
+        Args:
+            training_step: The module's own `training_step`, without our wrapper.
+            window_class: Its class.
+        """
+        progress = self.progress
+        perturbs = self.settings.should_perturb(progress.step)
+        perturbation: Perturbation | None = self.settings.perturbation if perturbs else None
+        window = window_class(
+            self.trainer,
+            self.module,
+            training_step,
+            self.parameters(),
+            seed=mixed_seed(progress.seed, progress.step),
+            replays=self.refreshes or (perturbation is not None and perturbation.uses_gradient),
+            perturbation=perturbation,
+        )
+        if self.refreshes:
+            window.estimate = self.settings.curvature.begin(window)
+        return window
+
+    def refresh(self, window: AccumulationWindow) -> None:
+        """Make the mask at theta_t, or keep the old one and try again at the next step if h is not finite.
+
+        Args:
+            window: A window with an estimate.
+        """
+        assert window.estimate is not None
+        values = window.estimate.finish()
+        window.estimate = None
+        self.progress.retry = values is None
+        if values is None:
+            return
+        self._names = self._current_names()
+        excluded = _fitting(self.module, self.settings.exclude)
+        names = [self._names[id(parameter)] for parameter in window.parameters]
+        taking_part = [None if id(p) in excluded else h for p, h in zip(window.parameters, values, strict=True)]
+        self.progress.masks.refresh(names, taking_part)
+
+    def save_old(self, copies: Mapping[int, Tensor]) -> None:
+        """Keep the weights for the boost, as late as possible before the step.
+
+        Args:
+            copies: Copies of weights that exist already, by `id` of the parameter.
+        """
+        masks = self.progress.masks.masks
+        if masks and self.progress.started_at is not None:
+            self._old = OldWeights.save(self.optimizer, self._names, masks, copies, will_log(self.trainer))
+
+    def forget_old(self) -> None:
+        """The step is over, or did not happen."""
+        self._old = None
+
+    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """After every real step of the optimizer (a GradScaler skips those that overflowed)."""
+        overflow = getattr(optimizer, "found_inf", None)  # fused optimizers are called all the same
+        if overflow is not None and float(overflow):
+            return
+        settings, progress = self.settings, self.progress
+        follows_lr = settings.kappa_schedule == "lr"
+        progress.count_step(optimizer, with_lrs=follows_lr)
+        weights, self._old = self._old, None
+        if weights is not None:
+            self.logs |= boost(
+                optimizer,
+                weights,
+                settings.kappa,
+                peak_lrs=progress.peak_lrs if follows_lr else None,
+                scale_weight_decay=settings.scale_weight_decay,
+                with_norms=will_log(self.trainer),
+            )
+            self.logs |= progress.masks.logs
+
+    def write_logs(self, suffix: str = "") -> None:
+        """After a batch whose training metrics Lightning is about to write.
+
+        Args:
+            suffix: Added to the tags, to tell several optimizers apart.
+        """
+        if self.logs and not self.trainer.barebones and will_log(self.trainer):
+            for tag, value in self.logs.items():
+                self.module.log(tag + suffix, value, on_step=True, on_epoch=False, batch_size=1)
+        self.logs = {}
+
+    def _current_names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in named_parameters(self.module, self.optimizer).items()}
+
+
+def trainable_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The optimizer's parameters that are not frozen, each once.
+
+    Args:
+        optimizer: Any optimizer.
+    """
+    unique = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    return list(unique.values())
+
+
+def named_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The module's parameters and those that only the optimizer has.
+
+    Args:
+        module: The module being trained.
+        optimizer: Its optimizer.
+    """
+    named = dict(module.named_parameters())
+    known = {id(parameter) for parameter in named.values()}
+    strangers = [p for p in trainable_parameters(optimizer) if id(p) not in known]
+    return named | {f"optimizer.parameter_{index}": parameter for index, parameter in enumerate(strangers)}
+
+
+def _fitting(module: nn.Module, patterns: Sequence[str]) -> set[int]:
+    """Parameters that one of the patterns fits, under any of their names (tied weights have several)."""
+    return {
+        id(parameter)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }

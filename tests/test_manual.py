@@ -1,0 +1,298 @@
+"""Modules in manual optimization: IRE around each step they make, SAM where they give a closure."""
+
+import warnings
+from typing import Any
+
+import cases
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Classifier, Net
+from torch import Tensor, nn
+
+from lightning_ire import IRE, SAM, AverageSAM, ConfigurationError, EmpiricalFisher, tags
+
+BOOST = {"kappa": 2.0, "gamma": 0.7, "interval": 3}
+
+
+class Manual(Classifier):
+    """The classifier of the other tests, stepping by itself: with a closure or without."""
+
+    def __init__(self, net: nn.Module | None = None, closure: bool = False, **kwargs: Any) -> None:
+        super().__init__(net, **kwargs)
+        self.automatic_optimization = False
+        self.with_closure = closure
+
+    def loss(self, batch: Any) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+
+        def closure() -> Tensor:
+            loss = self.loss(batch)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.log("loss", loss)
+            return loss
+
+        if self.with_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+
+
+SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {
+    "ire": (BOOST, False),
+    "ire-closure": (BOOST, True),
+    "ire-empirical": ({**BOOST, "curvature": EmpiricalFisher()}, False),
+    "ire-late": ({**BOOST, "start_step": 5, "beta": 0.5, "kappa_schedule": "lr"}, False),
+    "sam": ({"kappa": 0.0, "perturbation": SAM(0.1)}, True),
+    "sam-sync": ({"kappa": 0.0, "perturbation": SAM(0.1, sync=True)}, True),
+    "sam-sometimes": ({"kappa": 0.0, "perturbation": SAM(0.1, interval=3)}, True),
+    "sam-ire": ({**BOOST, "perturbation": SAM(0.1)}, True),
+    "average-sam": ({"kappa": 0.0, "perturbation": AverageSAM(0.1)}, True),
+}
+
+
+@pytest.mark.parametrize(("settings", "closure"), SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("net", [Net(), Net(batch_norm=True, dropout=0.3)], ids=["plain", "batchnorm-dropout"])
+def test_the_same_steps_by_hand_and_automatically(settings: dict[str, Any], closure: bool, net: nn.Module) -> None:
+    automatic = cases.clone(Classifier(net)).double()
+    manual = Manual(cases.clone(automatic).net, closure)
+    cases.fit(automatic, [IRE(**settings)], cases.loader(cases.data(dtype=torch.float64)), precision="64-true")
+    ire = IRE(**settings)
+    cases.fit(manual, [ire], cases.loader(cases.data(dtype=torch.float64)), precision="64-true")
+    cases.assert_same_bits(manual, automatic)
+    assert manual.calls == automatic.calls
+    assert ire._progress.step == 16
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "fp16"])
+def test_parity_at_kappa_0_with_a_forced_second_pass(closure: bool, precision: str) -> None:
+    def run(callbacks: list[pl.Callback]) -> tuple[Manual, pl.Trainer]:
+        torch.manual_seed(4)
+        module = Manual(Net(batch_norm=True, dropout=0.3), closure)
+        loop: dict[str, Any] = {"precision": precision}
+        if precision == "fp16":
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+            loop = {"plugins": [pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)]}
+        return module, cases.fit(module, callbacks, **loop)
+
+    plain, trainer = run([])
+    callback = IRE(kappa=0, perturbation=SAM(0.0)) if closure else IRE(kappa=5, interval=2, exclude="*")
+    forced, same = run([callback])
+    cases.assert_same_bits(plain, forced)
+    assert trainer.global_step == same.global_step
+    assert torch.equal(trainer.callback_metrics["loss"], same.callback_metrics["loss"])
+    assert forced.calls == (2 if closure else 1) * plain.calls
+    assert {"training_step", "manual_backward", "log"}.isdisjoint(vars(forced))
+    assert "zero_grad" not in vars(same.optimizers[0])
+    assert "step" not in vars(forced.optimizers())
+
+
+def test_sam_without_a_closure_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(ConfigurationError, match=r"Expected `optimizer.step\(closure\)` for SAM\(rho=0.1\).*moved wei"):
+        cases.fit(Manual(), [IRE(kappa=0, perturbation=SAM(0.1))])
+
+
+class TwoPlayers(pl.LightningModule):
+    """GAN-like: two optimizers, one of them stepping twice a batch, each toggled."""
+
+    def __init__(self, toggle: bool = True) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.second = Net(), Net(batch_norm=True)
+        self.toggle = toggle
+
+    def configure_optimizers(self) -> Any:
+        return (
+            torch.optim.SGD(self.first.parameters(), lr=0.1, momentum=0.9),
+            torch.optim.AdamW(self.second.parameters(), lr=0.01),
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        one, two = self.optimizers()
+        for optimizer in (one, two, two):
+            if self.toggle:
+                self.toggle_optimizer(optimizer)
+            loss = F.cross_entropy(self.first(x) + self.second(x), y)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            if self.toggle:
+                self.untoggle_optimizer(optimizer)
+
+
+def by_hand(module: TwoPlayers, batches: Any, curvature: str, kappa: float = 2.0, interval: int = 3) -> None:
+    """The two players with the boost written out, the empirical Fisher as curvature."""
+    optimizers = module.configure_optimizers()
+    counts, masks = [0, 0], [[], []]
+    for x, y in batches:
+        for index in (0, 1, 1):
+            weights = list((module.first, module.second)[index].parameters())
+            gradient = torch.autograd.grad(F.cross_entropy(module.first(x) + module.second(x), y), weights)
+            if counts[index] % interval == 0:
+                h = torch.cat([(g * g).reshape(-1) for g in gradient])
+                threshold = h.kthvalue(max(1, int(len(h) * 0.7))).values
+                masks[index] = [g * g <= threshold for g in gradient]
+            old = [w.detach().clone() for w in weights]
+            for w, g in zip(weights, gradient, strict=True):
+                w.grad = g
+            optimizers[index].step()
+            counts[index] += 1
+            with torch.no_grad():
+                for w, o, m in zip(weights, old, masks[index], strict=True):
+                    w.add_((w - o) * m, alpha=kappa)
+
+
+@pytest.mark.parametrize("toggle", [True, False])
+def test_every_optimizer_has_its_own_masks_and_counts(toggle: bool) -> None:
+    module = TwoPlayers(toggle).double()
+    expected = cases.clone(module)
+    dataset = cases.data(dtype=torch.float64)
+    ire = IRE(**BOOST, curvature=EmpiricalFisher())
+    trainer = cases.fit(module, [ire], cases.loader(dataset), precision="64-true", max_epochs=1)
+    by_hand(expected, list(cases.loader(dataset)), "empirical")
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], value, rtol=1e-9, atol=1e-11)
+    assert [progress.step for progress in ire._progresses] == [8, 16]
+    assert [len(progress.masks.masks) for progress in ire._progresses] == [4, 6]
+    assert {tags.KAPPA, f"{tags.KAPPA}/optimizer_1"} <= set(trainer.callback_metrics)
+
+
+@pytest.mark.parametrize("toggle", [True, False])
+def test_sampled_fisher_with_two_optimizers(toggle: bool) -> None:
+    ire = IRE(**BOOST)
+    module = TwoPlayers(toggle)
+    before = cases.clone(module)
+    cases.fit(module, [ire])
+    assert [progress.step for progress in ire._progresses] == [16, 32]
+    assert [len(progress.masks.masks) for progress in ire._progresses] == [4, 6]
+    assert cases.moved(module, before) > 1e-3
+
+
+def test_resume_with_two_optimizers_is_exact(tmp_path: Any) -> None:
+    start = TwoPlayers()
+    whole, half, resumed = (cases.clone(start) for _ in range(3))
+    cases.fit(whole, [IRE(**BOOST)], max_epochs=4)
+    cases.fit(half, [IRE(**BOOST)]).save_checkpoint(tmp_path / "half.ckpt")
+    ire = IRE(**BOOST)
+    cases.fit(resumed, [ire], max_epochs=4, ckpt_path=str(tmp_path / "half.ckpt"))
+    cases.assert_same_bits(resumed, whole)
+    assert [progress.step for progress in ire._progresses] == [32, 64]
+
+
+class Accumulates(Manual):
+    """Steps at every second batch, on gradients that two batches left."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        loss = self.loss(batch)
+        self.manual_backward(loss / 2 if self.divide else loss)
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    divide = False
+
+
+@pytest.mark.parametrize("curvature", [None, EmpiricalFisher()])
+def test_accumulation_by_hand_is_one_estimate(curvature: Any) -> None:
+    """The sum of two means: half the learning rate of what Lightning does with the mean of two."""
+    automatic = Classifier(optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.2)).double()
+    manual = Accumulates(cases.clone(automatic).net, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    dataset = cases.data(dtype=torch.float64)
+    settings = {**BOOST, "curvature": curvature}
+    cases.fit(automatic, [IRE(**settings)], cases.loader(dataset), precision="64-true", accumulate_grad_batches=2)
+    cases.fit(manual, [IRE(**settings)], cases.loader(dataset), precision="64-true")
+    for name, value in automatic.state_dict().items():
+        torch.testing.assert_close(manual.state_dict()[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_a_loss_that_is_no_cross_entropy_names_the_ways_out() -> None:
+    module = Accumulates()
+    module.divide = True
+    with pytest.raises(ConfigurationError, match=r"Accumulates` \(manual optimization\).*fisher_loss.*EmpiricalFisher"):
+        cases.fit(module, [IRE()])
+    module = Accumulates()
+    module.divide = True
+    module.fisher_loss = lambda batch, batch_idx: (F.cross_entropy(module.net(batch[0]), batch[1]), len(batch[0]))
+    ire = IRE()
+    cases.fit(module, [ire])
+    assert ire._progress.masks.masks
+
+
+def test_gradients_of_the_other_player_are_left_alone_by_the_second_pass() -> None:
+    class Closures(TwoPlayers):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            x, y = batch
+            for optimizer in self.optimizers():
+
+                def closure(optimizer: Any = optimizer) -> Tensor:
+                    optimizer.zero_grad()
+                    loss = F.cross_entropy(self.first(x) + self.second(x), y)
+                    self.manual_backward(loss)
+                    return loss
+
+                optimizer.step(closure)
+
+    plain, forced = Closures(), Closures()
+    forced.load_state_dict(plain.state_dict())
+    cases.fit(plain)
+    cases.fit(forced, [IRE(kappa=0, perturbation=SAM(0.0))])
+    cases.assert_same_bits(plain, forced)
+    for ours, theirs in zip(forced.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_stepping_the_raw_optimizer_is_warned_about() -> None:
+    class Raw(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"SGD was stepped directly, without IRE.*`self.optimizers\(\)`"):
+        cases.fit(Raw(), [IRE()])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*stepped directly.*")
+        cases.fit(Raw(), [IRE(kappa=0)])
+        cases.fit(Manual(), [IRE()])
+
+
+@pytest.mark.parametrize("where", [5, 6])
+def test_an_exception_in_a_closure_leaves_unmoved_weights(where: int) -> None:
+    class Boom(Manual):
+        def loss(self, batch: Any) -> Tensor:
+            if self.calls == 4:
+                self.at = [p.detach().clone() for p in self.parameters()]
+            if self.calls + 1 == where:
+                raise RuntimeError("boom")
+            return super().loss(batch)
+
+    class AtException(pl.Callback):
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            assert all(torch.equal(a, b) for a, b in zip(pl_module.parameters(), pl_module.at, strict=True))
+
+    module = Boom(closure=True)
+    with pytest.raises(RuntimeError, match="boom"):
+        cases.fit(module, [AtException(), IRE(perturbation=SAM(0.5))])
+    assert {"training_step", "log"}.isdisjoint(vars(module))
+
+
+def test_before_the_start_nothing_is_wrapped() -> None:
+    seen = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append(("training_step" in vars(pl_module), "step" in vars(pl_module.optimizers())))
+
+    cases.fit(Manual(), [IRE(start_step=9), Look()])
+    assert seen == [(False, False)] * 9 + [(True, True)] * 7
