@@ -107,6 +107,7 @@ class ManualSession:
         self._training_step: Callable[..., Any] = module.training_step
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._watching = ExitStack()
+        self._armed = False
         self._extra_pass = False
 
     def release(self) -> None:
@@ -125,6 +126,7 @@ class ManualSession:
         active = [stepper.switch_on() for stepper in self.steppers]
         if any(active) and self.patches is None:
             self._install()
+        self._armed = True
 
     def _install(self) -> None:
         self.patches = Patches()
@@ -138,7 +140,8 @@ class ManualSession:
                 self.patches.put(owner, "zero_grad", self._around_zero_grad(stepper, owner.zero_grad))
 
     def _around_training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._call is not None or not self.module.training:  # somebody else's call
+        armed, self._armed = self._armed, False
+        if not armed:  # somebody else's call
             return self._training_step(*args, **kwargs)
         self._call = (args, kwargs)
         try:
