@@ -7,7 +7,7 @@ WORKERS ?= 2
 # threads of torch in `make run`: on a busy machine two that wait for each other were 9 times slower than one
 THREADS ?= 1
 
-.PHONY: help env run test lint clean
+.PHONY: help env run test test-all lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -26,6 +26,9 @@ run: env  ## train the embedded digits config with SGD-IRE (another one: make ru
 
 test: env lint  ## lint, types and the fast tests
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
+
+test-all: env  ## the long cells too
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -176,7 +176,7 @@ def test_start_by_loss_latches_at_the_end_of_an_epoch() -> None:
 
 @pytest.mark.parametrize("settings", [{"start_step": 16}, {"start_step": 500}, {"start_epoch": 2}])
 def test_a_start_out_of_reach_is_warned_about_before_and_after(settings: dict[str, Any]) -> None:
-    before = r"the run ends before that \(max_epochs=2, 16 steps\): lower"
+    before = r"the run ends before that \(max_epochs=2, steps=16\): lower"
     with pytest.warns(UserWarning, match=before), pytest.warns(UserWarning, match="IRE never switched on in this run"):
         cases.fit(Classifier(), [IRE(**settings)])
 

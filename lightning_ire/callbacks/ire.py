@@ -197,8 +197,8 @@ class IRE(Callback):
             return
         if self.start.never(total, trainer.max_epochs, first_step):
             rank_zero_warn(
-                f"IRE starts at {self.start}, but the run ends before that (max_epochs={trainer.max_epochs}, "
-                f"{total:.0f} steps): lower `start_step` or `start_epoch`."
+                f"IRE starts at {self.start}, but the run ends before that (max_epochs={trainer.max_epochs}, steps="
+                f"{'unknown' if total is None else int(total)}): lower `start_step` or `start_epoch`."
             )
         if self.start.immediate and trainer.global_step == 0 and any(map(_warms_up, trainer.optimizers)):
             rank_zero_warn(
