@@ -1,4 +1,4 @@
-"""What the callback has to know of Lightning's inner order. The only file that may use private names of Lightning.
+"""What the callback has to know of Lightning's inner order. The only file with private names of Lightning or torch.
 
 Lightning 2.6, one optimizer step: for every micro-batch `training_step`, zero_grad (first one), backward; at the last
 one all of that runs as a closure inside `LightningModule.optimizer_step`, followed by unscaling, the
@@ -12,22 +12,34 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    Strategy,
+    XLAStrategy,
+)
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError
+from lightning_ire.functional import BufferState
 
 __all__ = [
     "ConfigWins",
     "Patches",
     "Takeover",
     "check_supported",
+    "gradient_marks",
+    "kept_for_the_graph",
     "loss_of",
     "loss_scale",
     "muted_logging",
@@ -125,7 +137,8 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradi
         ConfigurationError: With the remedy, in one line.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    others = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # subclasses of the two that are supported
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, others):
         raise ConfigurationError(
             f"Expected a single device or DDP, got {type(strategy).__name__}: IRE does not support sharded or other "
             "strategies yet; set `trainer.strategy` to 'auto' or 'ddp', or remove the callback."
@@ -194,18 +207,58 @@ def will_log(trainer: pl.Trainer) -> bool:
 
 
 @contextmanager
+def kept_for_the_graph(buffers: BufferState) -> Iterator[None]:
+    """After the block the buffers are as they were captured, and graphs that saved them still go backward.
+
+    A backward pass through a checkpointed layer runs it again, and BatchNorm's statistics with it.
+
+    Private: torch has no public way to put contents back without counting it as a change.
+
+    Args:
+        buffers: The state of all buffers at this moment.
+    """
+    try:
+        yield
+    finally:
+        with torch.autograd._unsafe_preserve_version_counter(tuple(buffer for _, _, buffer, _ in buffers.saved)):
+            buffers.restore()
+
+
+def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor | None, int]]:
+    """Marks that differ as soon as somebody replaces a gradient or changes it in place.
+
+    Private: torch has no public counter of in-place changes.
+
+    Args:
+        parameters: The parameters.
+    """
+    return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
+
+
+@contextmanager
 def muted_logging(module: nn.Module) -> Iterator[None]:
     """Inside the block `self.log` and `self.log_dict` do nothing, in nested LightningModules too.
 
     Otherwise an extra pass would log the perturbed loss, and epoch means would mix both.
+
+    Private: somebody may have been handed the bound method before, so what it writes to is put aside too, the loop's
+    collection of results.
     """
     owners = [owner for owner in module.modules() if isinstance(owner, pl.LightningModule)]
     before = [vars(owner).get("log") for owner in owners]
+    loop = getattr(owners[0]._trainer, "_active_loop", None) if owners else None
+    loop = getattr(loop, "epoch_loop", loop)
+    results = getattr(loop, "_results", None)
     for owner in owners:
         owner.log = _no_log  # type: ignore[method-assign]
+    if loop is not None and results is not None:
+        loop._results = _ResultCollection(training=results.training)
+        loop._results.batch, loop._results.batch_size = results.batch, results.batch_size
     try:
         yield
     finally:
+        if loop is not None and results is not None:
+            loop._results = results
         for owner, log in zip(owners, before, strict=True):
             if log is None:
                 del owner.log

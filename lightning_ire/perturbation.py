@@ -150,7 +150,8 @@ class AverageSAM(Perturbation):
     """The gradient at theta + rho * xi / ||xi|| with random xi ~ N(0, I): eq. 8 of the IRE paper.
 
     The training loss that Lightning sees and logs is then the one at the moved weights. All devices draw the same xi,
-    and it stays the same over an accumulation window.
+    and it stays the same over an accumulation window. List IRE before callbacks that look at weights in `on_exception`:
+    after an error between a forward pass and its backward pass IRE puts the weights back there.
 
     Args:
         rho: Radius >= 0 in weight units, over all parameters together.

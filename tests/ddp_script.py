@@ -3,6 +3,7 @@
 Usage: python ddp_script.py FOLDER
 """
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from cases import Classifier, Net
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -40,6 +42,26 @@ class OwnFisher(Classifier):
         return F.cross_entropy(self.net(x), (y + 1) % cases.CLASSES), len(x)
 
 
+class ByHand(Classifier):
+    """The same steps in manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__(Net())
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+
+        def closure() -> torch.Tensor:
+            self.calls += 1
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+
+
 class PartlyUsed(Classifier):
     """Each rank leaves another layer unused."""
 
@@ -52,7 +74,80 @@ class PartlyUsed(Classifier):
         return F.cross_entropy(self.sides[self.global_rank](self.net(x)), y)
 
 
+class NotANumber(Classifier):
+    """On rank 1 the loss is NaN in step 2: in all passes of it, or in the first one only."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__(Net())
+        self.always, self.passes = always, 0
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.passes = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.passes += 1
+        loss = super().training_step(batch, batch_idx)
+        broken = self.global_rank == 1 and batch_idx == 2 and (self.always or self.passes == 1)
+        return loss * float("nan") if broken else loss
+
+
+class FisherNotANumber(OwnFisher):
+    """The second estimate (step 2) is not finite on rank 1, where the draws of both are counted."""
+
+    def fisher_loss(self, batch: Any, batch_idx: int) -> Any:
+        loss, count = super().fisher_loss(batch, batch_idx)
+        return (loss * float("nan") if self.global_rank == 1 and len(self.draws) == 2 else loss), count
+
+
+class Summed(torch.autograd.Function):
+    """Sum over the devices; so is the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        total = value.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return Summed.forward(ctx, gradient)
+
+
+class JoinedNorm(torch.nn.Module):
+    """Normalizes by the statistics of all devices together, as SyncBatchNorm does, which torch has for GPUs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def joined(value: torch.Tensor) -> torch.Tensor:
+            if not torch.distributed.is_initialized():
+                return value
+            return Summed.apply(value) / torch.distributed.get_world_size()
+
+        mean = joined(x.mean(0))
+        self.running_mean += 0.1 * (mean.detach() - self.running_mean)
+        return (x - mean) / (joined((x - mean).square().mean(0)) + 1e-5).sqrt()
+
+
+def joined_norm() -> Classifier:
+    net = Net()
+    net.insert(1, JoinedNorm())
+    return OwnFisher(net)
+
+
+class Monitored(Classifier):
+    """Stops early by a metric that differs between the ranks unless it is averaged."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        return loss
+
+
 BOOST = {"kappa": 2.0, "gamma": 0.7, "interval": 2}
+STATIC = {"static_graph": True}
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"ire": {"kappa": 0.0}},
     "empirical": {"ire": {**BOOST, "curvature": "empirical"}},
@@ -72,6 +167,46 @@ RUNS: dict[str, dict[str, Any]] = {
     "one-sided": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": OneSided},
     "partly-used": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": PartlyUsed, "unused": True},
     "start-loss": {"ire": {**BOOST, "start_loss": 100.0}, "epochs": 2},
+    "nan": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": lambda: NotANumber(True)},
+    "nan-plain": {"ire": {"kappa": 0.0}, "module": lambda: NotANumber(True)},
+    "nan-ascent": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": lambda: NotANumber(False)},
+    "nan-ascent-empirical": {
+        "ire": {**BOOST, "curvature": "empirical", "perturbation": SAM(0.1)},
+        "module": lambda: NotANumber(False),
+    },
+    "nan-fisher": {"ire": BOOST, "module": lambda: FisherNotANumber(Net())},
+    "unused-search": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "strategy": {"find_unused_parameters": True}},
+    "by-hand": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": ByHand},
+    "bucket-view": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "strategy": {"gradient_as_bucket_view": True}},
+    "bucket-view-accumulated": {
+        "ire": {**BOOST, "curvature": "empirical", "perturbation": SAM(0.1, sync=True)},
+        "strategy": {"gradient_as_bucket_view": True},
+        "accumulate": 2,
+    },
+    "no-view": {
+        "ire": {**BOOST, "curvature": "empirical", "perturbation": SAM(0.1, sync=True)},
+        "strategy": {"gradient_as_bucket_view": False},
+        "accumulate": 2,
+    },
+    "static-ire": {"ire": BOOST, "strategy": STATIC},
+    "static-own-fisher": {"ire": BOOST, "strategy": STATIC, "module": lambda: OwnFisher(Net())},
+    "static-empirical-sam-sync": {
+        "ire": {**BOOST, "curvature": "empirical", "perturbation": SAM(0.1, sync=True)},
+        "strategy": STATIC,
+    },
+    "static-average-sam": {"ire": {"kappa": 0.0, "perturbation": AverageSAM(0.1)}, "strategy": STATIC},
+    "partial-window": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "accumulate": 2, "limit": 2 * STEPS - 1},
+    "partial-window-sync": {
+        "ire": {**BOOST, "curvature": "empirical", "perturbation": SAM(0.1, sync=True)},
+        "accumulate": 2,
+        "limit": 2 * STEPS - 1,
+    },
+    "start-step": {"ire": {**BOOST, "start_step": 3, "perturbation": SAM(0.1)}, "epochs": 2},
+    "early-stopping": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": Monitored, "epochs": 6, "stop": True},
+    "joined-norm": {"ire": {**BOOST, "perturbation": SAM(0.1, sync=True)}, "module": joined_norm},
+    "joined-norm-local": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": joined_norm},
+    "straight": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "epochs": 3},
+    "resumed": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "epochs": 3, "resume": True},
 }
 
 
@@ -85,7 +220,7 @@ class Steps(pl.Callback):
         self.weights.append(torch.cat([p.detach().reshape(-1) for p in pl_module.parameters()]))
 
 
-def run(name: str, devices: int, batch_size: int) -> dict[str, Any]:
+def run(name: str, devices: int, batch_size: int, folder: Path | None = None) -> dict[str, Any]:
     spec = RUNS[name]
     settings = dict(spec["ire"])
     if settings.get("curvature") == "empirical":
@@ -101,18 +236,29 @@ def run(name: str, devices: int, batch_size: int) -> dict[str, Any]:
     if devices > 1:  # Lightning's own sampler would shuffle: deal the samples out in turn instead
         sampler = DistributedSampler(dataset, devices, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
         train = DataLoader(dataset, batch_size // accumulate, sampler=sampler)
-        strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=spec.get("unused", False))
-    cases.fit(
-        module,
-        [ire, steps],
-        train,
-        use_distributed_sampler=False,
-        devices=devices,
-        strategy=strategy,
-        precision="64-true",
-        max_epochs=spec.get("epochs", 1),
-        accumulate_grad_batches=accumulate,
-    )
+        options = {"find_unused_parameters": spec.get("unused", False), **spec.get("strategy", {})}
+        strategy = DDPStrategy(process_group_backend="gloo", **options)
+    settings = {
+        "train": train,
+        "use_distributed_sampler": False,
+        "devices": devices,
+        "strategy": strategy,
+        "precision": "64-true",
+        "max_epochs": spec.get("epochs", 1),
+        "accumulate_grad_batches": accumulate,
+    } | ({"limit_train_batches": spec["limit"]} if "limit" in spec else {})
+    callbacks = [ire, steps]
+    if spec.get("stop"):
+        callbacks.append(EarlyStopping("loss", patience=10, stopping_threshold=1.3))
+    if spec.get("resume"):  # the first epoch in another trainer, with another callback
+        assert folder is not None
+        first, weights = DDPStrategy(process_group_backend="gloo"), copy.deepcopy(module.state_dict())
+        save = ModelCheckpoint(folder, filename="first", every_n_epochs=1)
+        before = {**settings, "strategy": first, "max_epochs": 1, "enable_checkpointing": True}
+        cases.fit(module, [IRE(**spec["ire"]), steps, save], **before)
+        module.load_state_dict(weights)
+        settings["ckpt_path"] = str(folder / "first.ckpt")
+    cases.fit(module, callbacks, **settings)
     masks = {key: mask.clone() for key, mask in ire._progress.masks.masks.items()}
     return {
         "weights": torch.stack(steps.weights),
@@ -124,8 +270,25 @@ def run(name: str, devices: int, batch_size: int) -> dict[str, Any]:
     }
 
 
+def refusals() -> dict[str, str]:
+    """Messages of what does not run."""
+    found = {}
+    for name, ire, options in (
+        ("static-graph", [IRE(kappa=0.0, perturbation=SAM(0.1))], {"strategy": STATIC}),
+        ("static-graph-accumulated", [], {"strategy": STATIC, "accumulate_grad_batches": 2}),
+        ("sync-batch-norm", [], {"sync_batchnorm": True}),
+    ):
+        strategy = DDPStrategy(process_group_backend="gloo", **options.pop("strategy", {}))
+        try:
+            cases.fit(Classifier(Net(batch_norm=True)), ire, devices=2, strategy=strategy, **options)
+        except (RuntimeError, ValueError) as error:
+            found[name] = str(error)
+    return found
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    results = {name: run(name, devices=2, batch_size=8) for name in RUNS}
+    results = {name: run(name, devices=2, batch_size=8, folder=Path(sys.argv[1])) for name in RUNS}
+    results["refusals"] = refusals()
     rank = torch.distributed.get_rank()
     torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_ire"
 ALLOWED = {
     "_checks": set(),
     "tags": set(),
-    "_lightning": {"_checks"},
+    "_lightning": {"_checks", "functional"},
     "functional": {"functional"},
     "schedule": {"_checks"},
     "perturbation": {"_checks", "functional"},

@@ -19,13 +19,13 @@ from torch.optim import Optimizer
 
 from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import Patches, unsynchronized
+from lightning_ire._lightning import Patches, kept_for_the_graph, unsynchronized
 from lightning_ire.callbacks._no_trace import devices_of, no_trace
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._stepper import Stepper
 from lightning_ire.callbacks._window import AccumulationWindow
 from lightning_ire.curvature import MicroBatch
-from lightning_ire.functional import RandomState, perturbed
+from lightning_ire.functional import BufferState, RandomState, perturbed
 
 if TYPE_CHECKING:
     from lightning_ire.callbacks.ire import IRE
@@ -67,7 +67,7 @@ class ManualStepper(Stepper):
         """All of the optimizer's: which of them are frozen may change between two backward passes (`toggle_model`)."""
         return list({id(p): p for group in self.optimizer.param_groups for p in group["params"]}.values())
 
-    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _finished(self, optimizer: Optimizer) -> None:
         active = self.progress.started_at is not None or self.settings.perturbation is not None
         if active and not self.inside and not self.warned:
             self.warned = True
@@ -75,7 +75,7 @@ class ManualStepper(Stepper):
                 f"{type(optimizer).__name__} was stepped directly, without IRE and without a perturbation: step what "
                 "`self.optimizers()` returns."
             )
-        super()._stepped(optimizer, args, kwargs)
+        super()._finished(optimizer)
 
 
 class ManualSession:
@@ -174,7 +174,10 @@ class ManualSession:
     def _around_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not self._extra_pass and self._call is not None:
-                self._add_to_estimates(loss)
+                streams = RandomState.capture(devices_of(self.module))
+                with kept_for_the_graph(BufferState.capture(self.module)):
+                    self._add_to_estimates(loss)
+                streams.restore()
             return original(loss, *args, **kwargs)
 
         return manual_backward
@@ -231,7 +234,10 @@ class ManualSession:
         stepper.logs = {}
         copies: dict[int, Tensor] = {}
         result = None
-        state = RandomState.capture(devices_of(self.module)) if window.perturbation is not None else None
+        state = None
+        if window.perturbation is not None and window.unmoved:
+            state = RandomState.capture(devices_of(self.module)), BufferState.capture(self.module)
+            window.keep_gradients()
         if closure is not None:
             with torch.enable_grad(), ExitStack() as around:
                 if not window.unmoved:
@@ -240,13 +246,17 @@ class ManualSession:
                 result = closure()
         if window.estimate is not None:
             stepper.refresh(window)
-        if state is not None and closure is not None and window.unmoved:
+        if state is not None and closure is not None:
             copies = self._perturbed_gradient(stepper, window, closure, state)
         stepper.save_old(copies)
         return result
 
     def _perturbed_gradient(
-        self, stepper: ManualStepper, window: ManualWindow, closure: Callable[[], Any], state: RandomState
+        self,
+        stepper: ManualStepper,
+        window: ManualWindow,
+        closure: Callable[[], Any],
+        state: tuple[RandomState, BufferState],
     ) -> dict[int, Tensor]:
         movable, moves, norm = window.displacement([parameter.grad for parameter in window.movable])
         block = perturbed(movable, moves)
@@ -254,7 +264,8 @@ class ManualSession:
         self._extra_pass = True
         try:
             with block as saved, torch.enable_grad(), no_trace(self.module), window.fresh_gradients():
-                state.restore()
+                for part in state:
+                    part.restore()
                 loss = closure()
         finally:
             self._extra_pass = False

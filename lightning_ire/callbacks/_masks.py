@@ -31,7 +31,7 @@ class FlatMasks:
         self.beta = beta
         self.masks: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
-        self.logs: dict[str, Tensor | float] = {}
+        self.logs: dict[str, Tensor] = {}
 
     def refresh(self, names: Sequence[str], values: Sequence[Tensor | None]) -> None:
         """Make all masks anew from finite estimates h; parameters without one (``None``) get none.
@@ -66,7 +66,7 @@ class FlatMasks:
         return {
             "masks": {name: pack_mask(mask) for name, mask in self.masks.items()},
             "average": {name: h.cpu() for name, h in self.average.items()},
-            "logs": {tag: float(value) for tag, value in self.logs.items()},
+            "logs": {tag: value.cpu() for tag, value in self.logs.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list[str]:
@@ -80,6 +80,7 @@ class FlatMasks:
             Names in the state that fit no parameter; their masks are dropped.
         """
         misfits = []
+        self.masks, self.average = {}, {}
         for name, packed in state["masks"].items():
             parameter = parameters.get(name)
             if parameter is None or packed.numel() != -(-parameter.numel() // 8):
@@ -95,13 +96,13 @@ class FlatMasks:
 
 def _statistics(
     old: Mapping[str, Tensor], new: Mapping[str, Tensor], thresholds: Sequence[Tensor]
-) -> dict[str, Tensor | float]:
+) -> dict[str, Tensor]:
     """Values for the log: sums of booleans, no copy to the host."""
     if not new:
         return {}
     device = next(iter(new.values())).device
     total = sum(mask.numel() for mask in new.values())
-    logs: dict[str, Tensor | float] = {
+    logs: dict[str, Tensor] = {
         tags.FLAT_FRACTION: _count(new.values(), device) / total,
         tags.THRESHOLD: torch.stack([threshold.to(device) for threshold in thresholds]).amax(),
     }

@@ -29,6 +29,7 @@ class Progress:
         loss_count: How many losses that are.
         peak_lrs: Highest learning rate of each parameter group so far (for the "lr" schedule of kappa).
         seed: Seed of all draws of the callback.
+        shown: The values that were logged last.
     """
 
     masks: FlatMasks
@@ -39,6 +40,8 @@ class Progress:
     loss_count: int = 0
     peak_lrs: list[float] = field(default_factory=list)
     seed: int = field(default_factory=lambda: int(os.environ.get("PL_GLOBAL_SEED", "0")))
+
+    shown: dict[str, Tensor] = field(default_factory=dict)
 
     def count_step(self, optimizer: Optimizer, with_lrs: bool) -> None:
         """Count one real step.
@@ -63,6 +66,7 @@ class Progress:
             "loss_count": self.loss_count,
             "peak_lrs": list(self.peak_lrs),
             "seed": self.seed,
+            "shown": {tag: value.cpu() for tag, value in self.shown.items()},
             "flat": self.masks.state_dict(),
         }
 
@@ -81,6 +85,7 @@ class Progress:
         self.loss_sum, self.loss_count = state["loss_sum"], state["loss_count"]
         self.peak_lrs = list(state["peak_lrs"])
         self.seed = state["seed"]
+        self.shown = dict(state["shown"])
         misfits = self.masks.load_state_dict(state["flat"], parameters)
         self.retry = state["retry"] or bool(misfits)
         return misfits

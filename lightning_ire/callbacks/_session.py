@@ -16,12 +16,14 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_ire import tags
-from lightning_ire._lightning import Takeover, loss_of, unsynchronized
+from lightning_ire._checks import ConfigurationError
+from lightning_ire._lightning import Takeover, gradient_marks, kept_for_the_graph, loss_of, unsynchronized
+from lightning_ire.callbacks._no_trace import devices_of
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._stepper import Stepper
 from lightning_ire.callbacks._window import AccumulationWindow
 from lightning_ire.curvature import MicroBatch
-from lightning_ire.functional import perturbed
+from lightning_ire.functional import BufferState, RandomState, perturbed
 
 if TYPE_CHECKING:
     from lightning_ire.callbacks.ire import IRE
@@ -31,6 +33,9 @@ __all__ = ["AutomaticSession", "Session"]
 
 class Session(Protocol):
     """Everything that belongs to one fit and is gone after it; the callback's hooks call these."""
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
 
     def release(self) -> None:
         """Put everything back: weights, wrappers, hooks."""
@@ -77,6 +82,7 @@ class AutomaticSession:
         self.window: AccumulationWindow | None = None
         self._armed = False
         self._live: tuple[MicroBatch, Tensor] | None = None
+        self._marks: list[tuple[Tensor | None, int]] | None = None
         self._moved = ExitStack()
 
     def release(self) -> None:
@@ -96,6 +102,8 @@ class AutomaticSession:
             return
         if self.takeover is None:
             self.takeover = Takeover(self.module, self._training_step, self._closure, self._close_window)
+        if self.window is not None and self.window.micro_batches and not self.window.micro_batches[-1].backward_done:
+            self.window.micro_batches.pop()  # nothing was back-propagated: no loss, or weight averaging's last epoch
         if self.window is None or not self.window.micro_batches:
             self.window = self.stepper.open_window(self.takeover.original_training_step, AccumulationWindow)
         self._armed = True
@@ -123,15 +131,26 @@ class AutomaticSession:
 
     def before_backward(self, loss: Tensor) -> None:
         """The estimate may use the graph of the training forward pass (`loss` is divided and scaled already)."""
-        if self._live is not None and self.window is not None and self.window.estimate is not None:
-            self.window.estimate.before_backward(*self._live)
+        window = self.window
+        if self._live is None or window is None:
+            return
+        if window.perturbation is not None and window.unmoved and not window.back_propagated:
+            window.keep_gradients()
+        if window.estimate is not None:
+            streams = RandomState.capture(devices_of(self.module))
+            with kept_for_the_graph(BufferState.capture(self.module)):
+                window.estimate.before_backward(*self._live)
+            streams.restore()
 
     def after_backward(self) -> None:
         """Put weights back that were moved before the pass."""
         self._moved.close()
-        if self._live is not None:
-            self._live[0].backward_done = True
-            self._live = None
+        if self._live is None or self.window is None:
+            return
+        self._live[0].backward_done = True
+        self._live = None
+        if self.window.perturbation is not None and self.window.unmoved:
+            self._marks = gradient_marks(self.window.parameters)
 
     def _closure(self, closure: Callable[[], Any]) -> Any:
         window = self.window
@@ -141,12 +160,26 @@ class AutomaticSession:
             result = closure()
         if not window.back_propagated:
             return result
+        self._refuse_edited_gradients(window)
         self.stepper.logs = {}
         if window.estimate is not None:
             self.stepper.refresh(window)
         copies = self._perturbed_gradient(window) if window.perturbation is not None else {}
         self.stepper.save_old(copies)
         return result
+
+    def _refuse_edited_gradients(self, window: AccumulationWindow) -> None:
+        """What a hook after backward makes of the first pass's gradients would be lost with them."""
+        marks, self._marks = self._marks, None
+        if marks is None:
+            return
+        now = gradient_marks(window.parameters)
+        if any(before is not after or old != new for (before, old), (after, new) in zip(marks, now, strict=True)):
+            raise ConfigurationError(
+                f"Expected gradients to be edited in `on_before_optimizer_step`, got an edit in `on_after_backward` of "
+                f"{type(self.module).__name__} or of a callback, which {window.perturbation!r} would lose, as it "
+                "replaces them by those at the moved weights: move the edit."
+            )
 
     def _perturbed_gradient(self, window: AccumulationWindow) -> dict[int, Tensor]:
         """Replace the gradients by those at the moved weights; returns the copies of the weights that this made."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -52,12 +53,17 @@ class Stepper:
         self.logs: dict[str, Tensor | float] = {}
         self._names = self._current_names()
         self._old: OldWeights | None = None
-        self._counter = optimizer.register_step_post_hook(self._stepped)
+        self._depth = 0
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._stepping),
+            optimizer.register_step_post_hook(self._stepped),
+        ]
 
     def release(self) -> None:
-        """Take the hook away."""
-        self._counter.remove()
-        self._old = None
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+        self.forget_old()
 
     def switch_on(self) -> bool:
         """Switch the boost on when the time has come.
@@ -137,8 +143,18 @@ class Stepper:
     def forget_old(self) -> None:
         """The step is over, or did not happen."""
         self._old = None
+        self._depth = 0
+
+    def _stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Torch runs the hooks for a step and again for the `super().step()` inside it: only the outer one counts."""
+        self._depth += 1
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._depth = max(self._depth - 1, 0)
+        if self._depth == 0:
+            self._finished(optimizer)
+
+    def _finished(self, optimizer: Optimizer) -> None:
         """After every real step of the optimizer (a GradScaler skips those that overflowed)."""
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers are called all the same
         if overflow is not None and float(overflow):
@@ -164,8 +180,10 @@ class Stepper:
         Args:
             suffix: Added to the tags, to tell several optimizers apart.
         """
-        if self.logs and not self.trainer.barebones and will_log(self.trainer):
-            for tag, value in self.logs.items():
+        if (self.logs or self.progress.shown) and not self.trainer.barebones and will_log(self.trainer):
+            # Lightning repeats the last value of what is not logged anew; so does a resumed run that knows them all
+            self.progress.shown |= {tag: torch.as_tensor(value) for tag, value in self.logs.items()}
+            for tag, value in self.progress.shown.items():
                 self.module.log(tag + suffix, value, on_step=True, on_epoch=False, batch_size=1)
         self.logs = {}
 

@@ -15,7 +15,7 @@ from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import loss_of, loss_scale, scaled, unsynchronized
 from lightning_ire.callbacks._no_trace import devices_of, no_trace
 from lightning_ire.curvature import Estimate, MicroBatch
-from lightning_ire.functional import RandomState, perturbed
+from lightning_ire.functional import BufferState, RandomState, perturbed
 from lightning_ire.perturbation import Perturbation
 
 __all__ = ["AccumulationWindow", "mixed_seed"]
@@ -64,6 +64,8 @@ class AccumulationWindow:
         self._training_step = training_step
         self._seed = seed
         self._replays = replays
+        self._buffers: BufferState | None = None
+        self._gradients_before: dict[int, Tensor] = {}
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch:
         """Remember a call that is about to happen.
@@ -75,15 +77,26 @@ class AccumulationWindow:
         Returns:
             The micro-batch, to be completed by the caller.
         """
-        state = RandomState.capture(devices_of(self.module)) if self._replays else None
-        micro_batch = MicroBatch(args, kwargs, replay=state)
+        micro_batch = MicroBatch(args, kwargs)
+        if self._replays:
+            micro_batch.replay = RandomState.capture(devices_of(self.module))
+            self._buffers = self._buffers or BufferState.capture(self.module)
         self.micro_batches.append(micro_batch)
         return micro_batch
+
+    def keep_gradients(self) -> None:
+        """Remember the gradients that are there before the window's first backward pass, usually none."""
+        self._gradients_before = {id(p): p.grad.clone() for p in self.parameters if p.grad is not None}
 
     @property
     def back_propagated(self) -> list[MicroBatch]:
         """The micro-batches whose gradients are in `.grad`."""
         return [micro_batch for micro_batch in self.micro_batches if micro_batch.backward_done]
+
+    @property
+    def share(self) -> float:
+        """See :class:`~lightning_ire.curvature.Window`."""
+        return 1.0 / self.trainer.accumulate_grad_batches
 
     @property
     def scale(self) -> float:
@@ -160,6 +173,8 @@ class AccumulationWindow:
             The loss that `training_step` returned, with its graph.
         """
         with torch.enable_grad(), no_trace(self.module):
+            if self._buffers is not None and micro_batch is self.micro_batches[0]:
+                self._buffers.restore()
             micro_batch.replay.restore()
             with self.trainer.precision_plugin.train_step_context(), context:
                 output = (step or self._training_step)(*args, **micro_batch.kwargs)
@@ -178,6 +193,8 @@ class AccumulationWindow:
         losses = []
         todo = self.back_propagated
         with torch.enable_grad(), no_trace(self.module), self.fresh_gradients():
+            if self._buffers is not None:  # layers may compute with buffers that they change (spectral norm, queues)
+                self._buffers.restore()
             for index, micro_batch in enumerate(todo):
                 with nullcontext() if index == len(todo) - 1 else unsynchronized(strategy):
                     micro_batch.replay.restore()
@@ -206,21 +223,18 @@ class AccumulationWindow:
 
     @contextmanager
     def fresh_gradients(self) -> Iterator[None]:
-        """The optimizer's gradients start from nothing; those of other parameters are as before afterwards."""
+        """The optimizer's gradients start from what was there before the window; others' are as before afterwards."""
         ours = {id(parameter) for parameter in self.parameters}
         others = [(p, p.grad) for p in self.module.parameters() if id(p) not in ours]
-        had = [parameter for parameter in self.parameters if parameter.grad is not None]
-        for parameter in [*had, *(parameter for parameter, _ in others)]:
+        for parameter in self.parameters:
+            parameter.grad = self._gradients_before.pop(id(parameter), None)
+        for parameter, _ in others:
             parameter.grad = None
         try:
             yield
         finally:
             for parameter, gradient in others:
                 parameter.grad = gradient
-            for parameter in had:
-                # an unused parameter whose gradient the module keeps at zero instead of None must be stepped as before
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
 
     def gradients(self) -> list[Tensor | None]:
         """See :class:`~lightning_ire.curvature.Window`."""

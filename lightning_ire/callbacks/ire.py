@@ -164,10 +164,20 @@ class IRE(Callback):
 
     # Life cycle
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Forget a state that was loaded for a fit that failed before it began; this fit's own is loaded after this."""
+        if stage == "fit" and self._session is None:
+            self._loaded = None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what is not supported, before any compute."""
         if self.idle:
             return
+        if self._session is not None and self._session.trainer is not trainer:
+            raise ConfigurationError(
+                "Expected an IRE callback to serve one Trainer at a time, got one that is in another fit: make "
+                "a second IRE(...)."
+            )
         local = False
         if self.perturbation is not None:
             self.perturbation.selects(pl_module)
@@ -185,7 +195,7 @@ class IRE(Callback):
         """Take up a saved state or begin a new one; say what will happen."""
         if self.idle:
             return
-        self._release()
+        self._release(trainer)
         self._warned = False
         self._begin_or_continue(trainer, pl_module)
         total = _total_steps(trainer)
@@ -211,37 +221,41 @@ class IRE(Callback):
         count = len(trainer.optimizers)
         if state:
             self._progresses = [self._new_progress() for _ in range(count)]
-            misfits = []
-            saved = zip(self._progresses, trainer.optimizers, state["optimizers"], strict=False)
-            for progress, optimizer, one in saved:
-                misfits += progress.restore(one, named_parameters(module, optimizer))
-            if misfits and self.kappa:
-                rank_zero_warn(
-                    f"The checkpoint's masks of {len(misfits)} parameters ({misfits[0]}, ...) fit none of this module: "
-                    "the mask is made anew at the next step."
-                )
+            self._restore(state, trainer, module)
         elif trainer.global_step == 0 or self._trainer is None or self._trainer() is not trainer:
             self._progresses = [self._new_progress() for _ in range(count)]
             for progress in self._progresses:  # not 0 when the checkpoint of a plain run goes on with IRE
                 progress.step = trainer.global_step // max(count, 1)
         self._trainer = weakref.ref(trainer)
 
+    def _restore(self, state: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        misfits = []
+        saved = zip(self._progresses, trainer.optimizers, state["optimizers"], strict=False)
+        for progress, optimizer, one in saved:
+            misfits += progress.restore(one, named_parameters(module, optimizer))
+        if misfits and self.kappa:
+            rank_zero_warn(
+                f"The checkpoint's masks of {len(misfits)} parameters ({misfits[0]}, ...) fit none of this module: "
+                "the mask is made anew at the next step."
+            )
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the wrappers away, and say so if IRE never switched on."""
         if self.kappa and self.started_at is None:
             rank_zero_warn(f"IRE never switched on in this run: its start is {self.start}.")
-        self._release()
+        self._release(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """`teardown` is not called when fit raises: put everything back here."""
-        self._release()
+        self._release(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put everything back."""
-        self._release()
+        self._release(trainer)
 
-    def _release(self) -> None:
-        if self._session is not None:
+    def _release(self, trainer: pl.Trainer) -> None:
+        """End this trainer's session, not that of another one (which may validate meanwhile)."""
+        if self._session is not None and self._session.trainer is trainer:
             self._session.release()
             self._session = None
 
@@ -315,8 +329,11 @@ class IRE(Callback):
         return {"optimizers": [progress.state_dict() for progress in self._progresses]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep a saved state until training starts and the parameters are known."""
-        self._loaded = state_dict or None
+        """Keep a saved state until training starts and the parameters are known; inside a fit, take it up at once."""
+        if self._session is not None and state_dict:  # a search for a learning rate puts everything back
+            self._restore(state_dict, self._session.trainer, self._session.module)
+        else:
+            self._loaded = state_dict or None
 
     def _summary(self, trainer: pl.Trainer, total: float | None) -> str:
         parameters = [parameter for optimizer in trainer.optimizers for parameter in trainable_parameters(optimizer)]

@@ -59,7 +59,11 @@ class Window(Protocol):
 
     @property
     def scale(self) -> float:
-        """Factor by which losses are multiplied against fp16 underflow; divide gradients by it."""
+        """Factor by which fp16's GradScaler multiplies losses; 1 without one."""
+
+    @property
+    def share(self) -> float:
+        """Factor of each micro-batch's loss in the window's: 1 / accumulate_grad_batches."""
 
     @property
     def unmoved(self) -> bool:

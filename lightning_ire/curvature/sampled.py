@@ -172,7 +172,7 @@ class _SampledSquare(Estimate):
         weights: list[Tensor],
         keep_graph: bool,
     ) -> None:
-        scale = self.window.scale
+        scale = self.window.scale * self.window.share  # as in training, where fp16 must neither under- nor overflow
         starts = [(torch.ones_like(out) if f is None else f) * scale for out, f in zip(outputs, factors, strict=True)]
         indices = [index for index, parameter in enumerate(self.window.parameters) if parameter.requires_grad]
         parameters = [self.window.parameters[index] for index in indices]

@@ -31,10 +31,11 @@ from lightning_ire.functional.boost import boost_
 from lightning_ire.functional.fisher import SampledLoss, fisher_diagonal, sample_labels, sampled_cross_entropy
 from lightning_ire.functional.flat_mask import flat_masks, mask_below, pack_mask, unpack_mask
 from lightning_ire.functional.perturbation import average_sam_displacement, global_norm, perturbed, sam_displacement
-from lightning_ire.functional.state import RandomState, kept_buffers
+from lightning_ire.functional.state import BufferState, RandomState, kept_buffers
 from lightning_ire.functional.threshold import flat_threshold
 
 __all__ = [
+    "BufferState",
     "RandomState",
     "SampledLoss",
     "average_sam_displacement",

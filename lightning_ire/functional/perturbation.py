@@ -137,17 +137,25 @@ def perturbed(parameters: Sequence[Tensor], displacements: Sequence[Tensor | Non
     saved = [weight.detach().clone() for weight in parameters]
     moved = [move is not None for move in displacements]
     try:
-        with torch.no_grad():
-            for weight, move in zip(parameters, displacements, strict=True):
-                if move is not None:
-                    weight.add_(move)
-        displacements = move = None  # type: ignore[assignment]  # frees a copy of the weights for the time of the block
-        yield saved
-    finally:
-        with torch.no_grad():
-            for weight, before, touched in zip(parameters, saved, moved, strict=True):
-                if touched:
-                    weight.copy_(before)
+        try:
+            with torch.no_grad():
+                for weight, move in zip(parameters, displacements, strict=True):
+                    if move is not None:
+                        weight.add_(move)
+            displacements = move = None  # type: ignore[assignment]  # frees a copy of the weights inside the block
+            yield saved
+        finally:
+            _put_back(parameters, saved, moved)
+    except BaseException:  # also for a Ctrl-C while weights are put back
+        _put_back(parameters, saved, moved)
+        raise
+
+
+@torch.no_grad()
+def _put_back(parameters: Sequence[Tensor], saved: Sequence[Tensor], moved: Sequence[bool]) -> None:
+    for weight, before, touched in zip(parameters, saved, moved, strict=True):
+        if touched:
+            weight.copy_(before)
 
 
 def _times_size(weight: Tensor, gradient: Tensor, adaptive: bool) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "kept_buffers"]
+__all__ = ["BufferState", "RandomState", "kept_buffers"]
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,60 @@ class RandomState:
         random.setstate(self.python)
 
 
+@dataclass(frozen=True)
+class BufferState:
+    """Contents of all buffers of a module and its children.
+
+    All buffers, not only BatchNorm's: registered memories, teachers' averages and counters too.
+
+    Example:
+        >>> norm = torch.nn.BatchNorm1d(2)
+        >>> state = BufferState.capture(norm)
+        >>> _ = norm(torch.randn(8, 2))
+        >>> state.restore()
+        >>> norm.running_mean
+        tensor([0., 0.])
+    """
+
+    saved: tuple[tuple[nn.Module, str, Tensor, Tensor], ...]
+
+    @classmethod
+    def capture(cls, module: nn.Module) -> BufferState:
+        """Copy all buffers.
+
+        Args:
+            module: Any module.
+
+        Returns:
+            The state; the module is not changed.
+        """
+        return cls(
+            tuple(
+                (owner, name, buffer, buffer.detach().clone())
+                for owner in module.modules()
+                for name, buffer in owner.named_buffers(recurse=False)
+            )
+        )
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make all buffers the same tensors with the same contents again.
+
+        A buffer that was replaced or deleted meanwhile is put back; one that was registered stays. Contents are put
+        back in place, so a graph that saved a buffer for its backward pass cannot be back-propagated afterwards.
+        """
+        for owner, name, buffer, before in self.saved:
+            if not hasattr(owner, name):
+                owner.register_buffer(name, buffer)
+            elif getattr(owner, name) is not buffer:
+                setattr(owner, name, buffer)
+            if not _overlaps_itself(buffer):
+                buffer.copy_(before)
+
+
 @contextmanager
 def kept_buffers(module: nn.Module) -> Iterator[None]:
-    """After the block all buffers of the module and its children are the same tensors with the same contents.
-
-    All buffers, not only BatchNorm's: registered memories, teachers' averages and counters too. A buffer that the
-    block replaces or deletes is put back; one that it registers stays. Contents are put back in place, so a graph made
-    before the block that saved a buffer for its backward pass cannot be back-propagated after it.
+    """After the block all buffers of the module are as before, see :class:`BufferState`.
 
     Args:
         module: Any module.
@@ -75,22 +122,11 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
 
     Cost: one copy of the buffers.
     """
-    saved = [
-        (owner, name, buffer, buffer.detach().clone())
-        for owner in module.modules()
-        for name, buffer in owner.named_buffers(recurse=False)
-    ]
+    state = BufferState.capture(module)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for owner, name, buffer, before in saved:
-                if not hasattr(owner, name):
-                    owner.register_buffer(name, buffer)
-                elif getattr(owner, name) is not buffer:
-                    setattr(owner, name, buffer)
-                if not _overlaps_itself(buffer):
-                    buffer.copy_(before)
+        state.restore()
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
