@@ -405,6 +405,1035 @@ def without_ours(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def logged_rows(logger: Rows) -> list[tuple[int | None, dict[str, float]]]:
-    works_first = sorted(COMPATIBILITY, key=lambda row: row[1] == "refused")
-    rows = [f"| {feature} | {verdict} | {note} |" for feature, verdict, note in works_first]
-    return "\n".join(["| feature | | |", "| --- | --- | --- |", *rows])
+    rows = [(step, without_ours(metrics)) for step, metrics in logger.rows]
+    return [(step, metrics) for step, metrics in rows if set(metrics) - {"epoch"}]
+
+
+def checkpoint_contents(file: Path, folder: Path) -> Any:
+    contents = torch.load(file, weights_only=True)
+    contents["callbacks"] = {
+        key: value for key, value in contents.get("callbacks", {}).items() if not key.startswith("IRE")
+    }
+    return without_folder(contents, str(folder))
+
+
+def without_folder(value: Any, folder: str) -> Any:
+    if isinstance(value, str):
+        return value.replace(folder, "FOLDER")
+    if isinstance(value, dict):
+        return {without_folder(key, folder): without_folder(item, folder) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folder(item, folder) for item in value]
+    return value
+
+
+def profile(trainer: pl.Trainer) -> dict[str, int]:
+    """How often which action ran, without those of our callback."""
+    durations = getattr(trainer.profiler, "recorded_durations", {})
+    counts = {name: len(times) for name, times in durations.items() if "IRE" not in name}
+    return {name.replace(trainer.default_root_dir, "FOLDER"): count for name, count in counts.items()}
+
+
+def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
+    """Where two nested structures differ, to the last bit of every tensor and number."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if digest([first]) != digest([second]):
+            yield f"{path}: {first} != {second}"
+    elif isinstance(first, Mapping) and isinstance(second, Mapping):
+        if list(first) != list(second):
+            yield f"{path}: keys {list(first)} != {list(second)}"
+            return
+        for key in first:
+            yield from differences(first[key], second[key], f"{path}.{key}")
+    elif isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+        for index, pair in enumerate(zip(first, second, strict=False)):
+            yield from differences(*pair, f"{path}[{index}]")
+        if len(first) != len(second):
+            yield f"{path}: length {len(first)} != {len(second)}"
+    elif isinstance(first, float) and isinstance(second, float):
+        if first != second and not (first != first and second != second):
+            yield f"{path}: {first!r} != {second!r}"
+    elif type(first) is not type(second) or first != second:
+        yield f"{path}: {first!r} != {second!r}"
+
+
+# Modules of single rows
+
+
+def scheduled(**settings: Any) -> Callable[[], Subject]:
+    make = settings.pop("make")
+    return lambda: Subject(scheduler=lambda optimizer: {"scheduler": make(optimizer), **settings})
+
+
+def adamw(**settings: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda module: torch.optim.AdamW(module.parameters(), lr=0.01, **settings)
+
+
+def optimized(optimizer: Callable[..., torch.optim.Optimizer]) -> Callable[[], Subject]:
+    return lambda: Subject(optimizer=optimizer)
+
+
+def with_net(make: Callable[[], nn.Module], **settings: Any) -> Callable[[], Subject]:
+    return lambda: Subject(make(), **settings)
+
+
+class OwnClipping(Subject):
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        self.note("configure_gradient_clipping")
+        for parameter in self.parameters():
+            nn.utils.clip_grad_norm_(parameter, 0.05 if self.trainer.global_step % 2 else 0.1)
+        self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm="value")
+
+
+class OwnSchedulerStep(Subject):
+    def __init__(self) -> None:
+        super().__init__(scheduler=lambda o: {"scheduler": lr_scheduler.ExponentialLR(o, 0.9), "interval": "step"})
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        self.note("lr_scheduler_step")
+        if self.trainer.global_step % 3 == 0:
+            scheduler.step()
+
+
+class Halving:
+    """A scheduler that is none of torch's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.count = optimizer, 0
+
+    def step(self, epoch: int | None = None) -> None:
+        self.count += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 0.5
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+class OwnScheduler(Subject):
+    def __init__(self) -> None:
+        super().__init__(scheduler=lambda optimizer: {"scheduler": Halving(optimizer), "interval": "step"})
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step(epoch=self.current_epoch)
+
+
+class DictOutput(Subject):
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().step(batch, batch_idx)
+        return {"loss": loss, "extra": loss.detach() * 2, "names": ["a", "b"]}
+
+
+class SomeNone(Subject):
+    skipped = (1, 4)
+
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().step(batch, batch_idx)
+        return None if batch_idx in self.skipped else loss
+
+
+class LastNone(SomeNone):
+    skipped = (3, 5)  # the last of each window of four
+
+
+class OneArgument(Subject):
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+        self.note("training_step")
+        return self.step(batch, 0)
+
+
+class DictBatches(Subject):
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        return super().step((batch["nested"]["x"], batch["y"][0]), batch_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if not self.trainer.training:
+            return batch
+        return {"nested": {"x": batch[0] + 0.01 * torch.randn_like(batch[0])}, "y": [batch[1]]}
+
+
+class TwoLoaders(Subject):
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        first, second = batch
+        return super().step((torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])), batch_idx)
+
+
+class WarmUpByHand(Subject):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        self.note("optimizer_step")
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 * min(1.0, (self.trainer.global_step + 1) / 5)
+        optimizer.step(closure=optimizer_closure)
+
+
+class EverySecond(Subject):
+    """As in Lightning's documentation: the closure runs at every batch, the step at every second."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if batch_idx % 2:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+class AccumulatesByHand(EverySecond):
+    """The gradients of two batches are added up, without the Trainer knowing."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+class ClosureFirst(Subject):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer_closure()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.grad *= 0.5
+        optimizer.step()
+
+
+class OwnBackward(Subject):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self.note("backward")
+        (0.5 * loss + 1e-3 * sum(p.square().sum() for p in self.parameters())).backward()
+
+
+class OwnZeroGrad(Subject):
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        self.note("optimizer_zero_grad")
+        optimizer.zero_grad(set_to_none=False)
+
+
+class EditsBeforeStep(Subject):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.note("on_before_optimizer_step")
+        for parameter in self.parameters():
+            parameter.grad.add_(0.01 * torch.randn_like(parameter.grad)).clamp_(-0.1, 0.1)
+
+
+class LooksBeforeZeroGrad(Subject):
+    """Sees the gradients of the step before."""
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self.note("on_before_zero_grad")
+        gradient = self.net[0].weight.grad
+        self.log("seen", (0.0 if gradient is None else gradient.norm()) + torch.rand(()))
+
+
+class LooksAroundBackward(Subject):
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.note("on_before_backward")
+        self.log("seen_before", float(loss.detach()) + random.random())
+
+    def on_after_backward(self) -> None:
+        self.note("on_after_backward")
+        norms = torch.stack([parameter.grad.norm() for parameter in self.parameters()])
+        self.log("seen_after", norms.max() + np.random.random())
+
+
+class EditsAfterBackward(Subject):
+    def on_after_backward(self) -> None:
+        self.note("on_after_backward")
+        for parameter in self.parameters():
+            parameter.grad.clamp_(-0.01, 0.01)
+
+
+class GradientHooks(Subject):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].weight.register_hook(lambda gradient: gradient * 0.1)
+        self.net[0].register_full_backward_hook(lambda module, inward, outward: None)
+
+
+class StopsTheEpoch(Subject):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:  # type: ignore[override]
+        self.note("on_train_batch_start")
+        return -1 if batch_idx == 3 else None
+
+
+class Tuned(Subject):
+    def __init__(self) -> None:
+        super().__init__(optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=module.lr, momentum=0.9))
+        self.lr, self.batch_size = 0.05, 4
+
+    def train_dataloader(self) -> DataLoader:
+        return loader(batch_size=self.batch_size)
+
+
+class FindsTwice(LearningRateFinder):
+    """Lightning's documentation calls it FineTuneLearningRateFinder."""
+
+    def __init__(self) -> None:
+        super().__init__(num_training_steps=8, early_stop_threshold=None)
+
+    def on_fit_start(self, *args: Any) -> None:
+        return
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch in (0, 1):
+            self.lr_find(trainer, pl_module)
+
+
+class Checkpointed(nn.Module):
+    """Part of the network keeps no activations; with random layers and BatchNorm inside."""
+
+    def __init__(self, reentrant: bool, batch_norm: bool = True) -> None:
+        super().__init__()
+        self.head = nn.Linear(FEATURES, 8)
+        self.middle = nn.Sequential(nn.BatchNorm1d(8) if batch_norm else nn.Identity(), nn.Tanh(), nn.Dropout(0.2))
+        self.tail = nn.Linear(8, CLASSES)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(checkpoint(self.middle, self.head(x), use_reentrant=self.reentrant))
+
+
+class Child(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(FEATURES, CLASSES)
+        self.seen = MulticlassAccuracy(CLASSES, average="micro")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.layer(batch[0])
+        self.seen(logits, batch[1])
+        loss = F.cross_entropy(logits, batch[1])
+        self.log("child/loss", loss, on_step=True, on_epoch=True)
+        self.log_dict({"child/seen": self.seen})
+        self.log("child/sum", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+        return loss
+
+
+class Parent(Subject):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Child()
+        self.child.log = self.log  # Lightning refuses a child's own, which no hook of the Trainer manages
+
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        return super().step(batch, batch_idx) + self.child.training_step(batch, batch_idx)
+
+
+class Odd(nn.Module):
+    """Frozen, unused, tied and scalar parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(FEATURES, FEATURES).requires_grad_(False)
+        self.half_frozen = nn.Linear(FEATURES, FEATURES)
+        self.half_frozen.bias.requires_grad_(False)
+        self.unused = nn.Linear(3, 3)
+        self.tied = nn.Linear(FEATURES, FEATURES, bias=False)
+        self.twin = nn.Linear(FEATURES, FEATURES)
+        self.twin.weight = self.tied.weight
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.sometimes = nn.Linear(FEATURES, FEATURES)
+        self.empty = nn.Parameter(torch.zeros(0))
+        self.tail = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.half_frozen(self.frozen(x)).tanh()
+        x = self.twin(self.tied(x).tanh()) * self.scale
+        return self.tail(self.sometimes(x) if float(x.detach().sum()) > 0 else x)
+
+
+class Words(nn.Module):
+    """An embedding with sparse gradients, one row used several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(20, 8, sparse=True, mode="sum")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embedding((x.abs() * 5).long().clamp(max=19))[:, :CLASSES]
+
+
+def parametrized() -> nn.Module:
+    normed = parametrizations.weight_norm(nn.Linear(FEATURES, 8))
+    orthogonal = parametrizations.orthogonal(nn.Linear(8, 8))
+    return nn.Sequential(normed, orthogonal, nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def spectral() -> nn.Module:
+    """Its buffers change at every forward pass, and what it computes depends on them."""
+    return nn.Sequential(nn.Linear(FEATURES, 8), parametrizations.spectral_norm(nn.Linear(8, CLASSES)))
+
+
+class LogsFromOutside(Subject):
+    """The bound method `self.log` was handed to something that is no LightningModule."""
+
+    class Reporter:
+        def __init__(self, log: Callable[..., None]) -> None:
+            self.log = log
+
+        def report(self, loss: Tensor) -> None:
+            self.log("reported", loss.detach() + 1, on_step=False, on_epoch=True, reduce_fx="sum")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reporter = self.Reporter(self.log)
+
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().step(batch, batch_idx)
+        self.reporter.report(loss)
+        return loss
+
+
+class GradientPenalty(Subject):
+    """Differentiates twice inside the step."""
+
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.logits(x).sum(), x, create_graph=True)
+        return super().step(batch, batch_idx) + 0.1 * slope.square().mean()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another, as Lookahead is."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.count = base, 0
+        super().__init__([p for group in base.param_groups for p in group["params"]], {"lr": 0.1})
+        self.param_groups = base.param_groups
+        self.slow = [parameter.detach().clone() for parameter in base.param_groups[0]["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = self.base.step(closure)
+        self.count += 1
+        if self.count % 3 == 0:
+            for parameter, slow in zip(self.param_groups[0]["params"], self.slow, strict=True):
+                slow.lerp_(parameter, 0.5)
+                parameter.copy_(slow)
+        return loss
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 8, batch_first=True)
+        self.attention = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
+        self.tail = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tail(self.attention(self.lstm(x.view(len(x), 3, 2))[0])[:, -1])
+
+
+class Groups(Subject):
+    """Only some parameters are optimized, with different settings."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            optimizer=lambda module: torch.optim.AdamW(
+                [
+                    {"params": [module.net[0].weight], "lr": 0.01, "weight_decay": 0.1},
+                    {"params": [module.net[0].bias], "lr": 0.0},
+                    {"params": module.net[1].parameters(), "amsgrad": True},
+                ]
+            )
+        )
+
+
+class Backbone(Subject):
+    def __init__(self) -> None:
+        super().__init__(optimizer=lambda m: torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1))
+        self.backbone = nn.Sequential(nn.Linear(FEATURES, FEATURES), nn.BatchNorm1d(FEATURES))
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.net(self.backbone(x))
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[Any]:
+        yield from (cases.data(28)[index] for index in range(28))
+
+
+class ToCompile(Subject):
+    """What torch.compile can take whole: no draws outside of torch, no metric object."""
+
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.logits(batch[0]), batch[1], label_smoothing=0.1)
+
+
+class ToCompileLogging(ToCompile):
+    def step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().step(batch, batch_idx)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+
+def compiled(backend: str, what: str) -> Callable[[], Any]:
+    def make() -> Any:
+        torch._dynamo.reset()
+        net = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, CLASSES))
+        if what == "part":
+            return Subject(torch.compile(net, backend=backend))  # type: ignore[arg-type]
+        return torch.compile(ToCompile(net) if what == "module" else ToCompileLogging(net), backend=backend)
+
+    return make
+
+
+def fp16(scale: float, **settings: Any) -> Callable[[], dict[str, Any]]:
+    """16-mixed on the CPU, from a given loss scale on."""
+
+    def make() -> dict[str, Any]:
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], **settings}
+
+    return make
+
+
+NORMAL, OVERFLOWS, HOPELESS = 2.0**10, 2.0**22, 2.0**126
+
+
+def tune(method: str, **settings: Any) -> Callable[[pl.Trainer, Any, Any], None]:
+    """Run the Tuner, then train."""
+
+    def fit(trainer: pl.Trainer, module: Any, loaders: Any) -> None:
+        getattr(Tuner(trainer), method)(module, val_dataloaders=loaders[1], **settings)
+        trainer.fit(module, val_dataloaders=loaders[1])
+
+    return fit
+
+
+def from_module(trainer: pl.Trainer, module: Any, loaders: Any) -> None:
+    trainer.fit(module, val_dataloaders=loaders[1])
+
+
+def saver(folder: Path, **settings: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(dirpath=folder / "saved", **settings)
+
+
+# The table
+
+STEP, EPOCH = {"interval": "step"}, {"interval": "epoch"}
+
+ROWS: list[Row] = [
+    Row("plain", "a plain fit with validation"),
+    # clipping and accumulation
+    Row("clip-norm", "gradient clipping by norm", trainer=lambda: {"gradient_clip_val": 0.1}),
+    Row(
+        "clip-value",
+        "gradient clipping by value",
+        trainer=lambda: {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
+    ),
+    Row("clip-own", "configure_gradient_clipping overridden", OwnClipping, lambda: {"gradient_clip_val": 0.05}),
+    Row("accumulate", "gradient accumulation", trainer=lambda: {"accumulate_grad_batches": 4}),
+    Row(
+        "accumulate-clip",
+        "gradient accumulation",
+        trainer=lambda: {"accumulate_grad_batches": 4, "gradient_clip_val": 0.1, "max_epochs": 3},
+    ),
+    Row(
+        "accumulate-schedule",
+        "GradientAccumulationScheduler",
+        trainer=lambda: {"max_epochs": 3},
+        callbacks=lambda folder: [GradientAccumulationScheduler({0: 1, 1: 4, 2: 5})],
+    ),
+    # schedulers
+    Row(
+        "schedule-step",
+        "learning-rate schedulers per step",
+        scheduled(make=lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=12), **STEP),
+        warns="still warms up",
+    ),
+    Row(
+        "schedule-step-accumulate",
+        "learning-rate schedulers per step",
+        scheduled(make=lambda o: lr_scheduler.ExponentialLR(o, 0.7), frequency=2, **STEP),
+        lambda: {"accumulate_grad_batches": 2, "max_epochs": 3},
+    ),
+    Row(
+        "schedule-epoch",
+        "learning-rate schedulers per epoch",
+        scheduled(make=lambda o: lr_scheduler.StepLR(o, 1, 0.5), frequency=2, **EPOCH),
+        lambda: {"max_epochs": 5, "limit_train_batches": 3},
+    ),
+    Row(
+        "schedule-plateau",
+        "ReduceLROnPlateau",
+        scheduled(
+            make=lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=1.0), monitor="val_loss", **EPOCH
+        ),
+        lambda: {"max_epochs": 4},
+    ),
+    Row(
+        "schedule-plateau-step",
+        "ReduceLROnPlateau",
+        scheduled(
+            make=lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5, threshold=0.5),
+            monitor="loss",
+            **STEP,
+        ),
+        lambda: {"accumulate_grad_batches": 2},
+    ),
+    Row("schedule-own-step", "lr_scheduler_step overridden", OwnSchedulerStep),
+    Row("schedule-own-class", "a scheduler that is not torch's", OwnScheduler),
+    # precision
+    Row("bf16-mixed", "precision bf16-mixed", trainer=lambda: {"precision": "bf16-mixed"}),
+    Row(
+        "bf16-mixed-accumulate-clip",
+        "precision bf16-mixed",
+        trainer=lambda: {"precision": "bf16-mixed", "accumulate_grad_batches": 4, "gradient_clip_val": 0.1},
+    ),
+    Row("bf16-true", "precision bf16-true", trainer=lambda: {"precision": "bf16-true"}),
+    Row("16-true", "precision 16-true", trainer=lambda: {"precision": "16-true"}),
+    Row("64-true", "precision 64-true", trainer=lambda: {"precision": "64-true"}),
+    Row("16-mixed", "precision 16-mixed (GradScaler)", trainer=fp16(NORMAL)),
+    Row("16-mixed-overflow", "precision 16-mixed, overflowing steps", trainer=fp16(OVERFLOWS, max_epochs=3)),
+    Row("16-mixed-hopeless", "precision 16-mixed, overflowing steps", trainer=fp16(HOPELESS), made=False),
+    Row(
+        "16-mixed-accumulate-clip",
+        "precision 16-mixed (GradScaler)",
+        trainer=fp16(OVERFLOWS, accumulate_grad_batches=4, gradient_clip_val=0.1, max_epochs=5),
+    ),
+    Row("16-mixed-none", "precision 16-mixed, steps without a loss", SomeNone, fp16(NORMAL)),
+    Row(
+        "16-mixed-none-last",
+        "precision 16-mixed, steps without a loss",
+        LastNone,
+        fp16(NORMAL, accumulate_grad_batches=4),
+    ),
+    Row("16-mixed-fused", "precision 16-mixed with a fused optimizer", optimized(adamw(fused=True)), fp16(OVERFLOWS)),
+    Row(
+        "16-mixed-epoch",
+        "precision 16-mixed (GradScaler)",
+        scheduled(make=lambda o: lr_scheduler.ExponentialLR(o, 0.7), **STEP),
+        fp16(OVERFLOWS),
+    ),
+    # batches and outputs of training_step
+    Row("dict-output", "training_step returning a dict", DictOutput),
+    Row("dict-output-accumulate", "training_step returning a dict", DictOutput, lambda: {"accumulate_grad_batches": 4}),
+    Row("none-output", "training_step returning None at times", SomeNone),
+    Row(
+        "none-output-accumulate",
+        "training_step returning None at times",
+        SomeNone,
+        lambda: {"accumulate_grad_batches": 4},
+    ),
+    Row("none-output-last", "training_step returning None at times", LastNone, lambda: {"accumulate_grad_batches": 4}),
+    Row("one-argument", "training_step(batch) without batch_idx", OneArgument),
+    Row("dict-batches", "batches of any structure, changed by the transfer hooks", DictBatches),
+    Row(
+        "two-loaders",
+        "several training loaders (CombinedLoader)",
+        TwoLoaders,
+        train=lambda module: CombinedLoader([loader(), loader(30, seed=4)], "max_size_cycle"),
+    ),
+    Row(
+        "stream",
+        "training data without a length (IterableDataset)",
+        trainer=lambda: {"accumulate_grad_batches": 3},
+        train=lambda module: DataLoader(Stream(), batch_size=BATCH),
+    ),
+    # overridden hooks
+    Row("own-optimizer-step", "optimizer_step overridden (warm-up by hand)", WarmUpByHand),
+    Row(
+        "own-optimizer-step-closure",
+        "optimizer_step overridden (a step at every second batch)",
+        EverySecond,
+    ),
+    Row(
+        "own-accumulation",
+        "optimizer_step and optimizer_zero_grad overridden to accumulate by hand",
+        AccumulatesByHand,
+    ),
+    Row("own-closure-first", "optimizer_step overridden (runs the closure before the step)", ClosureFirst),
+    Row("own-backward", "backward overridden", OwnBackward),
+    Row("own-zero-grad", "optimizer_zero_grad overridden", OwnZeroGrad),
+    Row("own-zero-grad-odd", "optimizer_zero_grad overridden", lambda: OwnZeroGrad(Odd())),
+    Row("edits-before-step", "on_before_optimizer_step overridden (edits gradients)", EditsBeforeStep),
+    Row(
+        "edits-before-step-16",
+        "on_before_optimizer_step overridden (edits gradients)",
+        EditsBeforeStep,
+        fp16(NORMAL, gradient_clip_val=0.1),
+    ),
+    Row("looks-before-zero-grad", "on_before_zero_grad overridden", LooksBeforeZeroGrad),
+    Row(
+        "looks-around-backward", "on_before_backward and on_after_backward overridden (read only)", LooksAroundBackward
+    ),
+    Row(
+        "edits-after-backward",
+        "on_after_backward overridden (edits gradients)",
+        EditsAfterBackward,
+        refused="on_after_backward",
+    ),
+    Row("gradient-hooks", "hooks on parameters and modules (register_hook, ...)", GradientHooks),
+    Row(
+        "stops-the-epoch",
+        "on_train_batch_start returning -1",
+        StopsTheEpoch,
+        lambda: {"accumulate_grad_batches": 2, "max_epochs": 3},
+        dropped=3,
+    ),
+    # callbacks
+    Row(
+        "checkpoint-steps",
+        "ModelCheckpoint (every_n_train_steps, monitor, save_last)",
+        trainer=lambda: {"enable_checkpointing": True},
+        callbacks=lambda folder: [saver(folder, every_n_train_steps=2, save_top_k=-1, save_last=True)],
+    ),
+    Row(
+        "checkpoint-steps-accumulate",
+        "ModelCheckpoint (every_n_train_steps, monitor, save_last)",
+        trainer=lambda: {"enable_checkpointing": True, "accumulate_grad_batches": 4, "max_epochs": 3},
+        callbacks=lambda folder: [saver(folder, every_n_train_steps=3, save_top_k=-1)],
+    ),
+    Row(
+        "checkpoint-monitor",
+        "ModelCheckpoint (every_n_train_steps, monitor, save_last)",
+        trainer=lambda: {"enable_checkpointing": True, "max_epochs": 3},
+        callbacks=lambda folder: [
+            saver(folder, monitor="val_loss", filename="{epoch}-{val_loss:.6f}", save_last=True),
+            saver(folder, monitor="double", filename="b-{step}-{double:.6f}", save_on_train_epoch_end=True),
+        ],
+    ),
+    Row(
+        "early-stopping",
+        "EarlyStopping",
+        trainer=lambda: {"max_epochs": 6},
+        callbacks=lambda folder: [EarlyStopping("val_loss", min_delta=10.0, patience=2)],
+    ),
+    Row(
+        "lr-monitor",
+        "LearningRateMonitor",
+        scheduled(make=lambda o: lr_scheduler.ExponentialLR(o, 0.9), **STEP),
+        callbacks=lambda folder: [LearningRateMonitor("step", log_momentum=True, log_weight_decay=True)],
+    ),
+    Row(
+        "weight-averaging",
+        "WeightAveraging and EMAWeightAveraging",
+        callbacks=lambda folder: [WeightAveraging()],
+    ),
+    Row(
+        "ema",
+        "WeightAveraging and EMAWeightAveraging",
+        trainer=lambda: {"accumulate_grad_batches": 2, "enable_checkpointing": True},
+        callbacks=lambda folder: [
+            EMAWeightAveraging(decay=0.9, update_every_n_steps=2),
+            saver(folder, every_n_train_steps=2, save_top_k=-1),
+        ],
+    ),
+    Row(
+        "swa",
+        "StochasticWeightAveraging",
+        trainer=lambda: {"max_epochs": 4},
+        callbacks=lambda folder: [StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=2)],
+    ),
+    Row(
+        "swa-accumulate",
+        "StochasticWeightAveraging",
+        scheduled(make=lambda o: lr_scheduler.ExponentialLR(o, 0.9), **EPOCH),
+        lambda: {"max_epochs": 4, "accumulate_grad_batches": 4},
+        callbacks=lambda folder: [StochasticWeightAveraging(0.05, swa_epoch_start=0.5)],
+    ),
+    Row(
+        "lr-finder",
+        "LearningRateFinder and Tuner.lr_find",
+        Tuned,
+        callbacks=lambda folder: [LearningRateFinder(num_training_steps=8, early_stop_threshold=None)],
+        fit=from_module,
+    ),
+    Row(
+        "lr-finder-in-between",
+        "LearningRateFinder and Tuner.lr_find",
+        Tuned,
+        callbacks=lambda folder: [FindsTwice()],
+        fit=from_module,
+    ),
+    Row(
+        "tuner-lr",
+        "LearningRateFinder and Tuner.lr_find",
+        Tuned,
+        fit=tune("lr_find", num_training=8, early_stop_threshold=None),
+    ),
+    Row(
+        "batch-size-finder",
+        "BatchSizeFinder and Tuner.scale_batch_size",
+        Tuned,
+        callbacks=lambda folder: [BatchSizeFinder(max_trials=2, steps_per_trial=2, init_val=4)],
+        fit=from_module,
+    ),
+    Row(
+        "tuner-batch-size",
+        "BatchSizeFinder and Tuner.scale_batch_size",
+        Tuned,
+        fit=tune("scale_batch_size", max_trials=2, steps_per_trial=2, init_val=4, mode="binsearch"),
+        slow=True,
+    ),
+    Row(
+        "finetuning",
+        "BackboneFinetuning (parameters that join later)",
+        Backbone,
+        lambda: {"max_epochs": 4},
+        callbacks=lambda folder: [BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_lr=0.01)],
+    ),
+    Row("profiler-simple", "profilers", trainer=lambda: {"profiler": SimpleProfiler()}),
+    Row("profiler-advanced", "profilers", trainer=lambda: {"profiler": AdvancedProfiler()}, slow=True),
+    # the Trainer's own settings
+    Row("max-steps", "max_steps", trainer=lambda: {"max_steps": 8, "max_epochs": -1}),
+    Row(
+        "max-steps-accumulate",
+        "max_steps",
+        trainer=lambda: {"max_steps": 5, "max_epochs": -1, "accumulate_grad_batches": 4},
+    ),
+    Row(
+        "validation-in-between",
+        "val_check_interval and check_val_every_n_epoch",
+        trainer=lambda: {"val_check_interval": 3, "accumulate_grad_batches": 2},
+    ),
+    Row(
+        "validation-seldom",
+        "val_check_interval and check_val_every_n_epoch",
+        trainer=lambda: {"val_check_interval": 4, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0},
+    ),
+    Row(
+        "limits",
+        "limit_train_batches and limit_val_batches",
+        trainer=lambda: {"limit_train_batches": 0.7, "limit_val_batches": 1, "accumulate_grad_batches": 3},
+    ),
+    Row("overfit", "overfit_batches", trainer=lambda: {"overfit_batches": 2}),
+    Row("fast-dev-run", "fast_dev_run", trainer=lambda: {"fast_dev_run": 3}),
+    Row("detect-anomaly", "detect_anomaly", trainer=lambda: {"detect_anomaly": True}),
+    Row("barebones", "barebones", trainer=lambda: {"barebones": True}),
+    Row(
+        "log-every-3",
+        "log_every_n_steps",
+        trainer=lambda: {"log_every_n_steps": 3, "accumulate_grad_batches": 2, "max_epochs": 4},
+    ),
+    Row("reload", "reload_dataloaders_every_n_epochs", trainer=lambda: {"reload_dataloaders_every_n_epochs": 1}),
+    Row(
+        "everything",
+        "many of these at once",
+        scheduled(make=lambda o: lr_scheduler.ExponentialLR(o, 0.9), **STEP),
+        lambda: {
+            "accumulate_grad_batches": 4,
+            "gradient_clip_val": 0.1,
+            "precision": "bf16-mixed",
+            "val_check_interval": 3,
+            "max_steps": 5,
+            "max_epochs": -1,
+            "enable_checkpointing": True,
+            "detect_anomaly": True,
+            "profiler": "simple",
+        },
+        callbacks=lambda folder: [
+            LearningRateMonitor(),
+            EMAWeightAveraging(decay=0.9),
+            EarlyStopping("val_loss", patience=100),
+            saver(folder, every_n_train_steps=2, save_top_k=-1, save_last=True),
+        ],
+    ),
+    # optimizers
+    Row("adamw", "any first-order optimizer of torch", optimized(adamw())),
+    Row("adamw-fused", "fused and foreach optimizers", optimized(adamw(fused=True, amsgrad=True))),
+    Row("adamw-foreach", "fused and foreach optimizers", optimized(adamw(foreach=True))),
+    Row(
+        "sgd-fused",
+        "fused and foreach optimizers",
+        optimized(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True)),
+    ),
+    Row("rmsprop", "any first-order optimizer of torch", optimized(lambda m: torch.optim.RMSprop(m.parameters()))),
+    Row("wrapper", "optimizers around another (Lookahead)", optimized(lambda m: Wrapper(cases.sgd(m)))),
+    Row("groups", "parameter groups, parameters outside the optimizer", Groups),
+    # modules
+    *(
+        Row(
+            f"compiled-{what}-{backend}",
+            f"torch.compile of {'a part' if what == 'part' else 'the module'} ({backend})",
+            compiled(backend, what),
+            # batches of one size: for a second size inductor makes kernels that round differently, and which of them
+            # serves which step depends on what was compiled before
+            train=lambda module: loader(6 * BATCH),
+            slow=(what, backend) != ("part", "eager"),
+            warns="cannot share the training forward pass" if (what, backend) == ("part", "inductor") else "",
+        )
+        for what in ("module", "logging", "part")
+        for backend in ("eager", "aot_eager", "inductor")
+    ),
+    *(
+        Row(
+            f"checkpointing-{'reentrant' if reentrant else 'non-reentrant'}{'-batchnorm' if batch_norm else ''}",
+            f"activation checkpointing ({'reentrant' if reentrant else 'non-reentrant'})",
+            with_net(lambda reentrant=reentrant, batch_norm=batch_norm: Checkpointed(reentrant, batch_norm)),
+            warns="cannot share the training forward pass" if reentrant else "",
+        )
+        for reentrant in (True, False)
+        for batch_norm in (False, True)
+    ),
+    Row("captured-log", "self.log handed to other objects", LogsFromOutside),
+    Row("nested", "nested LightningModules that log", Parent),
+    Row("odd-parameters", "frozen, unused, tied, scalar and empty parameters", with_net(Odd)),
+    Row(
+        "odd-parameters-accumulate",
+        "frozen, unused, tied, scalar and empty parameters",
+        with_net(Odd),
+        lambda: {"accumulate_grad_batches": 4, "precision": "bf16-mixed"},
+    ),
+    Row(
+        "sparse",
+        "sparse gradients",
+        with_net(Words, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.1)),
+        lambda: {"accumulate_grad_batches": 2},
+    ),
+    Row("sparse-adam", "sparse gradients", with_net(Words, optimizer=lambda m: torch.optim.SparseAdam(m.parameters()))),
+    Row("parametrized", "parametrizations (weight_norm, orthogonal)", with_net(parametrized)),
+    Row(
+        "spectral-norm",
+        "layers that compute with buffers they change (spectral_norm, queues)",
+        with_net(spectral),
+    ),
+    Row("gradient-penalty", "differentiating inside training_step (gradient penalties)", GradientPenalty),
+    Row("recurrent-attention", "recurrent and attention layers", with_net(Recurrent)),
+]
+
+
+# What users are told: (feature, "works" or "refused", note)
+
+COMPATIBILITY: list[tuple[str, str, str]] = [
+    ("a plain fit with validation", "works", "same weights, logs and checkpoints to the last bit"),
+    ("gradient clipping by norm", "works", "clips the final gradient, never the one SAM climbs with"),
+    ("gradient clipping by value", "works", "clips the final gradient, never the one SAM climbs with"),
+    ("configure_gradient_clipping overridden", "works", "called once per step, with the final gradient"),
+    ("gradient accumulation", "works", "the whole window counts as one batch, a short last one too"),
+    ("GradientAccumulationScheduler", "works", ""),
+    ("learning-rate schedulers per step", "works", ""),
+    ("learning-rate schedulers per epoch", "works", ""),
+    ("ReduceLROnPlateau", "works", "sees the unperturbed loss"),
+    ("lr_scheduler_step overridden", "works", ""),
+    ("a scheduler that is not torch's", "works", ""),
+    ("precision bf16-mixed", "works", ""),
+    ("precision bf16-true", "works", ""),
+    ("precision 16-true", "works", ""),
+    ("precision 64-true", "works", ""),
+    ("precision 16-mixed (GradScaler)", "works", "the scale cancels out of SAM and of the curvature estimates"),
+    (
+        "precision 16-mixed, overflowing steps",
+        "works",
+        "a skipped step is neither counted nor boosted; an estimate that overflows is made again at the next step",
+    ),
+    ("precision 16-mixed, steps without a loss", "works", ""),
+    ("precision 16-mixed with a fused optimizer", "works", "Lightning itself refuses to clip gradients here"),
+    ("training_step returning a dict", "works", ""),
+    ("training_step returning None at times", "works", "these micro-batches take no part in the step"),
+    ("training_step(batch) without batch_idx", "works", ""),
+    (
+        "batches of any structure, changed by the transfer hooks",
+        "works",
+        "the second pass gets the batch after the transfer; training_step must not change it in place",
+    ),
+    ("several training loaders (CombinedLoader)", "works", ""),
+    ("training data without a length (IterableDataset)", "works", ""),
+    ("optimizer_step overridden (warm-up by hand)", "works", ""),
+    ("optimizer_step overridden (a step at every second batch)", "works", "as long as the closure runs at every batch"),
+    ("optimizer_step and optimizer_zero_grad overridden to accumulate by hand", "works", ""),
+    ("optimizer_step overridden (runs the closure before the step)", "works", ""),
+    ("backward overridden", "works", "runs in the second pass too"),
+    ("optimizer_zero_grad overridden", "works", ""),
+    ("on_before_optimizer_step overridden (edits gradients)", "works", "called once per step, with the final gradient"),
+    (
+        "on_before_zero_grad overridden",
+        "works",
+        "called once per step; weights that it changes are changed for the second pass",
+    ),
+    (
+        "on_before_backward and on_after_backward overridden (read only)",
+        "works",
+        "called once per micro-batch, with the unperturbed gradient",
+    ),
+    ("hooks on parameters and modules (register_hook, ...)", "works", "run in the second pass too"),
+    ("on_train_batch_start returning -1", "works", "Lightning drops the window that was open"),
+    ("ModelCheckpoint (every_n_train_steps, monitor, save_last)", "works", ""),
+    ("EarlyStopping", "works", ""),
+    ("LearningRateMonitor", "works", ""),
+    ("WeightAveraging and EMAWeightAveraging", "works", "average the weights after the boost"),
+    ("StochasticWeightAveraging", "works", "the pass that renews BatchNorm's statistics runs once"),
+    ("LearningRateFinder and Tuner.lr_find", "works", "the search itself runs without the callback"),
+    ("BatchSizeFinder and Tuner.scale_batch_size", "works", "the search itself runs without the callback"),
+    ("BackboneFinetuning (parameters that join later)", "works", ""),
+    ("profilers", "works", ""),
+    ("max_steps", "works", "counts the same steps"),
+    ("val_check_interval and check_val_every_n_epoch", "works", ""),
+    ("limit_train_batches and limit_val_batches", "works", ""),
+    ("overfit_batches", "works", ""),
+    ("fast_dev_run", "works", ""),
+    ("detect_anomaly", "works", ""),
+    ("barebones", "works", "nothing is logged"),
+    ("log_every_n_steps", "works", ""),
+    ("reload_dataloaders_every_n_epochs", "works", ""),
+    ("many of these at once", "works", ""),
+    ("any first-order optimizer of torch", "works", ""),
+    ("fused and foreach optimizers", "works", ""),
+    ("optimizers around another (Lookahead)", "works", ""),
+    ("parameter groups, parameters outside the optimizer", "works", ""),
+    ("torch.compile of the module (eager)", "works", ""),
+    ("torch.compile of the module (aot_eager)", "works", ""),
+    ("torch.compile of the module (inductor)", "works", "to rounding where batches change their size"),
+    ("torch.compile of a part (eager)", "works", ""),
+    ("torch.compile of a part (aot_eager)", "works", ""),
+    (
+        "torch.compile of a part (inductor)",
+        "works",
+        "to rounding where batches change their size; SampledFisher runs a forward pass of its own, with a warning",
+    ),
+    (
+        "activation checkpointing (reentrant)",
+        "works",
+        "an estimate by SampledFisher then runs a forward pass of its own, with a warning",
+    ),
+    ("activation checkpointing (non-reentrant)", "works", ""),
+    ("self.log handed to other objects", "works", ""),
+    ("nested LightningModules that log", "works", "what they log in the second pass is dropped"),
+    ("frozen, unused, tied, scalar and empty parameters", "works", ""),
+    ("sparse gradients", "works", ""),
+    ("parametrizations (weight_norm, orthogonal)", "works", "SAM and IRE move the underlying parameters"),
+    ("layers that compute with buffers they change (spectral_norm, queues)", "works", ""),
+    ("differentiating inside training_step (gradient penalties)", "works", ""),
+    ("recurrent and attention layers", "works", ""),
+    (
+        "on_after_backward overridden (edits gradients)",
+        "refused",
+        "edits of the first pass's gradient are lost in the second: edit in on_before_optimizer_step",
+    ),
+    ("FSDP", "refused", "the norms and masks of a shard are not those of the whole"),
+    ("DeepSpeed", "refused", "the norms and masks of a shard are not those of the whole"),
+    ("ModelParallelStrategy", "refused", "the norms and masks of a shard are not those of the whole"),
+    ("training_step(dataloader_iter)", "refused", "its batches cannot be replayed"),
+    ("LBFGS", "refused", "it runs the closure several times per step"),
+    ("DDP with static_graph, each device with its own SAM", "refused", "set `perturbation.sync` to true"),
+    ("DDP", "works", "replicas are bit-identical after every step"),
+    ("DDP with find_unused_parameters, gradient_as_bucket_view or static_graph", "works", ""),
+    ("resuming from a checkpoint", "works", "goes on bit for bit where Lightning itself does"),
+    ("manual optimization, several optimizers", "works", "IRE around each step; SAM where step gets a closure"),
+    ("manual optimization, SAM and step() without a closure", "refused", "the gradient cannot be taken again"),
+]
+
+# features of `COMPATIBILITY` that other tests than those of the table prove
+ELSEWHERE = {
+    "DDP": "test_ddp.py::test_replicas_are_bit_identical_after_every_step",
+    "DDP with find_unused_parameters, gradient_as_bucket_view or static_graph": (
+        "test_ddp.py::test_options_of_ddp_and_a_resume_change_nothing"
+    ),
+    "resuming from a checkpoint": "test_resume.py::test_killed_and_resumed_equals_never_interrupted",
+    "manual optimization, several optimizers": "test_manual.py::test_every_optimizer_has_its_own_masks_and_counts",
+    "manual optimization, SAM and step() without a closure": (
+        "test_manual.py::test_sam_without_a_closure_is_an_error_that_says_what_to_do"
+    ),
+}
+
+
+def compatibility_table() -> str:
+    """`COMPATIBILITY` as the README shows it."""
+    works_first = sorted(COMPATIBILITY, key=lambda line: line[1] == "refused")
+    lines = [f"| {feature} | {verdict} | {note} |" for feature, verdict, note in works_first]
+    return "\n".join(["| feature | | |", "| --- | --- | --- |", *lines])
