@@ -249,21 +249,29 @@ def muted_logging(module: nn.Module) -> Iterator[None]:
     loop = getattr(owners[0]._trainer, "_active_loop", None) if owners else None
     loop = getattr(loop, "epoch_loop", loop)
     results = getattr(loop, "_results", None)
-    for owner in owners:
-        owner.log = _no_log  # type: ignore[method-assign]
-    if loop is not None and results is not None:
-        loop._results = _ResultCollection(training=results.training)
-        loop._results.batch, loop._results.batch_size = results.batch, results.batch_size
-    try:
-        yield
-    finally:
+
+    def unmute() -> None:
         if loop is not None and results is not None:
             loop._results = results
         for owner, log in zip(owners, before, strict=True):
-            if log is None:
-                del owner.log
-            else:
+            if log is not None:
                 owner.log = log  # type: ignore[method-assign]
+            elif "log" in vars(owner):
+                del owner.log
+
+    try:
+        try:
+            for owner in owners:
+                owner.log = _no_log  # type: ignore[method-assign]
+            if loop is not None and results is not None:
+                loop._results = _ResultCollection(training=results.training)
+                loop._results.batch, loop._results.batch_size = results.batch, results.batch_size
+            yield
+        finally:
+            unmute()
+    except BaseException:  # also for a Ctrl-C in the middle of it
+        unmute()
+        raise
 
 
 def _no_log(*args: Any, **kwargs: Any) -> None:

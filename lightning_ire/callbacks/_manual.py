@@ -107,11 +107,13 @@ class ManualSession:
         self._training_step: Callable[..., Any] = module.training_step
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._watching = ExitStack()
+        self._moved = ExitStack()
         self._armed = False
         self._extra_pass = False
 
     def release(self) -> None:
         """Put everything back."""
+        self._moved.close()
         if self.patches is not None:
             self.patches.remove()
         for stepper in self.steppers:
@@ -222,6 +224,7 @@ class ManualSession:
             try:
                 return original(lambda: self._whole_closure(stepper, window, closure), **kwargs)
             finally:
+                self._moved.close()
                 stepper.inside = False
                 stepper.window = None
                 stepper.forget_old()
@@ -263,11 +266,13 @@ class ManualSession:
         del moves  # the block frees them once the weights are moved
         self._extra_pass = True
         try:
-            with block as saved, torch.enable_grad(), no_trace(self.module), window.fresh_gradients():
+            saved = self._moved.enter_context(block)
+            with torch.enable_grad(), no_trace(self.module), window.fresh_gradients():
                 for part in state:
                     part.restore()
                 loss = closure()
         finally:
+            self._moved.close()
             self._extra_pass = False
         if isinstance(loss, Tensor):
             stepper.logs[tags.PERTURBED_LOSS] = loss.detach()

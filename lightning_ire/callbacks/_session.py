@@ -190,8 +190,13 @@ class AutomaticSession:
         movable, moves, norm = window.displacement([parameter.grad for parameter in window.movable])
         block = perturbed(movable, moves)
         del moves  # the block frees them once the weights are moved
-        with block as saved:
+        saved = self._moved.enter_context(
+            block
+        )  # closed with the window too, should a Ctrl-C come before the next line
+        try:
             loss = window.second_pass()
+        finally:
+            self._moved.close()
         if loss is not None:
             logs[tags.PERTURBED_LOSS] = loss
         if norm is not None:
