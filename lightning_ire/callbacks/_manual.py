@@ -7,8 +7,9 @@ module makes. Every optimizer has its own masks and counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -17,15 +18,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import Patches, kept_for_the_graph, unsynchronized
-from lightning_ire.callbacks._no_trace import devices_of, no_trace
+from lightning_ire._lightning import Patches, unsynchronized
+from lightning_ire.callbacks._no_trace import devices_of, no_trace, no_trace_on_the_graph
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._stepper import Stepper
 from lightning_ire.callbacks._window import AccumulationWindow
 from lightning_ire.curvature import MicroBatch
-from lightning_ire.functional import BufferState, RandomState, perturbed
+from lightning_ire.functional import BufferState, RandomState
 
 if TYPE_CHECKING:
     from lightning_ire.callbacks.ire import IRE
@@ -33,33 +33,10 @@ if TYPE_CHECKING:
 __all__ = ["ManualSession"]
 
 
-class ManualWindow(AccumulationWindow):
-    """The backward passes that a module makes between two steps of one optimizer."""
-
-    @contextmanager
-    def rerun(
-        self,
-        micro_batch: MicroBatch,
-        context: AbstractContextManager[Any],
-        *args: Any,
-        step: Callable[..., Any] | None = None,
-    ) -> Iterator[Any]:
-        """A pass of `step`; `training_step` itself cannot be run again, it would step the optimizers."""
-        if step is None:
-            name = type(self.module).__name__
-            raise ConfigurationError(
-                f"Expected `{name}` (manual optimization) to back-propagate what one call of `cross_entropy` returned, "
-                f"for SampledFisher to draw labels for it, got another loss: give {name} a method "
-                "`fisher_loss(batch, batch_idx)`, or set `curvature` to EmpiricalFisher()."
-            )
-        with super().rerun(micro_batch, context, *args, step=step) as output:
-            yield output
-
-
 class ManualStepper(Stepper):
     """An optimizer that the module steps by itself."""
 
-    window: ManualWindow | None = None
+    window: AccumulationWindow | None = None
     inside = False
     warned = False
 
@@ -159,12 +136,19 @@ class ManualSession:
         if not stepper.switch_on():
             return
         if stepper.window is None:
-            window = stepper.open_window(self._training_step, ManualWindow)
-            assert isinstance(window, ManualWindow)
-            stepper.window = window
+            stepper.window = stepper.open_window(self._refuse_to_step_again)
         estimate = stepper.window.estimate
         if estimate is not None and self._call is not None:
             self._watching.enter_context(estimate.watch(self._micro_batch()))
+
+    def _refuse_to_step_again(self, *args: Any, **kwargs: Any) -> None:
+        """In place of `training_step` for extra passes: it would step the optimizers."""
+        name = type(self.module).__name__
+        raise ConfigurationError(
+            f"Expected `{name}` (manual optimization) to back-propagate what one call of `cross_entropy` returned, for "
+            f"SampledFisher to draw labels for it, got another loss: give {name} a method "
+            "`fisher_loss(batch, batch_idx)`, or set `curvature` to EmpiricalFisher()."
+        )
 
     def _micro_batch(self) -> MicroBatch:
         args, kwargs = self._call or ((), {})
@@ -176,10 +160,7 @@ class ManualSession:
     def _around_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             if not self._extra_pass and self._call is not None:
-                streams = RandomState.capture(devices_of(self.module))
-                with kept_for_the_graph(BufferState.capture(self.module)):
-                    self._add_to_estimates(loss)
-                streams.restore()
+                self._add_to_estimates(loss)
             return original(loss, *args, **kwargs)
 
         return manual_backward
@@ -191,7 +172,8 @@ class ManualSession:
                 micro_batch = self._micro_batch()
                 micro_batch.loss, micro_batch.backward_done = loss.detach(), True
                 stepper.window.micro_batches.append(micro_batch)
-                stepper.window.estimate.before_backward(micro_batch, loss)
+                with no_trace_on_the_graph(self.module):
+                    stepper.window.estimate.before_backward(micro_batch, loss)
 
     def after_backward(self) -> None:
         """Nothing to do: weights are moved and put back around the closure."""
@@ -232,7 +214,9 @@ class ManualSession:
 
         return step
 
-    def _whole_closure(self, stepper: ManualStepper, window: ManualWindow, closure: Callable[[], Any] | None) -> Any:
+    def _whole_closure(
+        self, stepper: ManualStepper, window: AccumulationWindow, closure: Callable[[], Any] | None
+    ) -> Any:
         """The module's closure, the mask at theta_t, the gradient at the moved weights, the copy of the old weights."""
         stepper.logs = {}
         copies: dict[int, Tensor] = {}
@@ -250,35 +234,23 @@ class ManualSession:
         if window.estimate is not None:
             stepper.refresh(window)
         if state is not None and closure is not None:
-            copies = self._perturbed_gradient(stepper, window, closure, state)
+            copies = stepper.climb(window, self._moved, partial(self._second_pass, window, closure, state))
         stepper.save_old(copies)
         return result
 
-    def _perturbed_gradient(
-        self,
-        stepper: ManualStepper,
-        window: ManualWindow,
-        closure: Callable[[], Any],
-        state: tuple[RandomState, BufferState],
-    ) -> dict[int, Tensor]:
-        movable, moves, norm = window.displacement([parameter.grad for parameter in window.movable])
-        block = perturbed(movable, moves)
-        del moves  # the block frees them once the weights are moved
+    def _second_pass(
+        self, window: AccumulationWindow, closure: Callable[[], Any], state: tuple[RandomState, BufferState]
+    ) -> Tensor | None:
+        """The closure once more, as it ran the first time; the loss it returned, if any."""
         self._extra_pass = True
         try:
-            saved = self._moved.enter_context(block)
             with torch.enable_grad(), no_trace(self.module), window.fresh_gradients():
                 for part in state:
                     part.restore()
                 loss = closure()
         finally:
-            self._moved.close()
             self._extra_pass = False
-        if isinstance(loss, Tensor):
-            stepper.logs[tags.PERTURBED_LOSS] = loss.detach()
-        if norm is not None:
-            stepper.logs[tags.GRAD_NORM] = norm / window.scale
-        return {id(parameter): copy for parameter, copy in zip(movable, saved, strict=True)}
+        return loss.detach() if isinstance(loss, Tensor) else None
 
     def write_logs(self) -> None:
         """The first optimizer's values under the plain tags, the others' with a suffix."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_ire._lightning import muted_logging
-from lightning_ire.functional import RandomState, kept_buffers
+from lightning_ire._lightning import kept_for_the_graph, muted_logging
+from lightning_ire.functional import BufferState, RandomState, kept_buffers
 
-__all__ = ["devices_of", "no_trace"]
+__all__ = ["devices_of", "no_trace", "no_trace_on_the_graph"]
 
 
 @contextmanager
@@ -32,6 +32,24 @@ def no_trace(module: nn.Module) -> Iterator[None]:
     streams = RandomState.capture(devices_of(module))
     try:
         with kept_buffers(module), _kept_metrics(module), muted_logging(module):
+            yield
+    finally:
+        streams.restore()
+
+
+@contextmanager
+def no_trace_on_the_graph(module: nn.Module) -> Iterator[None]:
+    """For a backward pass through a graph that training still needs: buffers and random numbers are put back.
+
+    Args:
+        module: The module that made the graph.
+
+    Yields:
+        Nothing.
+    """
+    streams = RandomState.capture(devices_of(module))
+    try:
+        with kept_for_the_graph(BufferState.capture(module)):
             yield
     finally:
         streams.restore()

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import Takeover, gradient_marks, kept_for_the_graph, loss_of, unsynchronized
-from lightning_ire.callbacks._no_trace import devices_of
+from lightning_ire._lightning import Takeover, gradient_marks, loss_of, unsynchronized
+from lightning_ire.callbacks._no_trace import no_trace_on_the_graph
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._stepper import Stepper
 from lightning_ire.callbacks._window import AccumulationWindow
 from lightning_ire.curvature import MicroBatch
-from lightning_ire.functional import BufferState, RandomState, perturbed
 
 if TYPE_CHECKING:
     from lightning_ire.callbacks.ire import IRE
@@ -105,7 +104,7 @@ class AutomaticSession:
         if self.window is not None and self.window.micro_batches and not self.window.micro_batches[-1].backward_done:
             self.window.micro_batches.pop()  # nothing was back-propagated: no loss, or weight averaging's last epoch
         if self.window is None or not self.window.micro_batches:
-            self.window = self.stepper.open_window(self.takeover.original_training_step, AccumulationWindow)
+            self.window = self.stepper.open_window(self.takeover.original_training_step)
         self._armed = True
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -137,10 +136,8 @@ class AutomaticSession:
         if window.perturbation is not None and window.unmoved and not window.back_propagated:
             window.keep_gradients()
         if window.estimate is not None:
-            streams = RandomState.capture(devices_of(self.module))
-            with kept_for_the_graph(BufferState.capture(self.module)):
+            with no_trace_on_the_graph(self.module):
                 window.estimate.before_backward(*self._live)
-            streams.restore()
 
     def after_backward(self) -> None:
         """Put weights back that were moved before the pass."""
@@ -183,25 +180,10 @@ class AutomaticSession:
 
     def _perturbed_gradient(self, window: AccumulationWindow) -> dict[int, Tensor]:
         """Replace the gradients by those at the moved weights; returns the copies of the weights that this made."""
-        logs = self.stepper.logs
         if not window.unmoved:
-            logs[tags.PERTURBED_LOSS] = window.mean_loss()
+            self.stepper.logs[tags.PERTURBED_LOSS] = window.mean_loss()
             return {}
-        movable, moves, norm = window.displacement([parameter.grad for parameter in window.movable])
-        block = perturbed(movable, moves)
-        del moves  # the block frees them once the weights are moved
-        saved = self._moved.enter_context(
-            block
-        )  # closed with the window too, should a Ctrl-C come before the next line
-        try:
-            loss = window.second_pass()
-        finally:
-            self._moved.close()
-        if loss is not None:
-            logs[tags.PERTURBED_LOSS] = loss
-        if norm is not None:
-            logs[tags.GRAD_NORM] = norm / window.scale
-        return {id(parameter): copy for parameter, copy in zip(movable, saved, strict=True)}
+        return self.stepper.climb(window, self._moved, window.second_pass)
 
     def _close_window(self) -> None:
         self._moved.close()

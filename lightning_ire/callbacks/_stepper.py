@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ire import tags
 from lightning_ire._lightning import will_log
 from lightning_ire.callbacks._boost import OldWeights, boost
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._window import AccumulationWindow, mixed_seed
+from lightning_ire.functional import perturbed
 from lightning_ire.perturbation import Perturbation
 
 if TYPE_CHECKING:
@@ -89,17 +92,16 @@ class Stepper:
             return False
         return self.progress.retry or self.settings.should_refresh(self.progress.step, started_at)
 
-    def open_window(self, training_step: Any, window_class: type[AccumulationWindow]) -> AccumulationWindow:
+    def open_window(self, training_step: Callable[..., Any]) -> AccumulationWindow:
         """The window of the next step, with an estimate if the mask is due.
 
         Args:
-            training_step: The module's own `training_step`, without our wrapper.
-            window_class: Its class.
+            training_step: What runs the module's step again, beside our wrapper.
         """
         progress = self.progress
         perturbs = self.settings.should_perturb(progress.step)
         perturbation: Perturbation | None = self.settings.perturbation if perturbs else None
-        window = window_class(
+        window = AccumulationWindow(
             self.trainer,
             self.module,
             training_step,
@@ -129,6 +131,33 @@ class Stepper:
         names = [self._names[id(parameter)] for parameter in window.parameters]
         taking_part = [None if id(p) in excluded else h for p, h in zip(window.parameters, values, strict=True)]
         self.progress.masks.refresh(names, taking_part)
+
+    def climb(
+        self, window: AccumulationWindow, moved: ExitStack, second_pass: Callable[[], Tensor | None]
+    ) -> dict[int, Tensor]:
+        """Replace the gradients by those at the moved weights.
+
+        Args:
+            window: A window whose perturbation uses the gradients that are in `.grad` now.
+            moved: Holds the moved weights; its owner closes it with the window too, whatever line a Ctrl-C hits.
+            second_pass: Makes the gradients at the moved weights and returns the loss there, if any.
+
+        Returns:
+            The copies of the weights that this made, by `id` of the parameter.
+        """
+        movable, moves, norm = window.displacement([parameter.grad for parameter in window.movable])
+        block = perturbed(movable, moves)
+        del moves  # the block frees them once the weights are moved
+        saved = moved.enter_context(block)
+        try:
+            loss = second_pass()
+        finally:
+            moved.close()
+        if loss is not None:
+            self.logs[tags.PERTURBED_LOSS] = loss
+        if norm is not None:
+            self.logs[tags.GRAD_NORM] = norm / window.scale
+        return {id(parameter): copy for parameter, copy in zip(movable, saved, strict=True)}
 
     def save_old(self, copies: Mapping[int, Tensor]) -> None:
         """Keep the weights for the boost, as late as possible before the step.

@@ -252,10 +252,11 @@ class AccumulationWindow:
         seen = self.total(torch.tensor([gradient is not None for gradient in gradients], dtype=torch.float32))
         result: list[Tensor | None] = [None] * len(gradients)
         bucket: list[int] = []
+        size = 0
         wanted = [index for index, count in enumerate(seen.tolist()) if count]
         for position, index in enumerate(wanted):
             bucket.append(index)
-            size = sum(self.parameters[member].numel() for member in bucket)
+            size += self.parameters[index].numel()
             if size < _BUCKET and position < len(wanted) - 1:
                 continue
             parts = [self._dense(gradients[member], self.parameters[member]) for member in bucket]
@@ -264,7 +265,7 @@ class AccumulationWindow:
             mean = self.total(joined) / self.world_size
             for member, part, piece in zip(bucket, parts, mean.split([part.numel() for part in parts]), strict=True):
                 result[member] = piece.view(part.shape).to(part.device)
-            bucket = []
+            bucket, size = [], 0
         return result
 
     @staticmethod
