@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError, check_number
 from lightning_ire.curvature.base import Curvature, Estimate, MicroBatch, Window, finite_or_none
-from lightning_ire.curvature.tap import CrossEntropyCall, CrossEntropyTap
-from lightning_ire.functional import fisher_diagonal
+from lightning_ire.curvature.tap import CrossEntropyCall, CrossEntropyTap, factors_in
+from lightning_ire.functional import fisher_diagonal, gradients_by_backward
 
 __all__ = ["SampledFisher"]
 
@@ -85,6 +85,7 @@ class _SampledSquare(Estimate):
         if call is None:
             return
         calls.remove(call)
+        assert call.sampled is not None
         try:
             self._add([call.sampled.loss], [None], [call.sampled.weights], keep_graph=True)
         except RuntimeError as error:  # reentrant checkpointing, a compiled backward that gave its buffers away
@@ -140,16 +141,14 @@ class _SampledSquare(Estimate):
 
     def _sampled_terms(self, loss: Tensor | None, calls: list[CrossEntropyCall]) -> None:
         """Add the gradient of all terms with drawn labels, each times its factor in the loss."""
-        if loss is None or not calls:
-            raise _nothing_intercepted(self.window.module)
-        factors: Sequence[Tensor | None] = [torch.ones_like(loss)]
-        if len(calls) > 1 or calls[0].result is not loss:
-            results = [call.result for call in calls]
-            factors = torch.autograd.grad(loss, results, retain_graph=True, allow_unused=True)
-        used = [(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
+        used = factors_in(loss, calls) if loss is not None else []
         if not used:
             raise _nothing_intercepted(self.window.module)
-        weights = [call.sampled.weights * factor.to(call.sampled.weights.dtype) for call, factor in used]
+        weights = [
+            call.sampled.weights * factor.to(call.sampled.weights.dtype)
+            for call, factor in used
+            if call.sampled is not None
+        ]
         self._add([call.result for call, _ in used], [factor for _, factor in used], weights, keep_graph=False)
 
     def _users_loss(self, micro_batch: MicroBatch, args: tuple[Any, ...]) -> None:
@@ -179,7 +178,7 @@ class _SampledSquare(Estimate):
         if not parameters:  # all frozen for the time of this backward pass (`toggle_model` of another optimizer)
             return
         if self.by_backward:
-            gradients = _gradients_by_backward(outputs, starts, parameters)
+            gradients = gradients_by_backward(outputs, starts, parameters)
         else:
             gradients = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep_graph, allow_unused=True)
         if all(gradient is None for gradient in gradients):
@@ -206,21 +205,6 @@ class _Seeded(AbstractContextManager[None]):
 
     def __exit__(self, *exc: object) -> None:
         return None
-
-
-def _gradients_by_backward(
-    outputs: list[Tensor], starts: list[Tensor], parameters: Sequence[nn.Parameter]
-) -> Sequence[Tensor | None]:
-    """Gradients of sum(outputs * starts) with `backward()`; the gradients in `.grad` are put aside meanwhile."""
-    kept = [parameter.grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-        torch.autograd.backward(outputs, starts)
-        return [parameter.grad for parameter in parameters]
-    finally:
-        for parameter, gradient in zip(parameters, kept, strict=True):
-            parameter.grad = gradient
 
 
 def _refused_by_checkpointing(error: RuntimeError) -> bool:

@@ -27,29 +27,61 @@ SGD-IRE in a plain PyTorch loop (the mask from one sampled-label gradient, every
 For SAM put `with perturbed(weights, sam_displacement(weights, gradients, rho=0.05)[0]):` around a second backward.
 """
 
+from lightning_ire.functional.averages import (
+    MeanEstimate,
+    adaptive_mean,
+    hutchinson_trace,
+    rademacher,
+    ratio_of_means,
+)
 from lightning_ire.functional.boost import boost_
 from lightning_ire.functional.fisher import SampledLoss, fisher_diagonal, sample_labels, sampled_cross_entropy
 from lightning_ire.functional.flat_mask import flat_masks, mask_below, pack_mask, unpack_mask
+from lightning_ire.functional.hessian import finite_difference_product, gradients_by_backward, hessian_product
 from lightning_ire.functional.perturbation import average_sam_displacement, global_norm, perturbed, sam_displacement
-from lightning_ire.functional.state import BufferState, RandomState, kept_buffers
+from lightning_ire.functional.spectrum import Extremes, SpectralDensity, extreme_eigenvalues, spectral_density
+from lightning_ire.functional.stability import adam_limit, effective_product, sgd_limit, stability_edge
+from lightning_ire.functional.state import BufferState, RandomState, kept_buffers, seeded
 from lightning_ire.functional.threshold import flat_threshold
+from lightning_ire.functional.vectors import flatten, flatten_like, split_like, widest_dtype
 
 __all__ = [
     "BufferState",
+    "Extremes",
+    "MeanEstimate",
     "RandomState",
     "SampledLoss",
+    "SpectralDensity",
+    "adam_limit",
+    "adaptive_mean",
     "average_sam_displacement",
     "boost_",
+    "effective_product",
+    "extreme_eigenvalues",
+    "finite_difference_product",
     "fisher_diagonal",
     "flat_masks",
     "flat_threshold",
+    "flatten",
+    "flatten_like",
     "global_norm",
+    "gradients_by_backward",
+    "hessian_product",
+    "hutchinson_trace",
     "kept_buffers",
     "mask_below",
     "pack_mask",
     "perturbed",
+    "rademacher",
+    "ratio_of_means",
     "sam_displacement",
     "sample_labels",
     "sampled_cross_entropy",
+    "seeded",
+    "sgd_limit",
+    "spectral_density",
+    "split_like",
+    "stability_edge",
     "unpack_mask",
+    "widest_dtype",
 ]

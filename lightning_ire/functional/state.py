@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BufferState", "RandomState", "kept_buffers"]
+__all__ = ["BufferState", "RandomState", "kept_buffers", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,38 @@ def kept_buffers(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         state.restore()
+
+
+@contextmanager
+def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Inside the block the streams of torch, numpy and Python start from a seed; after it they are as before.
+
+    Args:
+        seed: Seed, any whole number >= 0.
+        devices: As in :meth:`RandomState.capture`.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with seeded(1):
+        ...     first = torch.rand(3)
+        >>> with seeded(1):
+        ...     bool((torch.rand(3) == first).all())
+        True
+    """
+    before = RandomState.capture(devices)
+    try:
+        torch.set_rng_state(torch.Generator().manual_seed(seed % 2**63).get_state())
+        for device, _ in before.devices:
+            state = torch.Generator(device).manual_seed(seed % 2**63).get_state()
+            torch.get_device_module(device).set_rng_state(state, device)
+        if before.numpy is not None:
+            sys.modules["numpy"].random.seed(seed % 2**32)
+        random.seed(seed)
+        yield
+    finally:
+        before.restore()
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:
