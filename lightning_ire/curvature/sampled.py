@@ -178,7 +178,7 @@ class _SampledSquare(Estimate):
         if not parameters:  # all frozen for the time of this backward pass (`toggle_model` of another optimizer)
             return
         if self.by_backward:
-            gradients = gradients_by_backward(outputs, starts, parameters)
+            gradients: Sequence[Tensor | None] = gradients_by_backward(outputs, starts, parameters)
         else:
             gradients = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep_graph, allow_unused=True)
         if all(gradient is None for gradient in gradients):

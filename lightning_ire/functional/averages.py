@@ -56,7 +56,7 @@ class MeanEstimate:
 def adaptive_mean(
     draw: Callable[[], Tensor | float], *, relative_error: float = 0.05, max_draws: int = 64
 ) -> MeanEstimate:
-    """Draw until the standard error of the mean is small enough, or as often as allowed.
+    r"""Draw until the standard error of the mean is small enough, or as often as allowed.
 
     At least 8 draws are made (fewer if `max_draws` is less). Draws that are not finite end it.
 

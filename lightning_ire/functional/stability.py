@@ -57,7 +57,7 @@ def adam_limit(beta1: float) -> float:
 
 
 def stability_edge(lr: float, limit: float, ascent: float = 0.0) -> float:
-    """The eigenvalue lambda* of H from which on steps of one learning rate for all coordinates blow up.
+    r"""The eigenvalue lambda* of H from which on steps of one learning rate for all coordinates blow up.
 
     The positive root of eta (lambda + rho_e lambda^2) = c, (sqrt(1 + 4 c rho_e / eta) - 1) / (2 rho_e); c / eta for
     rho_e = 0.
@@ -89,7 +89,7 @@ def effective_product(
     ascent_scale: Tensor | None = None,
     decay: Tensor | None = None,
 ) -> Tensor:
-    """K v for K = S^(1/2) (H + rho_e H T^2 H + W) S^(1/2).
+    r"""K v for K = S^(1/2) (H + rho_e H T^2 H + W) S^(1/2).
 
     Args:
         product: H v for a vector v.
