@@ -2,6 +2,7 @@
 
 from lightning_ire._checks import ConfigurationError
 from lightning_ire.callbacks.ire import IRE
+from lightning_ire.callbacks.sharpness_monitor import SharpnessMonitor
 from lightning_ire.curvature import Curvature, EmpiricalFisher, SampledFisher
 from lightning_ire.perturbation import SAM, AverageSAM, Perturbation
 
@@ -15,4 +16,5 @@ __all__ = [
     "EmpiricalFisher",
     "Perturbation",
     "SampledFisher",
+    "SharpnessMonitor",
 ]

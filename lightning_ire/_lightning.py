@@ -18,6 +18,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -28,6 +29,7 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError
@@ -37,16 +39,38 @@ __all__ = [
     "ConfigWins",
     "Patches",
     "Takeover",
+    "check_strategy",
     "check_supported",
+    "full_precision_step",
     "gradient_marks",
     "kept_for_the_graph",
+    "logger_step",
     "loss_of",
     "loss_scale",
+    "moved_batch",
     "muted_logging",
+    "own_method",
     "scaled",
+    "step_arguments",
     "unsynchronized",
     "will_log",
 ]
+
+
+_BEHIND = "_lightning_ire_original"
+
+
+def own_method(owner: Any, name: str) -> Callable[..., Any]:
+    """A method without the wrappers of ours that are outermost (a stranger's around them stays, with all inside).
+
+    Args:
+        owner: The object.
+        name: Name of the method.
+    """
+    method = getattr(owner, name)
+    while (pair := getattr(method, _BEHIND, None)) is not None and pair[0] is method:
+        method = pair[1]
+    return method
 
 
 class Patches:
@@ -71,6 +95,7 @@ class Patches:
 
         # Lightning looks one level deep to read the signature: show it what it would have seen without us
         wrapper.__wrapped__ = getattr(original, "__wrapped__", original)
+        vars(wrapper)[_BEHIND] = (wrapper, original)
         self._installed.append((owner, name, wrapper, vars(owner).get(name)))
         setattr(owner, name, wrapper)
 
@@ -136,13 +161,7 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradi
     Raises:
         ConfigurationError: With the remedy, in one line.
     """
-    strategy = trainer.strategy
-    others = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # subclasses of the two that are supported
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, others):
-        raise ConfigurationError(
-            f"Expected a single device or DDP, got {type(strategy).__name__}: IRE does not support sharded or other "
-            "strategies yet; set `trainer.strategy` to 'auto' or 'ddp', or remove the callback."
-        )
+    check_strategy(trainer, "IRE")
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise ConfigurationError(
             f"Expected `{type(module).__name__}.training_step` to take a batch, got one that takes `dataloader_iter`: "
@@ -154,10 +173,30 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradi
                 "Expected an optimizer with a plain step, got LBFGS, which runs the closure several times per step: "
                 "use another optimizer or remove the callback."
             )
+    strategy = trainer.strategy
     if local_gradients and isinstance(strategy, DDPStrategy) and getattr(strategy.model, "static_graph", False):
         raise ConfigurationError(
             "Expected DDP without static_graph for SAM with each device's own gradient, got static_graph=True: "
             "set `perturbation.sync` to true, or static_graph to false."
+        )
+
+
+def check_strategy(trainer: pl.Trainer, who: str) -> None:
+    """Refuse strategies under which a device does not hold the whole model.
+
+    Args:
+        trainer: The trainer.
+        who: The callback that asks.
+
+    Raises:
+        ConfigurationError: With the remedy, in one line.
+    """
+    strategy = trainer.strategy
+    others = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # subclasses of the two that are supported
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, others):
+        raise ConfigurationError(
+            f"Expected a single device or DDP, got {type(strategy).__name__}: {who} does not support sharded or other "
+            "strategies yet; set `trainer.strategy` to 'auto' or 'ddp', or remove the callback."
         )
 
 
@@ -204,6 +243,45 @@ def will_log(trainer: pl.Trainer) -> bool:
     `global_step` for every module) and the exception for a stopping trainer are not.
     """
     return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def logger_step(trainer: pl.Trainer, epoch_end: bool = False) -> int:
+    """The step that Lightning itself would write metrics under.
+
+    Private: this count (batches that stepped, which is not `global_step` for every module) is public nowhere.
+
+    Args:
+        trainer: The trainer.
+        epoch_end: Whether this is `on_train_epoch_end`, where Lightning counts one less.
+    """
+    return max(trainer.fit_loop.epoch_loop._batches_that_stepped - int(epoch_end), 0)
+
+
+def moved_batch(trainer: pl.Trainer, batch: Any) -> Any:
+    """A batch from a loader as `training_step` gets it: after the precision plugin and the three transfer hooks.
+
+    Private: Lightning has no public call of its `on_before_batch_transfer` that looks at module and datamodule.
+
+    Args:
+        trainer: The trainer.
+        batch: The batch; not changed, unless a hook does.
+    """
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def step_arguments(training_step: Callable[..., Any], batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """The arguments that Lightning would call `training_step` with: some take no `batch_idx`."""
+    if is_param_in_hook_signature(training_step, "batch_idx", min_args=2):
+        return batch, batch_idx
+    return (batch,)
+
+
+def full_precision_step(trainer: pl.Trainer) -> AbstractContextManager[Any]:
+    """The context of `training_step` without autocast: where the weights are float32, all of the loss is then."""
+    plugin = trainer.precision_plugin
+    return nullcontext() if isinstance(plugin, MixedPrecision) else plugin.train_step_context()
 
 
 @contextmanager

@@ -15,13 +15,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
-from lightning_ire import IRE, ConfigurationError
+from lightning_ire import IRE, ConfigurationError, SharpnessMonitor
 from lightning_ire._cli_messages import one_line, with_full_key
 from lightning_ire._lightning import ConfigWins
 
 __all__ = ["IRECLI", "main"]
 
-CALLBACK_KEYS: dict[str, tuple[type[Callback], dict[str, Any]]] = {"ire": (IRE, {"kappa": 0.0})}
+CALLBACK_KEYS: dict[str, tuple[type[Callback], dict[str, Any]]] = {
+    "ire": (IRE, {"kappa": 0.0}),
+    "sharpness": (SharpnessMonitor, {"every_n_epochs": None}),
+}
 """Top-level keys: the callback that a key sets up, and where its defaults differ from the constructor's.
 
 Such a callback has an attribute `idle`; with these defaults it is True, and an idle callback is not added.

@@ -26,3 +26,37 @@ GRAD_NORM: Final = "sam/grad_norm"
 
 IRE_TAGS: Final = (KAPPA, FLAT_FRACTION, THRESHOLD, MASK_IOU, MASK_IOU_CHANCE, STEP_NORM_FLAT, STEP_NORM_SHARP)
 SAM_TAGS: Final = (PERTURBED_LOSS, GRAD_NORM)
+
+TRACE_FISHER: Final = "sharpness/trace_fisher"
+"""Tr(F) by eq. 6, the sharpness of the paper's experiments. This and what follows: see SharpnessMonitor."""
+TRACE_HESSIAN: Final = "sharpness/trace_hessian"
+"""Tr(H), H the Hessian of the loss on the probe."""
+TRACE_NORMALIZED: Final = "sharpness/trace_normalized"
+"""Sum over the parameter tensors of ||w||^2 Tr(H_ww): does not change where rescaling weights changes no output."""
+LAMBDA_MAX: Final = "sharpness/lambda_max"
+"""Largest eigenvalue of H (signed)."""
+LAMBDA_MIN: Final = "sharpness/lambda_min"
+"""Smallest eigenvalue of H: the most negative one, if any is."""
+ASCENT_GAP: Final = "sharpness/ascent_gap"
+"""Loss at theta + rho g / ||g|| minus loss at theta."""
+EDGE: Final = "stability/edge"
+"""Eigenvalue from which on steps of the current learning rate blow up."""
+RATIO: Final = "stability/ratio"
+"""Effective sharpness divided by its limit: above 1 steps blow up near a quadratic."""
+SGD_RATIO: Final = "stability/sgd_ratio"
+"""Necessary condition for stability in the mean square, with the noise of batches: above 1 unstable."""
+
+STDERR: Final = "_stderr"
+"""Added to the tag of an estimate: its standard error."""
+RESIDUAL: Final = "_residual"
+"""Added to the tag of an eigenvalue: an eigenvalue lies within this distance."""
+CONVERGED: Final = "_converged"
+"""Added to the tag of an eigenvalue: 1 if the residual is within the tolerance, else 0."""
+
+DENSITY: Final = "sharpness/spectral_density"
+"""TensorBoard figure and histogram: the distribution of the eigenvalues of H."""
+LAYERS: Final = "sharpness/layer_traces"
+"""TensorBoard figure and histogram: Tr(H_ww) of each parameter tensor."""
+
+SHARPNESS_TAGS: Final = (TRACE_FISHER, TRACE_HESSIAN, TRACE_NORMALIZED, LAMBDA_MAX, LAMBDA_MIN, ASCENT_GAP)
+STABILITY_TAGS: Final = (EDGE, RATIO, SGD_RATIO)

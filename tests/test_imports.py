@@ -33,7 +33,7 @@ THIRD_PARTY = {
     "perturbation": {"torch"},
     "curvature": {"torch"},
     "_lightning": {"torch", "lightning"},
-    "callbacks": {"torch", "lightning", "torchmetrics"},
+    "callbacks": {"torch", "lightning", "torchmetrics", "lightning_utilities", "tqdm", "matplotlib"},
 }
 FILES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ("__init__.py", "cli.py")

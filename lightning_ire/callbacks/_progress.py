@@ -30,6 +30,7 @@ class Progress:
         peak_lrs: Highest learning rate of each parameter group so far (for the "lr" schedule of kappa).
         seed: Seed of all draws of the callback.
         shown: The values that were logged last.
+        ascent_norm: The norm that divided the last SAM step, not kept in checkpoints.
     """
 
     masks: FlatMasks
@@ -42,6 +43,7 @@ class Progress:
     seed: int = field(default_factory=lambda: int(os.environ.get("PL_GLOBAL_SEED", "0")))
 
     shown: dict[str, Tensor] = field(default_factory=dict)
+    ascent_norm: Tensor | None = None
 
     def count_step(self, optimizer: Optimizer, with_lrs: bool) -> None:
         """Count one real step.

@@ -156,7 +156,7 @@ class Stepper:
         if loss is not None:
             self.logs[tags.PERTURBED_LOSS] = loss
         if norm is not None:
-            self.logs[tags.GRAD_NORM] = norm / window.scale
+            self.logs[tags.GRAD_NORM] = self.progress.ascent_norm = norm / window.scale
         return {id(parameter): copy for parameter, copy in zip(movable, saved, strict=True)}
 
     def save_old(self, copies: Mapping[int, Tensor]) -> None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire._lightning import check_supported, loss_of
-from lightning_ire.callbacks._boost import check_decoupled_decay
+from lightning_ire.callbacks._boost import check_decoupled_decay, learning_rates
 from lightning_ire.callbacks._manual import ManualSession
 from lightning_ire.callbacks._masks import FlatMasks
 from lightning_ire.callbacks._progress import Progress
@@ -25,7 +25,7 @@ from lightning_ire.callbacks._session import AutomaticSession, Session
 from lightning_ire.callbacks._stepper import named_parameters, trainable_parameters
 from lightning_ire.curvature import Curvature, SampledFisher
 from lightning_ire.perturbation import Perturbation
-from lightning_ire.schedule import Start, mask_due
+from lightning_ire.schedule import Start, mask_due, scheduled_kappas
 
 __all__ = ["IRE"]
 
@@ -161,6 +161,38 @@ class IRE(Callback):
             step: Zero-based count of real optimizer steps.
         """
         return self.perturbation is not None and step % self.perturbation.interval == 0
+
+    def boost_factors(self, module: pl.LightningModule, optimizer: Optimizer) -> dict[int, Tensor | float]:
+        """By how much the boost lengthens a step of this optimizer now: 1 + kappa * n.
+
+        Args:
+            module: The module being trained.
+            optimizer: One of its optimizers.
+
+        Returns:
+            By `id` of the parameter a tensor of its shape; parameters that are not boosted are left out.
+        """
+        optimizers = module.trainer.optimizers
+        index = next((i for i, one in enumerate(optimizers) if one is optimizer), 0)
+        progress = self._progresses[min(index, len(self._progresses) - 1)]
+        if self.kappa == 0 or progress.started_at is None:
+            return {}
+        kappas = [self.kappa] * len(optimizer.param_groups)
+        if self.kappa_schedule == "lr" and progress.peak_lrs:
+            kappas = scheduled_kappas(self.kappa, learning_rates(optimizer), progress.peak_lrs)
+        names = {id(parameter): name for name, parameter in named_parameters(module, optimizer).items()}
+        return {
+            id(parameter): 1 + kappa * progress.masks.masks[names[id(parameter)]]
+            for kappa, group in zip(kappas, optimizer.param_groups, strict=False)
+            for parameter in group["params"]
+            if names.get(id(parameter)) in progress.masks.masks
+        }
+
+    @property
+    def ascent_norm(self) -> float | None:
+        """The norm that divided the (first) optimizer's last SAM step in this run; ``None``: there was none."""
+        norm = self._progress.ascent_norm
+        return None if norm is None else float(norm)
 
     # Life cycle
 

@@ -1,0 +1,445 @@
+"""The loss on the probe as a function of the weights: value, gradient, Hessian and Fisher, on all devices together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lightning_ire._lightning import (
+    full_precision_step,
+    loss_of,
+    own_method,
+    step_arguments,
+    unsynchronized,
+)
+from lightning_ire.callbacks._no_trace import devices_of, no_trace
+from lightning_ire.callbacks._probe import Probe
+from lightning_ire.callbacks._window import mixed_seed
+from lightning_ire.curvature.tap import CrossEntropyTap, factors_in
+from lightning_ire.functional import (
+    BufferState,
+    finite_difference_product,
+    flatten_like,
+    gradients_by_backward,
+    hessian_product,
+    kept_buffers,
+    perturbed,
+    sam_displacement,
+    seeded,
+    split_like,
+    widest_dtype,
+)
+
+__all__ = ["Landscape", "MeasurementError", "agreed", "measuring"]
+
+T = TypeVar("T")
+
+
+class MeasurementError(RuntimeError):
+    """A measurement that could not be made; raised on all devices together.
+
+    Attributes:
+        out_of_memory: Whether that was the reason.
+    """
+
+    def __init__(self, reason: str, out_of_memory: bool = False) -> None:
+        super().__init__(reason)
+        self.out_of_memory = out_of_memory
+
+
+@contextmanager
+def measuring(module: pl.LightningModule) -> Iterator[None]:
+    """Inside the block the module can be differentiated twice; after it there is no trace of what was done.
+
+    Autograd is on whatever Lightning has switched off, attention uses the math kernel, recurrent layers do without
+    cuDNN, compiled parts run uncompiled.
+
+    Args:
+        module: The module.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(no_trace(module))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+            cudnn = torch.backends.cudnn
+            flags = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+            stack.enter_context(cudnn.flags(enabled=False, **flags))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def agreed(trainer: pl.Trainer, compute: Callable[[], T]) -> T:
+    """What this device computes, if all devices can do their part; else an error on all of them.
+
+    Args:
+        trainer: The trainer.
+        compute: Called once; may raise anything.
+
+    Raises:
+        MeasurementError: If it failed on some device.
+    """
+    error: Exception | None = None
+    try:
+        result = compute()
+    except Exception as caught:  # whatever the user's code raises: training has to go on
+        error = caught
+    failed = torch.tensor([float(error is not None)])
+    if trainer.world_size > 1:
+        failed = trainer.strategy.reduce(failed.to(trainer.strategy.root_device), reduce_op="sum")
+    if bool(failed):
+        memory = error is not None and _is_out_of_memory(error)
+        # not `from error`: its traceback would keep the tensors of an out-of-memory error alive
+        raise MeasurementError(_first_line(error), memory) from None
+    return result
+
+
+class Landscape:
+    """The mean loss over the probe's batches and all devices; to be used inside :func:`measuring`.
+
+    The loss is the module's own: what `sharpness_loss(batch, batch_idx)` returns if the module has such a method, else
+    `training_step`. Random layers draw the same numbers at every evaluation.
+
+    Args:
+        trainer: The trainer.
+        module: The module; its parameters that require a gradient are the coordinates.
+        probe: The batches.
+        hvp: "exact": differentiate twice; "finite_difference": differences of gradients; "auto": exact, and
+            differences from the first failure on.
+        seed: Seed of everything random.
+        tick: Called after every gradient or product.
+
+    Attributes:
+        parameters: The coordinates, tensor by tensor.
+        names: Their names.
+        exact: Whether products are exact.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        probe: Probe,
+        *,
+        hvp: str = "auto",
+        seed: int = 0,
+        tick: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.probe = probe
+        self.seed = seed
+        self.tick = tick
+        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.size = sum(parameter.numel() for parameter in self.parameters)
+        self.exact = hvp != "finite_difference"
+        self._may_fall_back = hvp == "auto"
+        self._own_loss = getattr(module, "sharpness_loss", None)
+        self._graph: list[Tensor | None] | None = None
+        self._sampled: list[Any] | None = None
+        self._buffers: BufferState | None = None
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """A random generator on the first parameter's device, the same on all ranks and in every measurement.
+
+        Args:
+            *purpose: What it is for: different purposes get unrelated streams.
+        """
+        return torch.Generator(self.parameters[0].device).manual_seed(mixed_seed(self.seed, *purpose))
+
+    @contextmanager
+    def mode(self, mode: str) -> Iterator[None]:
+        """Inside the block every layer is in one mode; after it each is in its own again.
+
+        Args:
+            mode: "eval": BatchNorm's running statistics, no dropout; "train": statistics of the probe's batches, the
+                same dropout masks at every evaluation.
+
+        Yields:
+            Nothing.
+        """
+        modes = [(part, part.training) for part in self.module.modules()]
+        self.release()
+        try:
+            with kept_buffers(self.module):
+                for part, _ in modes:  # the attribute itself: `train()` may be overridden to do more
+                    part.training = mode == "train"
+                self._buffers = BufferState.capture(self.module)
+                yield
+        finally:
+            for part, training in modes:
+                part.training = training
+            self.release()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of flat vectors."""
+        return widest_dtype(self.parameters)
+
+    def release(self) -> None:
+        """Free the graphs that are kept between products; to be called before weights move."""
+        self._graph = self._sampled = None
+
+    # Values and gradients
+
+    def loss(self) -> float:
+        """The loss at the current weights."""
+        return self._mean_of(lambda index: self._loss(index).detach())
+
+    def gradient(self) -> Tensor:
+        """The gradient at the current weights, as one vector."""
+        return self._mean_over_devices(lambda: self._flat(self._local_gradient()), self.size)
+
+    def ascent_gap(self, rho: float) -> float:
+        """L(theta + rho g / ||g||) - L(theta).
+
+        Args:
+            rho: Radius in weight units.
+        """
+        moves, _ = sam_displacement(self.parameters, split_like(self.gradient(), self.parameters), rho)
+        before = self.loss()
+        with perturbed(self.parameters, moves):
+            return self.loss() - before
+
+    # Hessian
+
+    def product(self, vector: Tensor) -> Tensor:
+        """H v, one all-reduce.
+
+        Args:
+            vector: v, the same on all devices.
+        """
+        return self._with_fallback(
+            lambda: self._mean_over_devices(lambda: self._flat(self._local_product(vector, self._batches)), self.size)
+        )
+
+    def batch_product(self, vector: Tensor, batches: Sequence[int]) -> Tensor:
+        """H_B v for the mean loss over some of the probe's batches (the same ones of each device).
+
+        Args:
+            vector: v, the same on all devices.
+            batches: Which batches.
+        """
+        return self._with_fallback(
+            lambda: self._mean_over_devices(lambda: self._flat(self._local_product(vector, batches)), self.size)
+        )
+
+    def quadratic(self, vector: Tensor) -> Tensor:
+        """v^T H v in parts: v_l . (H v)_l for each parameter tensor l; only these numbers are all-reduced.
+
+        Args:
+            vector: v, the same on all devices.
+        """
+
+        def compute() -> Tensor:
+            pieces = self._local_product(vector, self._batches)
+            parts = split_like(vector, self.parameters)
+            dots = [
+                vector.new_zeros(()) if piece is None else (part * piece).to(vector).sum()
+                for part, piece in zip(parts, pieces, strict=True)
+            ]
+            return torch.stack(dots)
+
+        return self._with_fallback(lambda: self._mean_over_devices(compute, len(self.parameters)))
+
+    # Fisher
+
+    def fisher_trace(self, draw: int) -> float:
+        """One draw of B ||G||^2 (eq. 6), each batch and device with labels of its own; unbiased for Tr F.
+
+        The trace is linear, so that the mean over batches and devices is that of the whole probe.
+
+        Args:
+            draw: Number of the draw; the same number gives the same labels.
+        """
+        return self._mean_of(lambda index: self._local_fisher(index, draw))
+
+    # One device, one batch
+
+    @property
+    def _batches(self) -> range:
+        return range(len(self.probe))
+
+    def _output(self, index: int, step: Callable[..., Any], seed: int | None = None) -> Any:
+        """What a step returns on a batch: always the same random numbers and buffers, the weights' own precision."""
+        self.release()  # a kept graph may use the buffers
+        if self._buffers is not None:
+            self._buffers.restore()
+        if seed is None:
+            seed = mixed_seed(self.seed, "pass", index, self.trainer.global_rank)
+        with seeded(seed, devices_of(self.module)), full_precision_step(self.trainer):
+            return step(*step_arguments(step, self.probe.batch(self.trainer, index), index))
+
+    def _loss(self, index: int) -> Tensor:
+        step = self._own_loss or own_method(self.module, "training_step")
+        loss = loss_of(self._output(index, step))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"{type(self.module).__name__} returned no loss on the probe")
+        return loss.reshape(())
+
+    def _local_gradient(self) -> list[Tensor | None]:
+        total: list[Tensor | None] = [None] * len(self.parameters)
+        for index in self._batches:
+            total = _sum(total, self._first_order(self._loss(index)), 1 / len(self.probe))
+            self.tick()
+        return total
+
+    def _first_order(self, loss: Tensor) -> Sequence[Tensor | None]:
+        if not loss.requires_grad:
+            return [None] * len(self.parameters)
+        return self._gradients([loss], [torch.ones_like(loss)], keep=False)
+
+    def _gradients(self, outputs: list[Tensor], starts: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
+        try:
+            return torch.autograd.grad(outputs, self.parameters, starts, retain_graph=keep, allow_unused=True)
+        except RuntimeError as error:
+            if "checkpoint" not in str(error).lower():  # reentrant checkpointing refuses autograd.grad
+                raise
+            with unsynchronized(self.trainer.strategy):
+                return gradients_by_backward(outputs, starts, self.parameters, keep_graph=keep)
+
+    def _local_product(self, vector: Tensor, batches: Sequence[int]) -> list[Tensor | None]:
+        pieces = split_like(vector, self.parameters)
+        total: list[Tensor | None] = [None] * len(self.parameters)
+        for index in batches:
+            if self.exact:
+                product = hessian_product(self._gradient_with_graph(index), self.parameters, pieces)
+            else:
+                product = finite_difference_product(
+                    lambda index=index: self._first_order(self._loss(index)),  # type: ignore[misc]
+                    self.parameters,
+                    pieces,
+                )
+            total = _sum(total, product, 1 / len(batches))
+            self.tick()
+        return total
+
+    def _gradient_with_graph(self, index: int) -> list[Tensor | None]:
+        """Kept between products if there is only one batch."""
+        if self._graph is not None:
+            return self._graph
+        loss = self._loss(index)
+        gradients: list[Tensor | None] = [None] * len(self.parameters)
+        if loss.requires_grad:
+            gradients = list(torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True))
+        if len(self.probe) == 1:
+            self._graph = gradients
+        return gradients
+
+    def _local_fisher(self, index: int, draw: int) -> Tensor:
+        labels = mixed_seed(self.seed, "labels", index, draw, self.trainer.global_rank)
+        outputs: list[Tensor]
+        step: Callable[..., Any] | None = getattr(self.module, "fisher_loss", None)
+        if step is not None:
+            returned = self._output(index, step, seed=labels)
+            loss, count = returned if isinstance(returned, tuple) else (returned, 1.0)
+            outputs, starts, squares = [loss], [torch.ones_like(loss)], 1 / float(count)
+        else:
+            source = torch.Generator().manual_seed(labels)
+            used = self._sampled_terms(index)
+            drawn = [(call.draw(source), factor) for call, factor in used]
+            outputs, starts = [sampled.loss for sampled, _ in drawn], [factor for _, factor in drawn]
+            squares = sum(float((sampled.weights * factor).square().sum()) for sampled, factor in drawn)
+        gradients = self._gradients(outputs, starts, keep=self._sampled is not None)
+        self.tick()
+        wide = self.dtype
+        norms = [float(g.detach().to_dense().to(wide).square().sum()) for g in gradients if g is not None]
+        return torch.tensor(sum(norms) / float(squares))
+
+    def _sampled_terms(self, index: int) -> list[Any]:
+        """The `cross_entropy` calls behind the loss, with their factors; kept if there is only one batch."""
+        if self._sampled is not None:
+            return self._sampled
+        tap = CrossEntropyTap(None)
+        with tap:
+            loss = self._loss(index)
+        used = factors_in(loss, [call for call in tap.calls if call.result.requires_grad])
+        if not used:
+            raise ValueError(
+                f"the loss of {type(self.module).__name__} is not made with `cross_entropy`: give it a method "
+                "`fisher_loss(batch, batch_idx)` that returns its loss against labels sampled from its predictions"
+            )
+        if len(self.probe) == 1:
+            self._sampled = used
+        return used
+
+    def _flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        return flatten_like(tensors, self.parameters)
+
+    # All devices
+
+    def _with_fallback(self, compute: Callable[[], Tensor]) -> Tensor:
+        try:
+            return compute()
+        except MeasurementError as error:
+            if error.out_of_memory or not (self.exact and self._may_fall_back):
+                raise
+            rank_zero_warn(
+                "SharpnessMonitor: the loss cannot be differentiated twice, so Hessian products are differences of "
+                f"gradients from now on (less accurate; set `hvp` to 'finite_difference' to choose that): {error}"
+            )
+            self.exact = False
+            self.release()
+            return compute()
+
+    def _mean_of(self, value: Callable[[int], Tensor]) -> float:
+        """Mean of a number over all batches of all devices."""
+
+        def compute() -> Tensor:
+            return torch.stack([value(index).to(self.parameters[0].device) for index in self._batches]).reshape(-1)
+
+        return float(self._mean_over_devices(compute, len(self.probe)).double().mean())
+
+    def _mean_over_devices(self, compute: Callable[[], Tensor], size: int) -> Tensor:
+        """The mean of what the devices compute, the same on all; an error on one of them is an error on all."""
+        error: Exception | None = None
+        try:
+            value = compute()
+        except Exception as caught:  # whatever the user's code raises: training has to go on
+            error = caught
+            value = torch.zeros(size, dtype=self.dtype, device=self.parameters[0].device)
+        memory = error is not None and _is_out_of_memory(error)
+        if self.trainer.world_size > 1:
+            marks = torch.tensor([float(error is not None), float(memory)])
+            device = self.trainer.strategy.root_device
+            packed = torch.cat([value.detach().to(device), marks.to(device, value.dtype)])
+            packed = self.trainer.strategy.reduce(packed, reduce_op="sum")
+            value = (packed[:-2] / self.trainer.world_size).to(value.device)
+            failed, memory = bool(packed[-2]), bool(packed[-1])
+        else:
+            failed = error is not None
+        if failed:
+            self.release()
+            raise MeasurementError(_first_line(error), memory) from None  # see `agreed`
+        return value.detach()
+
+
+def _sum(total: Sequence[Tensor | None], more: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:
+    pairs = zip(total, more, strict=True)
+    return [
+        before if new is None else new.detach() * factor if before is None else before + new.detach() * factor
+        for before, new in pairs
+    ]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _first_line(error: Exception | None) -> str:
+    if error is None:
+        return "it failed on another device"
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -1,0 +1,288 @@
+"""One measurement: which quantities, what each costs, and their values with error bars."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_ire import tags
+from lightning_ire.callbacks._landscape import Landscape, MeasurementError
+from lightning_ire.callbacks._step_geometry import StepGeometry, UnknownStep
+from lightning_ire.functional import (
+    Extremes,
+    MeanEstimate,
+    SpectralDensity,
+    adaptive_mean,
+    extreme_eigenvalues,
+    hutchinson_trace,
+    rademacher,
+    ratio_of_means,
+    spectral_density,
+)
+
+__all__ = ["BASIS", "QUANTITIES", "Accuracy", "Measurement", "measure", "most_work"]
+
+BASIS = 20  # most Lanczos vectors kept
+_DENSITY_VECTORS, _DENSITY_STEPS = 4, 30
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How the quantities are to be measured.
+
+    Attributes:
+        mode: "eval" or "train"; the stability of training steps is always that of training mode.
+        relative_error: Standard error of a trace at which to stop, relative to it.
+        max_vectors: Most random vectors (label draws for the Fisher) of one trace.
+        tolerance: Residual of an eigenvalue at which to stop, relative to the largest.
+        max_iterations: Most Lanczos steps.
+        num_eigenvalues: How many of the largest eigenvalues.
+        rho: Radius of the ascent gap in weight units.
+        accumulate: Probe batches that make up one batch of training.
+    """
+
+    mode: str = "eval"
+    relative_error: float = 0.05
+    max_vectors: int = 64
+    tolerance: float = 1e-3
+    max_iterations: int = 50
+    num_eigenvalues: int = 1
+    rho: float = 0.05
+    accumulate: int = 1
+
+
+@dataclass
+class Measurement:
+    """What was measured at one moment.
+
+    Attributes:
+        step: The trainer's `global_step`.
+        values: Numbers by log tag.
+        layer_traces: Tr(H_ww) by parameter name.
+        density: The spectral density of H, if asked for.
+        skipped: Quantities that could not be measured, with the reason.
+        out_of_memory: Whether memory was the reason for one of them.
+    """
+
+    step: int
+    values: dict[str, float] = field(default_factory=dict)
+    layer_traces: dict[str, float] = field(default_factory=dict)
+    density: SpectralDensity | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    out_of_memory: bool = False
+
+    def add(self, tag: str, value: float, stderr: float | None = None) -> None:
+        """Keep a number and its standard error.
+
+        Args:
+            tag: Log tag.
+            value: The number.
+            stderr: Its standard error, if it is an estimate.
+        """
+        self.values[tag] = value
+        if stderr is not None:
+            self.values[tag + tags.STDERR] = stderr
+
+
+@dataclass
+class _Work:
+    """The measurements; each method gets the quantities that are wanted of those it can tell."""
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    landscape: Landscape
+    accuracy: Accuracy
+    result: Measurement
+
+    def traces(self, wanted: Sequence[str]) -> None:
+        trace = self._hutchinson()
+        if "trace_hessian" in wanted:
+            self.result.add(tags.TRACE_HESSIAN, trace.value, trace.stderr)
+        if "trace_normalized" in wanted:
+            norms = [float(parameter.detach().float().square().sum()) for parameter in self.landscape.parameters]
+            scaled = trace.weighted(norms)
+            self.result.add(tags.TRACE_NORMALIZED, scaled.value, scaled.stderr)
+        if "layer_traces" in wanted:
+            self.result.layer_traces = dict(zip(self.landscape.names, trace.parts.tolist(), strict=True))
+
+    def _hutchinson(self) -> MeanEstimate:
+        return hutchinson_trace(
+            self.landscape.quadratic,
+            self.landscape.size,
+            generator=self.landscape.generator("trace"),
+            dtype=self.landscape.dtype,
+            relative_error=self.accuracy.relative_error,
+            max_vectors=self.accuracy.max_vectors,
+        )
+
+    def eigenvalues(self, wanted: Sequence[str]) -> None:
+        count = self.accuracy.num_eigenvalues if "lambda_max" in wanted else 0
+        ends = self._lanczos(self.landscape.product, largest=count, smallest=int("lambda_min" in wanted))
+        names = [tags.LAMBDA_MAX, *(f"sharpness/lambda_{rank}" for rank in range(2, count + 1))]
+        found = list(zip(names, ends.largest, strict=False)) + [(tags.LAMBDA_MIN, value) for value in ends.smallest]
+        largest = max(map(abs, [*ends.largest, *ends.smallest]), default=math.nan)
+        for (tag, value), residual in zip(found, ends.residuals, strict=True):
+            self.result.add(tag, value)
+            self.result.values[tag + tags.RESIDUAL] = residual
+            self.result.values[tag + tags.CONVERGED] = float(residual <= self.accuracy.tolerance * largest)
+
+    def _lanczos(self, product: Callable[[Tensor], Tensor], largest: int, smallest: int) -> Extremes:
+        generator = self.landscape.generator("lanczos")
+        start = torch.randn(
+            self.landscape.size, generator=generator, dtype=self.landscape.dtype, device=generator.device
+        )
+        return extreme_eigenvalues(
+            product,
+            start,
+            largest=largest,
+            smallest=smallest,
+            tolerance=self.accuracy.tolerance,
+            max_products=self.accuracy.max_iterations,
+            basis=BASIS,
+        )
+
+    def density(self, wanted: Sequence[str]) -> None:
+        self.result.density = spectral_density(
+            self.landscape.product,
+            self.landscape.size,
+            generator=self.landscape.generator("density"),
+            dtype=self.landscape.dtype,
+            vectors=_DENSITY_VECTORS,
+            steps=_DENSITY_STEPS,
+        )
+
+    def stability(self, wanted: Sequence[str]) -> None:
+        geometry = self._geometry()
+        edge = geometry.edge
+        if edge is not None and math.isfinite(edge):
+            self.result.add(tags.EDGE, edge)
+        top = self._lanczos(lambda vector: geometry.product(self.landscape, vector), largest=1, smallest=0)
+        self.result.add(tags.RATIO, top.largest[0] / geometry.limit)
+        self.result.values[tags.RATIO + tags.CONVERGED] = float(top.converged)
+
+    def sgd_ratio(self, wanted: Sequence[str]) -> None:
+        geometry = self._geometry()
+        if geometry.ascent:
+            raise UnknownStep("the condition is known for steps without SAM only")
+        together, count = self.accuracy.accumulate, len(self.landscape.probe)
+        if count < together:
+            raise UnknownStep(f"a training batch is {together} batches and the probe has {count}: raise `num_batches`")
+        groups = [list(range(first, first + together)) for first in range(0, count - together + 1, together)]
+        generator = self.landscape.generator("noise")
+
+        def draw() -> Tensor:
+            vector = rademacher(self.landscape.size, generator, self.landscape.dtype)
+            parts = [geometry.noise_parts(self.landscape, vector, group) for group in groups]
+            return torch.stack(parts).mean(0)
+
+        # the mean of the sum of both parts is no quantity to stop by: all vectors are used, as many as for a trace
+        pairs = adaptive_mean(draw, relative_error=0, max_draws=max(self.accuracy.max_vectors // len(groups), 8))
+        ratio, stderr = ratio_of_means(pairs)
+        self.result.add(tags.SGD_RATIO, 0.5 * geometry.gain * ratio, 0.5 * geometry.gain * stderr)
+
+    def trace_fisher(self, wanted: Sequence[str]) -> None:
+        number = iter(range(self.accuracy.max_vectors))
+        trace = adaptive_mean(
+            lambda: self.landscape.fisher_trace(next(number)),
+            relative_error=self.accuracy.relative_error,
+            max_draws=self.accuracy.max_vectors,
+        )
+        self.result.add(tags.TRACE_FISHER, trace.value, trace.stderr)
+
+    def ascent_gap(self, wanted: Sequence[str]) -> None:
+        self.result.add(tags.ASCENT_GAP, self.landscape.ascent_gap(self.accuracy.rho))
+
+    def _geometry(self) -> StepGeometry:
+        if not self.trainer.optimizers:
+            raise UnknownStep("there is no optimizer outside of fit")
+        return StepGeometry.of(self.trainer, self.module, self.landscape)
+
+
+_TOGETHER: tuple[tuple[tuple[str, ...], Callable[[_Work, Sequence[str]], None]], ...] = (
+    (("trace_hessian", "trace_normalized", "layer_traces"), _Work.traces),
+    (("lambda_max", "lambda_min"), _Work.eigenvalues),
+    (("spectral_density",), _Work.density),
+    (("stability",), _Work.stability),
+    (("sgd_ratio",), _Work.sgd_ratio),
+    (("trace_fisher",), _Work.trace_fisher),
+    (("ascent_gap",), _Work.ascent_gap),
+)
+QUANTITIES = tuple(quantity for quantities, _ in _TOGETHER for quantity in quantities)
+"""What can be measured."""
+
+
+def measure(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    landscape: Landscape,
+    quantities: Sequence[str],
+    accuracy: Accuracy,
+    warn: Callable[[str, str], None],
+) -> Measurement:
+    """Measure; a quantity that cannot be measured is skipped, the others go on.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+        landscape: Its loss, inside :func:`~lightning_ire.callbacks._landscape.measuring`.
+        quantities: Which of :data:`QUANTITIES`.
+        accuracy: How exact.
+        warn: Called with a quantity and why it was skipped.
+    """
+    result = Measurement(trainer.global_step)
+    work = _Work(trainer, module, landscape, accuracy, result)
+    for together, run in _TOGETHER:
+        wanted = [quantity for quantity in together if quantity in quantities]
+        if not wanted:
+            continue
+        try:
+            with landscape.mode("train" if together[0] in ("stability", "sgd_ratio") else accuracy.mode):
+                run(work, wanted)
+        except (MeasurementError, UnknownStep, FloatingPointError) as error:
+            result.out_of_memory |= getattr(error, "out_of_memory", False)
+            for quantity in wanted:
+                result.skipped[quantity] = str(error)
+                warn(quantity, str(error))
+    return result
+
+
+def most_work(quantities: Sequence[str], accuracy: Accuracy, batches: int, sam: bool) -> dict[str, int]:
+    """The most that one measurement can take, as numbers of passes over one batch.
+
+    Args:
+        quantities: Which of :data:`QUANTITIES`.
+        accuracy: How exact.
+        batches: Batches of the probe.
+        sam: Whether the run's steps are SAM's.
+
+    Returns:
+        Forward passes, backward passes and Hessian products.
+    """
+    forward = backward = products = 0
+    if "trace_fisher" in quantities:
+        backward += accuracy.max_vectors * batches
+        forward += 1 if batches == 1 else accuracy.max_vectors * batches
+    once = 0
+    if {"trace_hessian", "trace_normalized", "layer_traces"} & set(quantities):
+        once += accuracy.max_vectors
+    if "lambda_max" in quantities or "lambda_min" in quantities:
+        once += accuracy.max_iterations
+    if "spectral_density" in quantities:
+        once += _DENSITY_VECTORS * _DENSITY_STEPS
+    if "stability" in quantities:
+        once += accuracy.max_iterations * (2 if sam else 1)
+        forward, backward = (forward + batches, backward + batches) if sam else (forward, backward)
+    products += once * batches
+    if "sgd_ratio" in quantities:
+        products += max(accuracy.max_vectors, 8 * batches)
+    if products:
+        forward += 1 if batches == 1 else products
+        backward += 1 if batches == 1 else products
+    if "ascent_gap" in quantities:
+        forward, backward = forward + 3 * batches, backward + batches
+    return {"forward": forward, "backward": backward, "products": products}

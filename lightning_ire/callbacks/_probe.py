@@ -1,0 +1,165 @@
+"""The fixed batches of training data on which a loss landscape is measured."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
+
+from lightning_ire._lightning import moved_batch
+from lightning_ire.callbacks._no_trace import devices_of
+from lightning_ire.functional import seeded
+
+__all__ = ["Probe", "probe_loader"]
+
+_WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)  # samplers that give all of a dataset
+
+
+class Probe:
+    """Batches, kept in host memory.
+
+    Args:
+        batches: The batches.
+        moved: Whether they are as `training_step` gets them; else the transfer hooks run at every use.
+
+    Attributes:
+        samples: Samples in a batch, as far as that can be told from the first tensor's leading size.
+    """
+
+    def __init__(self, batches: list[Any], moved: bool) -> None:
+        self._batches = batches
+        self._moved = moved
+        self.samples = _leading_size(batches[0]) if batches else 0
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def batch(self, trainer: pl.Trainer, index: int) -> Any:
+        """A copy of a batch on the module's device; random transfer hooks are for the caller to seed.
+
+        Args:
+            trainer: The trainer.
+            index: Which batch.
+        """
+        copy = apply_to_collection(self._batches[index], Tensor, Tensor.clone)
+        return trainer.strategy.batch_to_device(copy) if self._moved else moved_batch(trainer, copy)
+
+    @classmethod
+    def drawn(
+        cls, trainer: pl.Trainer, loader: DataLoader, num_batches: int, batch_size: int | None, seed: int
+    ) -> Probe:
+        """A random part of the loader's dataset, another one on each device, the same for the same seed.
+
+        All batches are of one size and all devices have equally many: fewer or smaller ones than asked for if the
+        dataset has no more. Random transforms of the dataset draw from the seed too.
+
+        Args:
+            trainer: The trainer.
+            loader: A loader that :func:`probe_loader` returned.
+            num_batches: Batches on each device.
+            batch_size: Samples in a batch; ``None``: as in the loader.
+            seed: Seed.
+        """
+        allowed = _indices(loader)
+        generator = torch.Generator().manual_seed(seed)
+        per_device = max(len(allowed) // trainer.world_size, 1)
+        batched = loader.batch_sampler is not None  # else every item of the dataset is a batch
+        usual = getattr(loader.batch_sampler, "batch_size", 1)
+        size = min(batch_size or usual, per_device) if batched else 1
+        count = min(num_batches, per_device // size)
+        order = torch.randperm(len(allowed), generator=generator)[: count * size * trainer.world_size]
+        mine = order[trainer.global_rank :: trainer.world_size].tolist() or order.tolist()
+        part = Subset(loader.dataset, [allowed[position] for position in mine])
+        workers = min(loader.num_workers, count)
+        reader: Iterable[Any] = DataLoader(
+            part,
+            batch_size=size if batched else None,
+            num_workers=workers,
+            collate_fn=loader.collate_fn,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context if workers else None,
+            generator=torch.Generator().manual_seed(seed + trainer.global_rank),
+        )
+        with seeded(seed + trainer.global_rank, devices_of(trainer.lightning_module)):
+            return cls(list(reader), moved=False)
+
+    @classmethod
+    def first(cls, loader: Any, num_batches: int) -> Probe:
+        """The first batches of anything that yields batches (it is not rewound).
+
+        Args:
+            loader: The loader.
+            num_batches: How many.
+        """
+        combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "min_size")
+        return cls([batch for batch, _, _ in itertools.islice(combined, num_batches)], moved=False)
+
+    def record(self, batch: Any) -> None:
+        """Add a batch that `training_step` is about to get.
+
+        Args:
+            batch: The batch; copied.
+        """
+        self._batches.append(apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True)))
+        self.samples = self.samples or _leading_size(batch)
+
+
+def probe_loader(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[Any, bool]:
+    """Where the probe comes from: a method `probe_dataloader()` of the datamodule or the module, or the training data.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+
+    Returns:
+        The loader (``None``: there is no training data to be had) and whether it is a DataLoader whose dataset may be
+        drawn from: one with an index and a sampler that is known to stand for the whole of it.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    loader = trainer.train_dataloader
+    if loader is None:  # no fit: validation, or on demand
+        if datamodule is not None:
+            datamodule.setup("fit")
+            loader = datamodule.train_dataloader()
+        elif is_overridden("train_dataloader", module):
+            loader = module.train_dataloader()
+    of_its_own = getattr(datamodule, "probe_dataloader", None) or getattr(module, "probe_dataloader", None)
+    if of_its_own is not None:
+        loader = of_its_own()
+    some = of_its_own is None and bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+    return loader, isinstance(loader, DataLoader) and not some and _indices(loader) is not None
+
+
+def _indices(loader: DataLoader) -> Any:
+    """The indices of the dataset that the loader trains on; ``None`` if that is not known for sure."""
+    batches = loader.batch_sampler
+    sampler = loader.sampler if batches is None else getattr(batches, "sampler", None)
+    known = type(loader).__iter__ is DataLoader.__iter__ and type(batches) in (BatchSampler, type(None))
+    if not known or isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        return None
+    if type(sampler) is SubsetRandomSampler:
+        return sampler.indices
+    return range(len(loader.dataset)) if type(sampler) in _WHOLE else None
+
+
+def _leading_size(batch: Any) -> int:
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda tensor: sizes.append(tensor.size(0)) if tensor.dim() else None)
+    return sizes[0] if sizes else 0

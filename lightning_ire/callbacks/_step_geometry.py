@@ -1,0 +1,197 @@
+"""What a run's optimizer, SAM and IRE make of a gradient near a minimum: the operator whose stability is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lightning_ire.callbacks._landscape import Landscape
+from lightning_ire.callbacks.ire import IRE
+from lightning_ire.functional import (
+    adam_limit,
+    effective_product,
+    flatten_like,
+    sam_displacement,
+    sgd_limit,
+    split_like,
+    stability_edge,
+)
+from lightning_ire.perturbation import SAM
+
+__all__ = ["StepGeometry", "UnknownStep", "find_ire"]
+
+
+class UnknownStep(Exception):
+    """A run for which no stability line is known; the message says why."""
+
+
+@dataclass
+class StepGeometry:
+    """One optimizer's step as a linear map of the distance from a minimum (see `lightning_ire.functional.stability`).
+
+    Attributes:
+        step_sizes: Diagonal of S = eta D / P, one vector over the landscape's coordinates.
+        limit: The constant c.
+        gain: Steps of momentum add up to this many learning rates.
+        decay: Weight decay that is added to the gradient, over the coordinates; ``None``: none.
+        ascent: rho_e; 0 without SAM.
+        ascent_scale: Diagonal of T; ``None``: 1.
+        uniform: The one learning rate of all coordinates, if S is a multiple of the identity; else ``None``.
+    """
+
+    step_sizes: Tensor
+    limit: float
+    gain: float
+    decay: Tensor | None
+    ascent: float
+    ascent_scale: Tensor | None
+    uniform: float | None
+
+    @property
+    def edge(self) -> float | None:
+        """The eigenvalue of H from which on steps blow up; ``None`` where that depends on the eigenvector.
+
+        Weight decay adds its factor to every eigenvalue (the largest factor, where there are several).
+        """
+        if self.uniform is None or self.ascent_scale is not None:
+            return None
+        decay = 0.0 if self.decay is None else float(self.decay.max())
+        return stability_edge(self.uniform, self.limit - self.uniform * decay, self.ascent)
+
+    def product(self, landscape: Landscape, vector: Tensor) -> Tensor:
+        """K v; the largest eigenvalue of K divided by :attr:`limit` is the stability ratio.
+
+        Args:
+            landscape: The loss.
+            vector: v.
+        """
+        return effective_product(
+            landscape.product,
+            vector,
+            self.step_sizes,
+            ascent=self.ascent,
+            ascent_scale=self.ascent_scale,
+            decay=self.decay,
+        )
+
+    def noise_parts(self, landscape: Landscape, vector: Tensor, batches: list[int]) -> Tensor:
+        """||A v||^2 and v^T A v for A = S^(1/2) H_B S^(1/2), H_B of one training batch.
+
+        Args:
+            landscape: The loss.
+            vector: v, random signs.
+            batches: The probe's batches that make up one training batch.
+        """
+        root = self.step_sizes.sqrt()
+        image = root * landscape.batch_product(root * vector, batches)
+        return torch.stack([image @ image, vector @ image])
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer, module: pl.LightningModule, landscape: Landscape) -> StepGeometry:
+        """Read learning rates, momentum, Adam's second moments, IRE's mask and SAM's radius as they are now.
+
+        Args:
+            trainer: The trainer.
+            module: The module.
+            landscape: Gives the coordinates, and the gradient's norm where SAM has not made a step yet.
+
+        Raises:
+            UnknownStep: If there is no line for this run.
+        """
+        if len(trainer.optimizers) != 1:
+            raise UnknownStep(f"there are {len(trainer.optimizers)} optimizers, not one")
+        optimizer = trainer.optimizers[0]
+        limit, gain = _momentum(optimizer)
+        ire = find_ire(trainer)
+        factors = ire.boost_factors(module, optimizer) if ire is not None else {}
+        sizes: dict[int, Tensor] = {}
+        decays: dict[int, Tensor] = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                size = float(group["lr"]) / _preconditioner(optimizer, parameter, group)
+                sizes[id(parameter)] = torch.broadcast_to(size * factors.get(id(parameter), 1.0), parameter.shape)
+                coupled = (
+                    0.0 if type(optimizer) is AdamW or group.get("decoupled_weight_decay") else group["weight_decay"]
+                )
+                decays[id(parameter)] = torch.full_like(parameter.detach(), float(coupled))
+        step_sizes = flatten_like([sizes.get(id(p)) for p in landscape.parameters], landscape.parameters)
+        decay = flatten_like([decays.get(id(p)) for p in landscape.parameters], landscape.parameters)
+        ascent, scale = _ascent(ire, module, landscape)
+        uniform = float(step_sizes[0]) if bool((step_sizes == step_sizes[0]).all()) else None
+        return cls(step_sizes, limit, gain, decay if bool(decay.any()) else None, ascent, scale, uniform)
+
+
+def find_ire(trainer: pl.Trainer) -> IRE | None:
+    """The run's IRE callback, if there is one that does anything.
+
+    Args:
+        trainer: The trainer.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in callbacks if isinstance(one, IRE) and not one.idle), None)
+
+
+def _momentum(optimizer: Optimizer) -> tuple[float, float]:
+    """The constant c, and to how many learning rates the steps of one gradient add up."""
+    kinds = {_kind(optimizer, group) for group in optimizer.param_groups}
+    if len(kinds) > 1:
+        raise UnknownStep("its parameter groups have different momentum")
+    return kinds.pop()
+
+
+def _kind(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[float, float]:
+    if group.get("maximize"):
+        raise UnknownStep("the optimizer maximizes")
+    if type(optimizer) is SGD:
+        momentum, dampening = float(group["momentum"]), float(group["dampening"])
+        gain = (1 - dampening if momentum else 1.0) / (1 - momentum)
+        return sgd_limit(momentum, dampening, group["nesterov"]), gain
+    if type(optimizer) in (Adam, AdamW):
+        return adam_limit(float(group["betas"][0])), 1.0
+    raise UnknownStep(f"the preconditioner of {type(optimizer).__name__} is not known (SGD, Adam and AdamW are)")
+
+
+def _preconditioner(optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """P: 1 for SGD, Adam's sqrt(v) + eps; infinite where Adam has not made a step (it does not move the weight)."""
+    if type(optimizer) is SGD:
+        return torch.ones((), device=parameter.device)
+    state = optimizer.state.get(parameter, {})
+    if "exp_avg_sq" not in state:
+        return torch.full((), torch.inf, device=parameter.device)
+    moment = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    correction = 1 - float(group["betas"][1]) ** float(state["step"])
+    return (moment / correction).sqrt() + float(group["eps"])
+
+
+def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -> tuple[float, Tensor | None]:
+    """rho_e and the diagonal of T: SAM's gradient is (H + rho_e H T^2 H) times the distance from the minimum."""
+    perturbation = ire.perturbation if ire is not None else None
+    if perturbation is None or not perturbation.uses_gradient:  # the mean of random moves is none
+        return 0.0, None
+    if type(perturbation) is not SAM:
+        raise UnknownStep(f"{type(perturbation).__name__} is not SAM")
+    if perturbation.interval != 1:
+        raise UnknownStep(f"SAM works at every {perturbation.interval}th step only")
+    chosen = perturbation.selects(module)
+    moves = {name for name, _ in module.named_parameters()} if chosen is None else chosen
+    scales = [
+        (p.detach().abs() if perturbation.adaptive else torch.ones_like(p)) if name in moves else torch.zeros_like(p)
+        for name, p in zip(landscape.names, landscape.parameters, strict=True)
+    ]
+    norm = ire.ascent_norm if ire is not None else None
+    if norm is None:
+        gradients = split_like(landscape.gradient(), landscape.parameters)
+        moved = [i for i, scale in enumerate(scales) if bool(scale.any())]
+        weights = [landscape.parameters[i] for i in moved]
+        ascents = [gradients[i] for i in moved]
+        norm = float(sam_displacement(weights, ascents, perturbation.rho, adaptive=perturbation.adaptive)[1])
+    plain = chosen is None and not perturbation.adaptive
+    if norm == 0:  # a zero gradient gives a zero displacement
+        return 0.0, None
+    return perturbation.rho / norm, None if plain else flatten_like(scales, landscape.parameters)

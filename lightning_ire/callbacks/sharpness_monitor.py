@@ -1,0 +1,403 @@
+"""The `SharpnessMonitor` callback: settings, when it measures, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from tqdm.auto import tqdm
+
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire._lightning import Patches, check_strategy, logger_step
+from lightning_ire.callbacks._landscape import Landscape, MeasurementError, agreed, measuring
+from lightning_ire.callbacks._measurement import BASIS, QUANTITIES, Accuracy, Measurement, measure, most_work
+from lightning_ire.callbacks._probe import Probe, probe_loader
+from lightning_ire.callbacks._report import HyperParameters, figures, tensorboards
+from lightning_ire.callbacks._step_geometry import find_ire
+
+__all__ = ["SharpnessMonitor"]
+
+Quantity = Literal[
+    "trace_fisher",
+    "trace_hessian",
+    "trace_normalized",
+    "layer_traces",
+    "lambda_max",
+    "lambda_min",
+    "spectral_density",
+    "ascent_gap",
+    "stability",
+    "sgd_ratio",
+]
+
+
+class SharpnessMonitor(Callback):
+    r"""Measures how sharp the loss is around the weights while a module trains, and leaves no trace in the run.
+
+    The loss is that of the module's own `training_step` (or of its method ``sharpness_loss(batch, batch_idx)``, which a
+    module in manual optimization needs), on a fixed probe: `num_batches` batches per device, drawn once with `seed`
+    from the training data. They go through the training set's transforms, with fixed random numbers; a method
+    ``probe_dataloader()`` of the datamodule or module may give plainer ones. Data without an index or with a sampler of
+    the user's own: the first batches that training sees. Layers are in eval mode by default (BatchNorm's running
+    statistics, no dropout), weights in their own precision without autocast, compiled parts run uncompiled, attention
+    with torch's math kernel. All random vectors are the same at every measurement, so that curves are smooth.
+
+    Quantities and their log tags (:mod:`lightning_ire.tags`); H is the Hessian of the mean loss over the probe in all
+    parameters that require a gradient, g its gradient:
+
+    - `trace_fisher`, `sharpness/trace_fisher`: Tr F = E[B \|\|G\|\|^2] with labels drawn from the model (eq. 6 of the
+      IRE paper), the paper's measure of sharpness. Needs `cross_entropy` or a method `fisher_loss`, see
+      :class:`~lightning_ire.SampledFisher`.
+    - `trace_hessian`, `sharpness/trace_hessian`: Tr H (Hutchinson).
+    - `trace_normalized`, `sharpness/trace_normalized`: sum over the parameter tensors of \|\|w\|\|^2 Tr H_ww. Where a
+      normalization layer follows w, multiplying w by c changes no output but divides Tr H_ww by c^2; this stays.
+    - `layer_traces`: Tr H_ww of every parameter tensor, as bars in TensorBoard.
+    - `lambda_max`, `sharpness/lambda_max`: the largest eigenvalue of H (Lanczos), signed; with `num_eigenvalues` > 1
+      the next ones too, `sharpness/lambda_2`, ... `lambda_min`, `sharpness/lambda_min`: the most negative one.
+    - `spectral_density`: the distribution of all eigenvalues (stochastic Lanczos), as a figure in TensorBoard.
+    - `ascent_gap`, `sharpness/ascent_gap`: L(theta + rho g / \|\|g\|\|) - L(theta).
+    - `stability`: `stability/ratio`, the effective sharpness of the run's own step, with momentum, Adam's
+      preconditioner, SAM or ASAM and IRE's boost, divided by its limit: near a quadratic steps blow up above 1. And
+      `stability/edge`: the eigenvalue of H at which that is so (where all coordinates have one step size; 2 / lr for
+      plain SGD). For SGD, Adam and AdamW (:mod:`lightning_ire.functional.stability`); gradient clipping and decoupled
+      weight decay are not in it. Always in training mode, whatever `mode` says: with BatchNorm the loss that steps
+      descend can be ten times less sharp than the one in eval mode.
+    - `sgd_ratio`, `stability/sgd_ratio`, in training mode too: (eta / 2) sum \|\|H_B v\|\|^2 / sum v^T H_B v over
+      training batches B and random signs v. Above 1, SGD is unstable in the mean square (a necessary condition after
+      Mulayoff and Michaeli 2024, for interpolating minima, that is where single losses have small gradients and no
+      negative curvature). Momentum counts as a factor 1 / (1 - beta), which is heuristic.
+
+    Error bars: tags that end in `_stderr` (standard error over the random vectors, not over the choice of the probe),
+    `_residual` and `_converged` (an eigenvalue lies within the residual; 1 if that is within the tolerance).
+
+    When: after each `every_n_steps`-th optimizer step, at the end of each `every_n_epochs`-th epoch, at the end of
+    `Trainer.validate`, and whenever :meth:`measure` is called. Scalars go to every logger, and to
+    `trainer.callback_metrics`, so that checkpoints can be chosen by them; figures, histograms and the HPARAMS tab
+    (kappa, gamma, rho, learning rate, the module's own hyper-parameters against final metrics) to TensorBoard.
+    `last` holds the last measurement with everything in it.
+
+    What fails is skipped with a warning and training goes on: a loss that cannot be differentiated twice is measured by
+    differences of gradients (`hvp="auto"`), other errors and lack of memory skip the quantity.
+
+    Cost of one measurement, at most (the line at fit start has the numbers): `max_vectors` backward passes for Tr F,
+    `max_vectors` Hessian products for all traces of H together, `max_iterations` for the eigenvalues, as many for
+    `stability` (twice with SAM), 120 for the density. A product costs about two backward passes. Memory: the graph of a
+    gradient (about twice that of a training step), 22 vectors of the model's size for eigenvalues, the probe on the
+    host.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements; ``None``: not by steps.
+        every_n_epochs: Epochs between two measurements; ``None``: not by epochs. Both may be given.
+        quantities: What to measure.
+        num_batches: Probe batches on each device.
+        batch_size: Samples in a probe batch; default: as in the training loader.
+        mode: "eval" or "train" (batch statistics, dropout with fixed masks).
+        hvp: How Hessian products are made: "exact", "finite_difference", or "auto": exact where that works.
+        relative_error: Draws for a trace stop when standard error / trace is this small. 0: all `max_vectors`.
+        max_vectors: Most draws for a trace.
+        tolerance: Residual of an eigenvalue, relative to the largest, at which Lanczos stops.
+        max_iterations: Most Lanczos steps.
+        num_eigenvalues: How many of the largest eigenvalues `lambda_max` gives.
+        rho: Radius of the ascent gap, in weight units.
+        seed: Seed of the probe and of all random vectors.
+
+    Raises:
+        ConfigurationError: If an argument is out of range; at fit start, for sharded strategies and for a module in
+            manual optimization without `sharpness_loss`.
+
+    Example:
+        >>> SharpnessMonitor(every_n_epochs=5, quantities=["trace_fisher", "lambda_max"]).every_n_epochs
+        5
+
+    References:
+        Sharpness as Tr F: Wang et al. 2024 (arXiv 2405.20763), Section 4. Stability: derived in
+        :mod:`lightning_ire.functional.stability`.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        every_n_epochs: int | None = 1,
+        quantities: Sequence[Quantity] = ("trace_fisher", "trace_hessian", "lambda_max"),
+        num_batches: int = 1,
+        batch_size: int | None = None,
+        mode: Literal["eval", "train"] = "eval",
+        hvp: Literal["auto", "exact", "finite_difference"] = "auto",
+        relative_error: float = 0.05,
+        max_vectors: int = 64,
+        tolerance: float = 1e-3,
+        max_iterations: int = 50,
+        num_eigenvalues: int = 1,
+        rho: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        self.every_n_steps = None if every_n_steps is None else check_whole("every_n_steps", every_n_steps, low=1)
+        self.every_n_epochs = None if every_n_epochs is None else check_whole("every_n_epochs", every_n_epochs, low=1)
+        if isinstance(quantities, str) or not quantities:
+            raise ConfigurationError(
+                f"Expected `quantities` to be a list of names like ['trace_fisher', 'lambda_max'], got {quantities!r}."
+            )
+        self.quantities = tuple(check_choice("quantities", quantity, QUANTITIES) for quantity in quantities)
+        self.num_batches = check_whole("num_batches", num_batches, low=1)
+        self.batch_size = None if batch_size is None else check_whole("batch_size", batch_size, low=1)
+        self.mode = check_choice("mode", mode, ("eval", "train"))
+        self.hvp = check_choice("hvp", hvp, ("auto", "exact", "finite_difference"))
+        self.relative_error = check_number("relative_error", relative_error)
+        self.max_vectors = check_whole("max_vectors", max_vectors, low=2)
+        self.tolerance = check_number("tolerance", tolerance, low_open=True)
+        self.max_iterations = check_whole("max_iterations", max_iterations, low=1)
+        self.num_eigenvalues = check_whole("num_eigenvalues", num_eigenvalues, low=1)
+        self.rho = check_number("rho", rho, low_open=True)
+        self.seed = check_whole("seed", seed, low=0)
+        self.last: Measurement | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._probe: Probe | None = None
+        self._recording = False
+        self._exact = True
+        self._warned: set[str] = set()
+        self._measured_at = -1
+        self._patches = Patches()
+        self._hyper_parameters: HyperParameters | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and spawned processes get the settings, not what belongs to a running fit."""
+        state = dict(vars(self))
+        fresh = object.__new__(type(self))
+        fresh._reset()
+        return state | vars(fresh)
+
+    @property
+    def idle(self) -> bool:
+        """Whether this callback never measures by itself."""
+        return self.every_n_steps is None and self.every_n_epochs is None
+
+    @property
+    def state_key(self) -> str:
+        """Nothing is saved in checkpoints."""
+        return type(self).__qualname__
+
+    # Fit
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what is not supported, before any compute; keep the HPARAMS tab free for the final metrics."""
+        self._patches.remove()
+        self._reset()
+        _check(trainer, pl_module)
+        self._hyper_parameters = HyperParameters(trainer, pl_module)
+        for logger in tensorboards(trainer):
+            self._patches.put(logger, "log_hyperparams", _without_placeholder(logger.log_hyperparams))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what a measurement will cost."""
+        self._patches.remove()
+        loader, drawable = probe_loader(trainer, pl_module)
+        self._recording = not drawable and loader is trainer.train_dataloader
+        if self._recording:
+            self._probe = Probe([], moved=True)
+        if not self.idle:
+            rank_zero_info(self._summary(trainer, pl_module, loader))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the first batches where the training data cannot be drawn from."""
+        if self._recording and self._probe is not None:
+            self._probe.record(batch)
+            self._recording = len(self._probe) < self.num_batches
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure after every n-th optimizer step."""
+        step = trainer.global_step
+        if self.every_n_steps and step and step % self.every_n_steps == 0 and step != self._measured_at:
+            self._measure_and_log(trainer, pl_module, logger_step(trainer))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure at the end of every n-th epoch."""
+        due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and trainer.global_step != self._measured_at:
+            self._measure_and_log(trainer, pl_module, logger_step(trainer, epoch_end=True))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fill the HPARAMS tab."""
+        self._finish(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A run that was interrupted is in the HPARAMS tab too."""
+        self._finish(trainer)
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        self._patches.remove()
+        if self._hyper_parameters is not None:
+            self._hyper_parameters.write(trainer)
+            self._hyper_parameters = None
+
+    def _measure_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
+        if trainer.sanity_checking or getattr(trainer, "barebones", False):
+            return
+        self._measured_at = trainer.global_step
+        result = self.measure(trainer, module)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                if result.values:
+                    logger.log_metrics(result.values, step=step)
+        trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in result.values.items()})
+        figures(trainer, result, step)
+
+    # Validation
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """`Trainer.validate` measures too: the values join its table and its return value."""
+        if trainer.state.fn != TrainerFn.VALIDATING or self.idle:
+            return
+        _check(trainer, pl_module)
+        self._reset()
+        result = self.measure(trainer, pl_module)
+        for tag, value in result.values.items():
+            pl_module.log(tag, value)
+        figures(trainer, result, logger_step(trainer))
+
+    # On demand
+
+    def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> Measurement:
+        """Measure now; nothing is logged. To be called on all devices.
+
+        Args:
+            trainer: A trainer that is fitting or validating the module, or has done so.
+            module: The module.
+
+        Returns:
+            The numbers by log tag, and what was skipped and why.
+        """
+        empty = Measurement(trainer.global_step)
+        with measuring(module):
+            try:
+                probe = self._probe_of(trainer, module)
+            except MeasurementError as error:
+                self._warn("everything", str(error))
+                empty.skipped = dict.fromkeys(self.quantities, str(error))
+                self.last = empty
+                return empty
+            with self._progress_bar(trainer, len(probe)) as bar:
+                landscape = Landscape(
+                    trainer,
+                    module,
+                    probe,
+                    hvp=self.hvp if self._exact else "finite_difference",
+                    seed=self.seed,
+                    tick=bar.update,
+                )
+                self.last = measure(trainer, module, landscape, self.quantities, self._accuracy(trainer), self._warn)
+        self._exact = landscape.exact
+        if self.last.out_of_memory:
+            self._after_out_of_memory(landscape)
+        return self.last
+
+    def _probe_of(self, trainer: pl.Trainer, module: pl.LightningModule) -> Probe:
+        def draw() -> Probe:
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                raise ValueError("no parameter requires a gradient")
+            if self._probe is not None and len(self._probe):
+                return self._probe
+            loader, drawable = probe_loader(trainer, module)
+            if loader is None:
+                raise ValueError(
+                    "there is no training data to take the probe from: give the module or datamodule a method "
+                    "`probe_dataloader`"
+                )
+            if drawable:
+                return Probe.drawn(trainer, loader, self.num_batches, self.batch_size, self.seed)
+            return Probe.first(loader, self.num_batches)
+
+        self._probe = agreed(trainer, draw)
+        return self._probe
+
+    def _accuracy(self, trainer: pl.Trainer) -> Accuracy:
+        return Accuracy(
+            mode=self.mode,
+            relative_error=self.relative_error,
+            max_vectors=self.max_vectors,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            num_eigenvalues=self.num_eigenvalues,
+            rho=self.rho,
+            accumulate=int(trainer.accumulate_grad_batches),
+        )
+
+    # What it says
+
+    def _progress_bar(self, trainer: pl.Trainer, batches: int) -> tqdm:
+        """Shows itself when a measurement takes longer than a few seconds."""
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        work = most_work(self.quantities, self._accuracy(trainer), batches, _sam(trainer))
+        total = work["backward"] + work["products"]
+        return tqdm(desc="Sharpness (at most)", total=total, delay=3, leave=False, disable=not shown, position=1)
+
+    def _summary(self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> str:
+        work = most_work(self.quantities, self._accuracy(trainer), self.num_batches, _sam(trainer))
+        times = [f"every {_count(self.every_n_steps, 'step')}"] if self.every_n_steps else []
+        times += [f"every {_count(self.every_n_epochs, 'epoch')}"] if self.every_n_epochs else []
+        size = self.batch_size or getattr(loader, "batch_size", None)
+        batches = _count(self.num_batches, "batch", "batches") + (f" of {size}" if size else "")
+        count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        lanczos = {"lambda_max", "lambda_min", "stability"} & set(self.quantities)
+        memory = f", {(BASIS + 2) * count * 4 / 2**20:.1f} MiB of Lanczos vectors" if lanczos else ""
+        return (
+            f"SharpnessMonitor: {', '.join(self.quantities)} {' and '.join(times)} on {batches} per device "
+            f"({self.mode} mode); {count:,} parameters. A measurement takes at most {work['forward']} forward passes, "
+            f"{work['backward']} backward passes and {work['products']} Hessian products (about 2 backward passes "
+            f"each){memory}."
+        )
+
+    def _warn(self, quantity: str, reason: str) -> None:
+        """Once per quantity and reason."""
+        text = f"SharpnessMonitor skips {quantity}: {reason}"
+        if text not in self._warned:
+            self._warned.add(text)
+            rank_zero_warn(text)
+
+    def _after_out_of_memory(self, landscape: Landscape) -> None:
+        torch.cuda.empty_cache()
+        vector = landscape.size * 4 / 2**20
+        self._warn(
+            "a measurement",
+            f"out of memory, with {landscape.probe.samples} samples in a batch, {landscape.size:,} parameters and up "
+            f"to {BASIS + 2} vectors of {vector:.1f} MiB: lower `batch_size`; training goes on",
+        )
+
+
+def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    check_strategy(trainer, "SharpnessMonitor")
+    if not module.automatic_optimization and not hasattr(module, "sharpness_loss"):
+        name = type(module).__name__
+        raise ConfigurationError(
+            f"Expected {name}, which is in manual optimization, to have a method `sharpness_loss(batch, batch_idx)` "
+            "that returns the loss to be measured, got none: its `training_step` would train; add the method, or "
+            "remove SharpnessMonitor."
+        )
+
+
+def _without_placeholder(log_hyperparams: Any) -> Any:
+    """Only a run's first record counts in the HPARAMS tab: it must not be Lightning's own with -1 as the metric."""
+
+    def log(params: Any, metrics: Any = None, *args: Any, **kwargs: Any) -> None:
+        log_hyperparams(params, {} if metrics is None else metrics, *args, **kwargs)
+
+    return log
+
+
+def _sam(trainer: pl.Trainer) -> bool:
+    ire = find_ire(trainer)
+    return ire is not None and ire.perturbation is not None and ire.perturbation.uses_gradient
+
+
+def _count(number: int | None, one: str, many: str | None = None) -> str:
+    return one if number == 1 and many is None else f"{number} {one if number == 1 else many or one + 's'}"
