@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,12 +115,13 @@ class StepGeometry:
         decays: dict[int, Tensor] = {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                size = float(group["lr"]) / _preconditioner(optimizer, parameter, group)
-                sizes[id(parameter)] = torch.broadcast_to(size * factors.get(id(parameter), 1.0), parameter.shape)
-                coupled = (
-                    0.0 if type(optimizer) is AdamW or group.get("decoupled_weight_decay") else group["weight_decay"]
-                )
-                decays[id(parameter)] = torch.full_like(parameter.detach(), float(coupled))
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                lengthened = torch.as_tensor(factors.get(id(parameter), 1.0), dtype=wide, device=parameter.device)
+                size = float(group["lr"]) * lengthened / _preconditioner(optimizer, parameter, group)
+                sizes[id(parameter)] = size.broadcast_to(parameter.shape)
+                decoupled = type(optimizer) is AdamW or group.get("decoupled_weight_decay", False)
+                added = 0.0 if decoupled else float(group["weight_decay"])
+                decays[id(parameter)] = torch.tensor(added, dtype=wide).broadcast_to(parameter.shape)
         step_sizes = flatten_like([sizes.get(id(p)) for p in landscape.parameters], landscape.parameters)
         decay = flatten_like([decays.get(id(p)) for p in landscape.parameters], landscape.parameters)
         ascent, scale = _ascent(ire, module, landscape)
@@ -157,13 +159,13 @@ def _kind(optimizer: Optimizer, group: Mapping[str, Any]) -> tuple[float, float]
     raise UnknownStep(f"the preconditioner of {type(optimizer).__name__} is not known (SGD, Adam and AdamW are)")
 
 
-def _preconditioner(optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> Tensor:
+def _preconditioner(optimizer: Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> Tensor | float:
     """P: 1 for SGD, Adam's sqrt(v) + eps; infinite where Adam has not made a step (it does not move the weight)."""
     if type(optimizer) is SGD:
-        return torch.ones((), device=parameter.device)
+        return 1.0
     state = optimizer.state.get(parameter, {})
     if "exp_avg_sq" not in state:
-        return torch.full((), torch.inf, device=parameter.device)
+        return math.inf
     moment = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
     correction = 1 - float(group["betas"][1]) ** float(state["step"])
     return (moment / correction).sqrt() + float(group["eps"])

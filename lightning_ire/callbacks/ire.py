@@ -182,7 +182,7 @@ class IRE(Callback):
             kappas = scheduled_kappas(self.kappa, learning_rates(optimizer), progress.peak_lrs)
         names = {id(parameter): name for name, parameter in named_parameters(module, optimizer).items()}
         return {
-            id(parameter): 1 + kappa * progress.masks.masks[names[id(parameter)]]
+            id(parameter): 1 + kappa * progress.masks.masks[names[id(parameter)]].to(parameter)
             for kappa, group in zip(kappas, optimizer.param_groups, strict=False)
             for parameter in group["params"]
             if names.get(id(parameter)) in progress.masks.masks
