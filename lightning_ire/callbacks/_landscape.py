@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ire._lightning import (
+    differentiable_once,
     full_precision_step,
     loss_of,
     own_method,
     step_arguments,
     unsynchronized,
 )
-from lightning_ire.callbacks._no_trace import devices_of, no_trace
+from lightning_ire.callbacks._no_trace import devices_of, no_trace, without_inference_tensors
 from lightning_ire.callbacks._probe import Probe
 from lightning_ire.callbacks._window import mixed_seed
 from lightning_ire.curvature.tap import CrossEntropyTap, factors_in
@@ -68,9 +70,10 @@ def measuring(module: pl.LightningModule) -> Iterator[None]:
         Nothing.
     """
     with ExitStack() as stack:
+        stack.enter_context(no_trace(module))  # outermost: in validation things are put back in inference mode
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(no_trace(module))
+        without_inference_tensors(module)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(part, nn.RNNBase) for part in module.modules()):
             cudnn = torch.backends.cudnn
@@ -99,9 +102,9 @@ def agreed(trainer: pl.Trainer, compute: Callable[[], T]) -> T:
     if trainer.world_size > 1:
         failed = trainer.strategy.reduce(failed.to(trainer.strategy.root_device), reduce_op="sum")
     if bool(failed):
-        memory = error is not None and _is_out_of_memory(error)
-        # not `from error`: its traceback would keep the tensors of an out-of-memory error alive
-        raise MeasurementError(_first_line(error), memory) from None
+        memory, reason = error is not None and _is_out_of_memory(error), _reason(trainer, error)
+        error = None  # its traceback holds this frame and keeps the tensors of an out-of-memory error alive
+        raise MeasurementError(reason, memory)
     return result
 
 
@@ -188,6 +191,24 @@ class Landscape:
     def dtype(self) -> torch.dtype:
         """Type of flat vectors."""
         return widest_dtype(self.parameters)
+
+    def average(self, number: float) -> float:
+        """The mean of the devices' numbers.
+
+        Args:
+            number: This device's.
+        """
+        return float(self._mean_over_devices(lambda: torch.tensor([number], dtype=self.dtype), 1))
+
+    def reserve(self, vectors: int) -> None:
+        """Raise on all devices if one of them has no room for some vectors of the coordinates' size.
+
+        Args:
+            vectors: How many.
+        """
+        agreed(
+            self.trainer, lambda: torch.empty(vectors, self.size, dtype=self.dtype, device=self.parameters[0].device)
+        )
 
     def release(self) -> None:
         """Free the graphs that are kept between products; to be called before weights move."""
@@ -288,7 +309,7 @@ class Landscape:
         loss = loss_of(self._output(index, step))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"{type(self.module).__name__} returned no loss on the probe")
-        return loss.reshape(())
+        return loss if loss.dim() == 0 else loss.reshape(())
 
     def _local_gradient(self) -> list[Tensor | None]:
         total: list[Tensor | None] = [None] * len(self.parameters)
@@ -303,8 +324,8 @@ class Landscape:
         return self._gradients([loss], [torch.ones_like(loss)], keep=False)
 
     def _gradients(self, outputs: list[Tensor], starts: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
-        try:
-            return torch.autograd.grad(outputs, self.parameters, starts, retain_graph=keep, allow_unused=True)
+        try:  # the graph is kept for a second try, and freed with the last reference to it
+            return torch.autograd.grad(outputs, self.parameters, starts, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():  # reentrant checkpointing refuses autograd.grad
                 raise
@@ -335,6 +356,8 @@ class Landscape:
         gradients: list[Tensor | None] = [None] * len(self.parameters)
         if loss.requires_grad:
             gradients = list(torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True))
+            if differentiable_once(gradients):
+                raise RuntimeError("a function in the loss is marked `once_differentiable`")
         if len(self.probe) == 1:
             self._graph = gradients
         return gradients
@@ -357,7 +380,7 @@ class Landscape:
         self.tick()
         wide = self.dtype
         norms = [float(g.detach().to_dense().to(wide).square().sum()) for g in gradients if g is not None]
-        return torch.tensor(sum(norms) / float(squares))
+        return torch.tensor(sum(norms) / float(squares), dtype=wide)
 
     def _sampled_terms(self, index: int) -> list[Any]:
         """The `cross_entropy` calls behind the loss, with their factors; kept if there is only one batch."""
@@ -387,13 +410,18 @@ class Landscape:
         except MeasurementError as error:
             if error.out_of_memory or not (self.exact and self._may_fall_back):
                 raise
+            self.exact = False
+            self.release()
+            try:
+                product = compute()
+            except MeasurementError:  # it is not the second derivative that fails
+                self.exact = True
+                raise
             rank_zero_warn(
                 "SharpnessMonitor: the loss cannot be differentiated twice, so Hessian products are differences of "
                 f"gradients from now on (less accurate; set `hvp` to 'finite_difference' to choose that): {error}"
             )
-            self.exact = False
-            self.release()
-            return compute()
+            return product
 
     def _mean_of(self, value: Callable[[int], Tensor]) -> float:
         """Mean of a number over all batches of all devices."""
@@ -407,7 +435,7 @@ class Landscape:
         """The mean of what the devices compute, the same on all; an error on one of them is an error on all."""
         error: Exception | None = None
         try:
-            value = compute()
+            value = compute().detach().to(self.dtype)  # of one type on all devices, whatever the loss is of
         except Exception as caught:  # whatever the user's code raises: training has to go on
             error = caught
             value = torch.zeros(size, dtype=self.dtype, device=self.parameters[0].device)
@@ -415,7 +443,7 @@ class Landscape:
         if self.trainer.world_size > 1:
             marks = torch.tensor([float(error is not None), float(memory)])
             device = self.trainer.strategy.root_device
-            packed = torch.cat([value.detach().to(device), marks.to(device, value.dtype)])
+            packed = torch.cat([value.to(device), marks.to(device, value.dtype)])
             packed = self.trainer.strategy.reduce(packed, reduce_op="sum")
             value = (packed[:-2] / self.trainer.world_size).to(value.device)
             failed, memory = bool(packed[-2]), bool(packed[-1])
@@ -423,8 +451,9 @@ class Landscape:
             failed = error is not None
         if failed:
             self.release()
-            raise MeasurementError(_first_line(error), memory) from None  # see `agreed`
-        return value.detach()
+            reason, error = _reason(self.trainer, error), None  # see `agreed`
+            raise MeasurementError(reason, memory)
+        return value
 
 
 def _sum(total: Sequence[Tensor | None], more: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:
@@ -439,7 +468,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def _first_line(error: Exception | None) -> str:
+def _reason(trainer: pl.Trainer, error: Exception | None) -> str:
+    """The first line of an error, for the warning on rank 0; other ranks that have one say so themselves."""
     if error is None:
-        return "it failed on another device"
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+        return "it failed on another device, see the warning from there"
+    reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+    if trainer.global_rank:
+        warnings.warn(f"SharpnessMonitor on device {trainer.global_rank}: {reason}", stacklevel=2)
+    return reason

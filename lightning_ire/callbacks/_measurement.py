@@ -104,7 +104,8 @@ class _Work:
         if "trace_hessian" in wanted:
             self.result.add(tags.TRACE_HESSIAN, trace.value, trace.stderr)
         if "trace_normalized" in wanted:
-            norms = [float(parameter.detach().float().square().sum()) for parameter in self.landscape.parameters]
+            wide = self.landscape.dtype
+            norms = [float(parameter.detach().to(wide).square().sum()) for parameter in self.landscape.parameters]
             scaled = trace.weighted(norms)
             self.result.add(tags.TRACE_NORMALIZED, scaled.value, scaled.stderr)
         if "layer_traces" in wanted:
@@ -132,6 +133,7 @@ class _Work:
             self.result.values[tag + tags.CONVERGED] = float(residual <= self.accuracy.tolerance * largest)
 
     def _lanczos(self, product: Callable[[Tensor], Tensor], largest: int, smallest: int) -> Extremes:
+        self.landscape.reserve(BASIS + 5)
         generator = self.landscape.generator("lanczos")
         start = torch.randn(
             self.landscape.size, generator=generator, dtype=self.landscape.dtype, device=generator.device
@@ -212,6 +214,7 @@ _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[_Work, Sequence[str]], None]],
     (("trace_fisher",), _Work.trace_fisher),
     (("ascent_gap",), _Work.ascent_gap),
 )
+_OF_STEPS = ("stability", "sgd_ratio")
 QUANTITIES = tuple(quantity for quantities, _ in _TOGETHER for quantity in quantities)
 """What can be measured."""
 
@@ -236,18 +239,20 @@ def measure(
     """
     result = Measurement(trainer.global_step)
     work = _Work(trainer, module, landscape, accuracy, result)
-    for together, run in _TOGETHER:
-        wanted = [quantity for quantity in together if quantity in quantities]
-        if not wanted:
+    for mode, of_steps in ((accuracy.mode, False), ("train", True)):
+        todo = [(run, [one for one in together if one in quantities]) for together, run in _TOGETHER]
+        todo = [(run, wanted) for run, wanted in todo if wanted and (wanted[0] in _OF_STEPS) == of_steps]
+        if not todo:
             continue
-        try:
-            with landscape.mode("train" if together[0] in ("stability", "sgd_ratio") else accuracy.mode):
-                run(work, wanted)
-        except (MeasurementError, UnknownStep, FloatingPointError) as error:
-            result.out_of_memory |= getattr(error, "out_of_memory", False)
-            for quantity in wanted:
-                result.skipped[quantity] = str(error)
-                warn(quantity, str(error))
+        with landscape.mode(mode):
+            for run, wanted in todo:
+                try:
+                    run(work, wanted)
+                except (MeasurementError, UnknownStep, FloatingPointError) as error:
+                    result.out_of_memory |= getattr(error, "out_of_memory", False)
+                    for quantity in wanted:
+                        result.skipped[quantity] = str(error)
+                        warn(quantity, str(error))
     return result
 
 
@@ -267,22 +272,22 @@ def most_work(quantities: Sequence[str], accuracy: Accuracy, batches: int, sam: 
     if "trace_fisher" in quantities:
         backward += accuracy.max_vectors * batches
         forward += 1 if batches == 1 else accuracy.max_vectors * batches
-    once = 0
+    of_loss = of_steps = 0
     if {"trace_hessian", "trace_normalized", "layer_traces"} & set(quantities):
-        once += accuracy.max_vectors
-    if "lambda_max" in quantities or "lambda_min" in quantities:
-        once += accuracy.max_iterations
+        of_loss += accuracy.max_vectors * batches
+    if {"lambda_max", "lambda_min"} & set(quantities):
+        of_loss += accuracy.max_iterations * batches
     if "spectral_density" in quantities:
-        once += _DENSITY_VECTORS * _DENSITY_STEPS
+        of_loss += _DENSITY_VECTORS * _DENSITY_STEPS * batches
     if "stability" in quantities:
-        once += accuracy.max_iterations * (2 if sam else 1)
+        of_steps += accuracy.max_iterations * (2 if sam else 1) * batches
         forward, backward = (forward + batches, backward + batches) if sam else (forward, backward)
-    products += once * batches
     if "sgd_ratio" in quantities:
-        products += max(accuracy.max_vectors, 8 * batches)
-    if products:
-        forward += 1 if batches == 1 else products
-        backward += 1 if batches == 1 else products
+        of_steps += max(accuracy.max_vectors, 8 * batches)
+    for products in (of_loss, of_steps):  # the graph of a gradient is kept if there is one batch
+        if products:
+            forward += 1 if batches == 1 else products
+            backward += 1 if batches == 1 else products
     if "ascent_gap" in quantities:
         forward, backward = forward + 3 * batches, backward + batches
-    return {"forward": forward, "backward": backward, "products": products}
+    return {"forward": forward, "backward": backward, "products": of_loss + of_steps}

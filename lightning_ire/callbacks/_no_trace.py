@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from lightning_ire._lightning import kept_for_the_graph, muted_logging
 from lightning_ire.functional import BufferState, RandomState, kept_buffers
 
-__all__ = ["devices_of", "no_trace", "no_trace_on_the_graph"]
+__all__ = ["devices_of", "no_trace", "no_trace_on_the_graph", "without_inference_tensors"]
 
 
 @contextmanager
@@ -53,6 +53,24 @@ def no_trace_on_the_graph(module: nn.Module) -> Iterator[None]:
             yield
     finally:
         streams.restore()
+
+
+def without_inference_tensors(module: nn.Module) -> None:
+    """Replace buffers and metric states that inference mode made, which nothing outside of it may change, by copies.
+
+    :func:`no_trace` around it puts the originals back.
+
+    Args:
+        module: Any module.
+    """
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_inference():
+                setattr(owner, name, buffer.clone())
+        if isinstance(owner, Metric):
+            for key, value in list(vars(owner).items()):
+                if isinstance(value, Tensor) and value.is_inference():
+                    vars(owner)[key] = value.clone()
 
 
 def devices_of(module: nn.Module) -> set[torch.device]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -58,8 +60,16 @@ class Probe:
             trainer: The trainer.
             index: Which batch.
         """
-        copy = apply_to_collection(self._batches[index], Tensor, Tensor.clone)
-        return trainer.strategy.batch_to_device(copy) if self._moved else moved_batch(trainer, copy)
+        batch = _copied(self._batches[index])
+        return move_data_to_device(batch, trainer.strategy.root_device) if self._moved else moved_batch(trainer, batch)
+
+    def shorten(self, count: int) -> None:
+        """Leave out the last batches.
+
+        Args:
+            count: How many are left.
+        """
+        del self._batches[count:]
 
     @classmethod
     def drawn(
@@ -85,7 +95,7 @@ class Probe:
         size = min(batch_size or usual, per_device) if batched else 1
         count = min(num_batches, per_device // size)
         order = torch.randperm(len(allowed), generator=generator)[: count * size * trainer.world_size]
-        mine = order[trainer.global_rank :: trainer.world_size].tolist() or order.tolist()
+        mine = order[trainer.global_rank :: trainer.world_size].tolist() or order[:1].tolist()
         part = Subset(loader.dataset, [allowed[position] for position in mine])
         workers = min(loader.num_workers, count)
         reader: Iterable[Any] = DataLoader(
@@ -117,7 +127,7 @@ class Probe:
         Args:
             batch: The batch; copied.
         """
-        self._batches.append(apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True)))
+        self._batches.append(apply_to_collection(_copied(batch), Tensor, Tensor.cpu))
         self.samples = self.samples or _leading_size(batch)
 
 
@@ -157,6 +167,11 @@ def _indices(loader: DataLoader) -> Any:
     if type(sampler) is SubsetRandomSampler:
         return sampler.indices
     return range(len(loader.dataset)) if type(sampler) in _WHOLE else None
+
+
+def _copied(batch: Any) -> Any:
+    """A copy down to the tensors, inside objects of the user's own too."""
+    return copy.deepcopy(apply_to_collection(batch, Tensor, Tensor.detach))
 
 
 def _leading_size(batch: Any) -> int:

@@ -92,7 +92,7 @@ def layer_figure(traces: dict[str, float], most: int = 60) -> Figure:
         shown = {name: value for name, value in traces.items() if name in large}
         rest = [value for name, value in traces.items() if name not in large]
         shown[f"{len(rest)} others, sum"] = sum(rest)
-    figure = Figure(figsize=(8, 1 + 0.22 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(8, 1.5 + 0.22 * len(shown)), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(list(shown), list(shown.values()))
     axes.invert_yaxis()
@@ -138,17 +138,18 @@ class HyperParameters:
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         ire = find_ire(trainer)
         perturbation = ire.perturbation if ire is not None else None
+        # TensorBoard sorts the names and shows the first five: the numbers come before what is said in words
         self.values: dict[str, bool | str | float] = {
             "kappa": ire.kappa if ire is not None else 0.0,
             "gamma": ire.gamma if ire is not None and ire.kappa else 0.0,
             "rho": float(getattr(perturbation, "rho", 0.0)),
-            "perturbation": type(perturbation).__name__ if perturbation is not None else "none",
-            "curvature": repr(ire.curvature) if ire is not None and ire.kappa else "none",
+            "using/perturbation": type(perturbation).__name__ if perturbation is not None else "none",
+            "using/curvature": repr(ire.curvature) if ire is not None and ire.kappa else "none",
         }
         for index, optimizer in enumerate(trainer.optimizers):
             suffix = f"_{index}" if index else ""
             group = optimizer.param_groups[0]
-            self.values[f"optimizer{suffix}"] = type(optimizer).__name__
+            self.values[f"using/optimizer{suffix}"] = type(optimizer).__name__
             self.values[f"lr{suffix}"] = float(group.get("initial_lr", group["lr"]))
 
     def write(self, trainer: pl.Trainer) -> None:
@@ -161,6 +162,7 @@ class HyperParameters:
 
         shown = [tag for tag in trainer.callback_metrics if tag in trainer.logged_metrics or tag in _OURS]
         names = [tag for tag in shown if not tag.startswith(("ire/", "sam/")) and not tag.endswith(_DETAILS)]
+        names.sort(key=_place)  # TensorBoard shows the first five
         for logger in tensorboards(trainer):
             own = {str(key): _plain(value) for key, value in _flat(dict(logger.hparams)).items()}
             for record in hparams(own | self.values, dict.fromkeys(names, 0.0)):
@@ -170,6 +172,13 @@ class HyperParameters:
 
 _OURS = (*tags.SHARPNESS_TAGS, *tags.STABILITY_TAGS)
 _DETAILS = (tags.STDERR, tags.RESIDUAL, tags.CONVERGED, "_step")
+
+
+def _place(tag: str) -> int:
+    """Accuracies of validation first, then what is ours, then other metrics of validation, then those of training."""
+    if tag in _OURS:
+        return 1
+    return 3 if tag.startswith("train") else 0 if "acc" in tag else 2
 
 
 def _flat(settings: dict[Any, Any], prefix: str = "") -> dict[str, Any]:

@@ -164,7 +164,7 @@ def _preconditioner(optimizer: Optimizer, parameter: Tensor, group: Mapping[str,
     if type(optimizer) is SGD:
         return 1.0
     state = optimizer.state.get(parameter, {})
-    if "exp_avg_sq" not in state:
+    if "exp_avg_sq" not in state or float(state["step"]) == 0:  # 0: all steps so far overflowed in fp16
         return math.inf
     moment = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
     correction = 1 - float(group["betas"][1]) ** float(state["step"])
@@ -172,7 +172,10 @@ def _preconditioner(optimizer: Optimizer, parameter: Tensor, group: Mapping[str,
 
 
 def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -> tuple[float, Tensor | None]:
-    """rho_e and the diagonal of T: SAM's gradient is (H + rho_e H T^2 H) times the distance from the minimum."""
+    """rho_e and the diagonal of T: SAM's gradient is (H + rho_e H T^2 H) times the distance from the minimum.
+
+    rho_e is the mean over the devices, and so the same on all.
+    """
     perturbation = ire.perturbation if ire is not None else None
     if perturbation is None or not perturbation.uses_gradient:  # the mean of random moves is none
         return 0.0, None
@@ -193,7 +196,10 @@ def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -
         weights = [landscape.parameters[i] for i in moved]
         ascents = [gradients[i] for i in moved]
         norm = float(sam_displacement(weights, ascents, perturbation.rho, adaptive=perturbation.adaptive)[1])
-    plain = chosen is None and not perturbation.adaptive
-    if norm == 0:  # a zero gradient gives a zero displacement
+    ascent = perturbation.rho / norm if norm else 0.0
+    # a zero gradient gives a zero displacement; with `sync=False` each device has a norm of its own
+    ascent = landscape.average(ascent if math.isfinite(ascent) else 0.0)
+    if ascent == 0:
         return 0.0, None
-    return perturbation.rho / norm, None if plain else flatten_like(scales, landscape.parameters)
+    plain = chosen is None and not perturbation.adaptive
+    return ascent, None if plain else flatten_like(scales, landscape.parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from lightning_ire._checks import ConfigurationError, check_choice, check_number
 from lightning_ire._lightning import Patches, check_strategy, logger_step
 from lightning_ire.callbacks._landscape import Landscape, MeasurementError, agreed, measuring
 from lightning_ire.callbacks._measurement import BASIS, QUANTITIES, Accuracy, Measurement, measure, most_work
+from lightning_ire.callbacks._no_trace import no_trace
 from lightning_ire.callbacks._probe import Probe, probe_loader
 from lightning_ire.callbacks._report import HyperParameters, figures, tensorboards
 from lightning_ire.callbacks._step_geometry import find_ire
@@ -197,7 +199,9 @@ class SharpnessMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what a measurement will cost."""
         self._patches.remove()
-        loader, drawable = probe_loader(trainer, pl_module)
+        loader, drawable = None, True
+        with no_trace(pl_module), suppress(Exception):  # the user's code: what fails is said by the measurement
+            loader, drawable = probe_loader(trainer, pl_module)
         self._recording = not drawable and loader is trainer.train_dataloader
         if self._recording:
             self._probe = Probe([], moved=True)
@@ -314,10 +318,17 @@ class SharpnessMonitor(Callback):
                     "`probe_dataloader`"
                 )
             if drawable:
-                return Probe.drawn(trainer, loader, self.num_batches, self.batch_size, self.seed)
-            return Probe.first(loader, self.num_batches)
+                probe = Probe.drawn(trainer, loader, self.num_batches, self.batch_size, self.seed)
+            else:
+                probe = Probe.first(loader, self.num_batches)
+            if not len(probe):
+                raise ValueError("the data for the probe is empty")
+            return probe
 
         self._probe = agreed(trainer, draw)
+        if trainer.world_size > 1:  # loaders of the user's own may give unequally many batches
+            fewest = torch.tensor(len(self._probe), device=trainer.strategy.root_device)
+            self._probe.shorten(int(trainer.strategy.reduce(fewest, reduce_op="min")))
         return self._probe
 
     def _accuracy(self, trainer: pl.Trainer) -> Accuracy:

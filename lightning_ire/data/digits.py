@@ -117,6 +117,11 @@ class Digits(LightningDataModule):
         drop_last = len(self._parts["train"]) >= self.batch_size * world_size
         return self._loader("train", shuffle=True, drop_last=drop_last)
 
+    def probe_dataloader(self) -> DataLoader:
+        """Return the training part without augmentation: where SharpnessMonitor takes its probe from."""
+        train = self._parts["train"]
+        return DataLoader(_Images(train.images, train.labels, self._parts["test"].transform), self.batch_size)
+
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the validation part, or no loader if `val_size` is 0."""
         return self._loader("val") if self.num_val else []

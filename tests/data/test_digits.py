@@ -149,3 +149,14 @@ def test_missing_packages_are_named(module, monkeypatch):
 def test_wrong_values(settings, message):
     with pytest.raises(ConfigurationError, match=re.escape(message)):
         Digits(**settings)
+
+
+def test_the_probe_is_the_training_part_without_augmentation():
+    data, plain = Digits(augment=True), Digits(augment=False)
+    data.setup()
+    plain.setup()
+    probe, train = data.probe_dataloader().dataset, plain.train_dataloader().dataset
+    assert len(probe) == len(train) == 1258
+    assert torch.equal(probe[7][0], train[7][0])
+    assert torch.equal(probe[7][0], probe[7][0])
+    assert not torch.equal(probe[7][0], data.train_dataloader().dataset[7][0])

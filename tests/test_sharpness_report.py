@@ -1,0 +1,346 @@
+"""What a measurement looks like from outside: event and CSV files, the HPARAMS tab, the command line, the summary."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import cases
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Classifier
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher, SharpnessMonitor, tags
+from lightning_ire.callbacks import _report
+from lightning_ire.callbacks._measurement import QUANTITIES, Accuracy, most_work
+from lightning_ire.cli import main
+from lightning_ire.functional import SpectralDensity
+
+ROOT = Path(__file__).parents[1]
+QUICK = {"max_vectors": 8, "max_iterations": 8}
+SCALARS = {*tags.SHARPNESS_TAGS, *tags.STABILITY_TAGS}
+
+
+class Scored(Classifier):
+    """Logs as users do: per step, per epoch, in validation."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        scores = self.net(batch[0])
+        self.log("val/loss", F.cross_entropy(scores, batch[1]))
+        self.log("val/accuracy", (scores.argmax(1) == batch[1]).float().mean())
+
+    def train_dataloader(self) -> Any:
+        return cases.loader(cases.data(24))
+
+    def val_dataloader(self) -> Any:
+        return cases.loader(cases.data(16, seed=2))
+
+
+class Saving(Scored):
+    """Keeps hyper-parameters: Lightning then writes a record of its own, with a placeholder, at fit start."""
+
+    def __init__(self, width: int = 8, nested: Any = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def fit(module: pl.LightningModule, callbacks: list[pl.Callback], logger: Any, **kwargs: Any) -> pl.Trainer:
+    trainer = cases.trainer(callbacks, logger=logger, **{"max_epochs": 2, "log_every_n_steps": 2, **kwargs})
+    torch.manual_seed(3)
+    trainer.fit(module)
+    return trainer
+
+
+def events(folder: str | Path) -> EventAccumulator:
+    (path,) = Path(folder).glob("events.*")
+    found = EventAccumulator(str(path), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
+    found.Reload()
+    return found
+
+
+def records(folder: str | Path) -> list[HParamsPluginData]:
+    (path,) = Path(folder).glob("events.*")
+    values = [value for event in EventFileLoader(str(path)).Load() for value in event.summary.value]
+    ours = [value for value in values if value.tag.startswith("_hparams_")]
+    return [HParamsPluginData.FromString(value.metadata.plugin_data.content) for value in ours]
+
+
+def test_event_file_and_csv_file_get_the_same_scalars_at_the_steps_of_other_metrics(tmp_path: Path) -> None:
+    board, table = TensorBoardLogger(tmp_path, "board"), CSVLogger(tmp_path, "table")
+    monitor = SharpnessMonitor(quantities=QUANTITIES, every_n_steps=2, **QUICK)
+    fit(Scored(), [monitor], [board, table])
+    found = events(board.log_dir)
+    assert set(found.Tags()["scalars"]) > SCALARS
+    with open(Path(table.log_dir) / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for tag in SCALARS:
+        points = [(event.step, event.value) for event in found.Scalars(tag)]
+        # three steps in an epoch: after steps 2, 4, 6 (the end of the second epoch), and at the end of the first
+        assert [step for step, _ in points] == [1, 2, 3, 5]
+        written = [(int(row["step"]), float(row[tag])) for row in rows if row[tag]]
+        assert [step for step, _ in written] == [1, 2, 3, 5]
+        assert [value for _, value in points] == pytest.approx([value for _, value in written], rel=1e-6)
+    assert [event.step for event in found.Scalars("train_loss_step")] == [1, 3, 5]
+    assert [event.step for event in found.Scalars("train_loss_epoch")] == [2, 5]
+    assert [event.step for event in found.Scalars("val/accuracy")] == [2, 5]
+    assert monitor.last.values[tags.LAMBDA_MAX] == pytest.approx(found.Scalars(tags.LAMBDA_MAX)[-1].value, rel=1e-6)
+
+
+def test_figures_and_histograms(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path)
+    fit(Scored(), [SharpnessMonitor(quantities=["spectral_density", "layer_traces"], **QUICK)], board)
+    found = events(board.log_dir)
+    for tag in (tags.DENSITY, tags.LAYERS):
+        assert [image.step for image in found.Images(tag)] == [2, 5]
+        assert all(min(image.width, image.height) > 200 for image in found.Images(tag))
+        assert [one.step for one in found.Histograms(tag)] == [2, 5]
+    assert found.Histograms(tags.LAYERS)[0].histogram_value.num == 4
+    density = found.Histograms(tags.DENSITY)[0].histogram_value
+    assert density.num == pytest.approx(1000)
+    assert sum(density.bucket) == pytest.approx(1000)
+
+
+def test_without_matplotlib_there_are_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_report.importlib.util, "find_spec", lambda name: None)
+    board = TensorBoardLogger(tmp_path)
+    fit(Scored(), [SharpnessMonitor(quantities=["spectral_density", "layer_traces"], **QUICK)], board)
+    found = events(board.log_dir)
+    assert not found.Tags()["images"]
+    assert set(found.Tags()["histograms"]) == {tags.DENSITY, tags.LAYERS}
+
+
+def test_the_histogram_of_the_density_counts_weights() -> None:
+    density = SpectralDensity(torch.tensor([0.0, 1.0, 10.0]).double(), torch.tensor([0.7, 0.2, 0.1]).double(), 0.1)
+    kept: dict[str, Any] = {}
+
+    class Writer:
+        def add_histogram_raw(self, tag: str, **values: Any) -> None:
+            kept.update(values, tag=tag)
+
+    _report._histogram(Writer(), density, step=4, buckets=10)
+    assert (kept["tag"], kept["global_step"], kept["min"], kept["max"]) == (tags.DENSITY, 4, 0.0, 10.0)
+    assert kept["bucket_limits"] == pytest.approx(list(range(1, 11)))
+    assert kept["bucket_counts"] == pytest.approx([700, 200, 0, 0, 0, 0, 0, 0, 0, 100])
+    assert (kept["num"], kept["sum"], kept["sum_squares"]) == pytest.approx((1000, 1200, 10200))
+
+
+def test_a_density_of_equal_eigenvalues_can_be_shown() -> None:
+    density = SpectralDensity(torch.zeros(3).double(), torch.full((3,), 1 / 3).double(), 0.0)
+    assert _report.density_figure(density).axes[0].get_yscale() == "log"
+
+
+def test_bars_of_many_layers_are_cut_to_the_largest() -> None:
+    traces = {f"layer{i}": float(i) for i in range(100)}
+    (axes,) = _report.layer_figure(traces, most=10).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [*(f"layer{i}" for i in range(91, 100)), "91 others, sum"]
+    assert axes.patches[-1].get_width() == sum(range(91))
+
+
+# The HPARAMS tab
+
+
+SETTINGS: dict[str, tuple[list[pl.Callback], dict[str, Any]]] = {
+    "plain": ([], {"kappa": 0.0, "gamma": 0.0, "rho": 0.0, "using/perturbation": "none", "using/curvature": "none"}),
+    "ire": (
+        [IRE(2.0, gamma=0.7, curvature=EmpiricalFisher())],
+        {"kappa": 2.0, "gamma": 0.7, "rho": 0.0, "using/perturbation": "none", "using/curvature": "EmpiricalFisher()"},
+    ),
+    "sam": (
+        [IRE(0.0, perturbation=SAM(0.3))],
+        {"kappa": 0.0, "gamma": 0.0, "rho": 0.3, "using/perturbation": "SAM", "using/curvature": "none"},
+    ),
+    "average-sam": (
+        [IRE(1.0, perturbation=AverageSAM(0.2))],
+        {
+            "kappa": 1.0,
+            "gamma": 0.9,
+            "rho": 0.2,
+            "using/perturbation": "AverageSAM",
+            "using/curvature": "SampledFisher()",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("make", [Scored, Saving], ids=["plain", "saving"])
+def test_hparams_hold_settings_and_final_metrics(name: str, make: Any, tmp_path: Path) -> None:
+    callbacks, expected = SETTINGS[name]
+    board = TensorBoardLogger(tmp_path)  # with Lightning's default placeholder on
+    fit(make(), [*callbacks, SharpnessMonitor(**QUICK)], board)
+    experiment, start, end = records(board.log_dir)
+    names = [info.name.tag for info in experiment.experiment.metric_infos]
+    assert names[:4] == ["val/accuracy", tags.TRACE_HESSIAN, tags.LAMBDA_MAX, tags.TRACE_FISHER]
+    assert names[4:] == ["val/loss", "train_loss_epoch"]
+    values = {key: value.WhichOneof("kind") and getattr(value, value.WhichOneof("kind"))
+              for key, value in start.session_start_info.hparams.items()}  # fmt: skip
+    expected = expected | {"lr": 0.1, "using/optimizer": "SGD"}
+    expected |= {"width": 8, "nested": "None"} if make is Saving else {}
+    assert values == expected
+    assert end.session_end_info.status
+    scalars = events(board.log_dir).Tags()["scalars"]
+    assert "hp_metric" not in scalars
+    assert set(names) <= set(scalars)  # TensorBoard takes the values from the curves
+
+
+def test_a_run_that_is_interrupted_is_in_the_tab_too(tmp_path: Path) -> None:
+    class Stops(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            raise ValueError("stopped")
+
+    board = TensorBoardLogger(tmp_path)
+    with pytest.raises(ValueError, match="stopped"):
+        fit(Saving(), [SharpnessMonitor(**QUICK), Stops()], board)
+    assert tags.LAMBDA_MAX in [info.name.tag for info in records(board.log_dir)[0].experiment.metric_infos]
+    assert not hasattr(board.log_hyperparams, "__wrapped__") or "log_hyperparams" not in vars(board)
+
+
+def test_metrics_that_the_user_names_win(tmp_path: Path) -> None:
+    class Names(Scored):
+        def on_fit_start(self) -> None:
+            self.logger.log_hyperparams({"mine": 1}, {"val/loss": 0.5})
+
+    board = TensorBoardLogger(tmp_path)
+    fit(Names(), [SharpnessMonitor(**QUICK)], board)
+    assert [info.name.tag for info in records(board.log_dir)[0].experiment.metric_infos] == ["val/loss"]
+
+
+# The summary at fit start
+
+
+class Counting(Scored):
+    """Counts forward passes, first and second derivatives."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.forwards = getattr(self, "forwards", 0) + 1
+        return loss
+
+
+@pytest.mark.parametrize("num_batches", [1, 3])
+@pytest.mark.parametrize(
+    "quantities", [[name] for name in QUANTITIES] + [list(QUANTITIES)], ids=lambda q: "-".join(q)[:20]
+)
+@pytest.mark.parametrize("sam", [False, True])
+def test_no_more_work_than_said(num_batches: int, quantities: list[str], sam: bool, monkeypatch: Any) -> None:
+    from lightning_ire.callbacks import _landscape
+
+    count = {"backward": 0, "products": 0}
+    grad, product = torch.autograd.grad, _landscape.hessian_product
+
+    def counted_product(*args: Any) -> Any:
+        count["products"] += 1
+        return product(*args)
+
+    def counted_grad(*args: Any, **kwargs: Any) -> Any:
+        count["backward"] += 1
+        return grad(*args, **kwargs)
+
+    module = Counting()
+    accuracy = {"max_vectors": 12, "max_iterations": 6, "relative_error": 0.0, "tolerance": 1e-12}
+    monitor = SharpnessMonitor(None, None, quantities, num_batches=num_batches, **accuracy)
+    ire = [IRE(0.0, perturbation=SAM(0.1))] if sam else []
+    trainer = fit(module, [*ire, monitor], False, max_epochs=1)
+    monkeypatch.setattr(_landscape, "hessian_product", counted_product)
+    monkeypatch.setattr(torch.autograd, "grad", counted_grad)
+    module.forwards = 0
+    monitor.measure(trainer, module)
+    said = most_work(quantities, Accuracy(**accuracy), num_batches, sam)
+    assert count["products"] <= said["products"]
+    assert count["backward"] - count["products"] <= said["backward"]
+    assert module.forwards <= said["forward"]
+    if sam and "sgd_ratio" in quantities:
+        return  # refused with SAM: less is done than the most
+    assert count["products"] == said["products"]
+    assert count["backward"] - count["products"] >= 0.5 * said["backward"]
+
+
+def test_the_summary_says_when_what_and_at_what_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(Scored(), [SharpnessMonitor(every_n_steps=5, num_batches=2)], False)
+    (line,) = [record.message for record in caplog.records if record.message.startswith("SharpnessMonitor")]
+    assert "trace_fisher, trace_hessian, lambda_max every 5 steps and every epoch on 2 batches of 8 per device" in line
+    assert "92 parameters" in line
+    assert "eval mode" in line
+    work = most_work(("trace_fisher", "trace_hessian", "lambda_max"), Accuracy(), 2, sam=False)
+    assert work == {"forward": 356, "backward": 356, "products": 228}
+    assert "at most 356 forward passes, 356 backward passes and 228 Hessian products" in line
+
+
+# The command line
+
+
+@pytest.fixture
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cli.py"])
+
+
+CONFIG = f"--config {ROOT}/configs/digits_resnet_sgd_ire.yaml"
+QUIET = "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false"
+SMALL = "--trainer.max_epochs 2 --trainer.limit_train_batches 3 --sharpness.max_vectors 8 --sharpness.max_iterations 5"
+
+
+@pytest.mark.usefixtures("_own_folder")
+def test_one_flag_fills_tensorboard_and_validate_measures_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *f"{CONFIG} {QUIET} {SMALL} --sharpness.every_n_epochs 1".split()]) == 0
+    run = Path("logs/digits_resnet_sgd_ire/version_0")
+    (path, *_) = sorted(run.glob("events.*"))
+    found = EventAccumulator(str(path))
+    found.Reload()
+    last = {}
+    for tag in (tags.TRACE_FISHER, tags.TRACE_HESSIAN, tags.LAMBDA_MAX):
+        assert len(found.Scalars(tag)) == 2
+        last[tag] = found.Scalars(tag)[-1].value
+    capsys.readouterr()
+    checkpoint = f"--ckpt_path {run}/checkpoints/last.ckpt"
+    assert main(["validate", *f"--config {run}/config.yaml {checkpoint}".split()]) == 0
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    for tag, value in last.items():
+        assert float(shown[tag]) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.usefixtures("_own_folder")
+def test_the_monitor_is_off_unless_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", *f"{CONFIG} {QUIET} {SMALL}".split()]) == 0
+    (path, *_) = sorted(Path("logs/digits_resnet_sgd_ire/version_0").glob("events.*"))
+    found = EventAccumulator(str(path))
+    found.Reload()
+    assert not [tag for tag in found.Tags()["scalars"] if tag.startswith(("sharpness", "stability"))]
+
+
+WRONG = {
+    "--sharpness.every_n_epochs 0": "Expected `sharpness.every_n_epochs` to be a whole number >= 1, got 0",
+    "--sharpness.quantities [lambda]": "sharpness.quantities: Expected Literal",
+    "--sharpness.quantity [lambda_max]": "--sharpness.quantity",
+    "--sharpness.mode test": "sharpness.mode: Expected Literal['eval', 'train'], got test",
+}
+
+
+@pytest.mark.usefixtures("_own_folder")
+@pytest.mark.parametrize("flags", WRONG)
+def test_a_wrong_key_or_value_is_one_line(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", *f"{CONFIG} {QUIET} {flags}".split()])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "eed set to" not in line]
+    assert WRONG[flags] in line
+
+
+@pytest.mark.usefixtures("_own_folder")
+def test_the_key_and_a_listed_monitor_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("more.yaml").write_text("trainer:\n  callbacks:\n    - class_path: SharpnessMonitor\n")
+    with pytest.raises(SystemExit):
+        main(["fit", *f"{CONFIG} --config more.yaml {QUIET} --sharpness.every_n_epochs 1".split()])
+    assert "Expected SharpnessMonitor to be set up in one place" in capsys.readouterr().err
