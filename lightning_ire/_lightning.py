@@ -41,6 +41,7 @@ __all__ = [
     "Takeover",
     "check_strategy",
     "check_supported",
+    "differentiable_once",
     "full_precision_step",
     "gradient_marks",
     "kept_for_the_graph",
@@ -311,6 +312,28 @@ def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor | No
         parameters: The parameters.
     """
     return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
+
+
+def differentiable_once(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the graph behind some gradients ends at a function that is marked `once_differentiable`.
+
+    `torch.autograd.grad` of them raises nothing then: it leaves that function out and is wrong. Only `backward` raises.
+
+    Private: torch tells of such an end by nothing but the name of its node.
+
+    Args:
+        tensors: Gradients made with `create_graph=True`.
+    """
+    nodes = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.name() == "torch::autograd::Error":
+            return True
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        nodes += new
+    return False
 
 
 @contextmanager

@@ -13,8 +13,7 @@ from matrix import Rows
 from torch import Tensor, nn
 
 from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor, tags
-from lightning_ire.callbacks._measurement import QUANTITIES
-from lightning_ire.callbacks.sharpness_monitor import Quantity
+from lightning_ire.callbacks._measurement import _TOGETHER, QUANTITIES
 
 SAMPLES, BATCH = 24, 8
 EXACT = {"relative_error": 0.0, "tolerance": 1e-10, "max_iterations": 300}
@@ -104,10 +103,10 @@ def test_the_hessian_is_that_of_the_probe(num_batches: int, hvp: str) -> None:
     assert values[tags.LAMBDA_MAX + tags.RESIDUAL] < 1e-6
     if hvp == "exact":
         assert values[tags.LAMBDA_MAX + tags.CONVERGED] == values[tags.LAMBDA_MIN + tags.CONVERGED] == 1.0
-    # the traces are estimates: within three standard errors, which are as small as the theory says
+    # the traces are estimates: within three standard errors, smaller than without the subspace of the eigenvalues
     error = values[tags.TRACE_HESSIAN + tags.STDERR]
     off_diagonal = hessian - hessian.diag().diag()
-    assert error == pytest.approx((2 * float(off_diagonal.square().sum()) / 400) ** 0.5, rel=0.2)
+    assert error < 0.8 * (2 * float(off_diagonal.square().sum()) / 400) ** 0.5
     assert abs(values[tags.TRACE_HESSIAN] - float(hessian.trace())) < 3 * error
     blocks = block_traces(module, hessian)
     assert found.layer_traces.keys() == blocks.keys()
@@ -123,6 +122,19 @@ def test_the_hessian_is_that_of_the_probe(num_batches: int, hvp: str) -> None:
     moved = weights + 0.3 * gradient / gradient.norm()
     gap = loss_at(module, moved, batches) - loss_at(module, weights, batches)
     assert values[tags.ASCENT_GAP] == pytest.approx(float(gap), rel=1e-9)
+
+
+def test_a_trace_alone_is_hutchinsons() -> None:
+    module = Exact()
+    monitor = SharpnessMonitor(quantities=["trace_hessian", "layer_traces"], relative_error=0.0, max_vectors=2000)
+    trained(module, monitor)
+    hessian = dense_hessian(module, probe_batches(monitor))
+    value, error = (monitor.last.values[tags.TRACE_HESSIAN + suffix] for suffix in ("", tags.STDERR))
+    off_diagonal = hessian - hessian.diag().diag()
+    assert error == pytest.approx((2 * float(off_diagonal.square().sum()) / 2000) ** 0.5, rel=0.1)
+    assert abs(value - float(hessian.trace())) < 3 * error
+    for name, truth in block_traces(module, hessian).items():
+        assert monitor.last.layer_traces[name] == pytest.approx(truth, abs=0.05 * value)
 
 
 @pytest.mark.parametrize("quantity", ["trace_hessian", "trace_fisher"])
@@ -408,14 +420,17 @@ def test_the_normalized_trace_does_not_change_with_the_scale_of_weights_before_a
 
 
 def test_the_names_of_the_quantities_are_the_same_in_both_places() -> None:
-    assert set(QUANTITIES) == set(Quantity.__args__)
+    assert sorted(QUANTITIES) == sorted(quantity for quantities, _ in _TOGETHER for quantity in quantities)
     assert {tag.split("/")[1] for tag in tags.SHARPNESS_TAGS} < set(QUANTITIES)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"every_n_steps": 0}, "`every_n_steps` to be a whole number >= 1, got 0"),
     "epochs": ({"every_n_epochs": 1.5}, "`every_n_epochs`.*got 1.5"),
-    "name": ({"quantities": ["sharpness"]}, "`quantities` to be one of 'trace_hessian'.*got 'sharpness'"),
+    "name": (
+        {"quantities": ["sharpness"]},
+        "`quantities` to be one of 'trace_fisher'.*got 'sharpness'",
+    ),
     "string": ({"quantities": "lambda_max"}, "a list of names .*got 'lambda_max'"),
     "none": ({"quantities": []}, "a list of names"),
     "batches": ({"num_batches": 0}, "`num_batches`"),

@@ -182,7 +182,7 @@ def test_hparams_hold_settings_and_final_metrics(name: str, make: Any, tmp_path:
     fit(make(), [*callbacks, SharpnessMonitor(**QUICK)], board)
     experiment, start, end = records(board.log_dir)
     names = [info.name.tag for info in experiment.experiment.metric_infos]
-    assert names[:4] == ["val/accuracy", tags.TRACE_HESSIAN, tags.LAMBDA_MAX, tags.TRACE_FISHER]
+    assert names[:4] == ["val/accuracy", tags.TRACE_FISHER, tags.TRACE_HESSIAN, tags.LAMBDA_MAX]
     assert names[4:] == ["val/loss", "train_loss_epoch"]
     values = {key: value.WhichOneof("kind") and getattr(value, value.WhichOneof("kind"))
               for key, value in start.session_start_info.hparams.items()}  # fmt: skip

@@ -98,11 +98,12 @@ def agreed(trainer: pl.Trainer, compute: Callable[[], T]) -> T:
         result = compute()
     except Exception as caught:  # whatever the user's code raises: training has to go on
         error = caught
-    failed = torch.tensor([float(error is not None)])
+    marks = torch.tensor([float(error is not None), float(error is not None and _is_out_of_memory(error))])
     if trainer.world_size > 1:
-        failed = trainer.strategy.reduce(failed.to(trainer.strategy.root_device), reduce_op="sum")
-    if bool(failed):
-        memory, reason = error is not None and _is_out_of_memory(error), _reason(trainer, error)
+        marks = trainer.strategy.reduce(marks.to(trainer.strategy.root_device), reduce_op="sum")
+    failed, memory = marks.bool().tolist()
+    if failed:
+        reason = _reason(trainer, error)
         error = None  # its traceback holds this frame and keeps the tensors of an out-of-memory error alive
         raise MeasurementError(reason, memory)
     return result
@@ -258,18 +259,19 @@ class Landscape:
             lambda: self._mean_over_devices(lambda: self._flat(self._local_product(vector, batches)), self.size)
         )
 
-    def quadratic(self, vector: Tensor) -> Tensor:
-        """v^T H v in parts: v_l . (H v)_l for each parameter tensor l; only these numbers are all-reduced.
+    def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
+        """w^T H u in parts: w_l . (H u)_l for each parameter tensor l; only these numbers are all-reduced.
 
         Args:
-            vector: v, the same on all devices.
+            left: w, the same on all devices.
+            right: u, the same on all devices.
         """
 
         def compute() -> Tensor:
-            pieces = self._local_product(vector, self._batches)
-            parts = split_like(vector, self.parameters)
+            pieces = self._local_product(right, self._batches)
+            parts = split_like(left, self.parameters)
             dots = [
-                vector.new_zeros(()) if piece is None else (part * piece).to(vector).sum()
+                left.new_zeros(()) if piece is None else (part.to(left) * piece.to(left)).sum()
                 for part, piece in zip(parts, pieces, strict=True)
             ]
             return torch.stack(dots)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -15,9 +16,11 @@ from lightning_ire.callbacks._landscape import Landscape, MeasurementError
 from lightning_ire.callbacks._step_geometry import StepGeometry, UnknownStep
 from lightning_ire.functional import (
     Extremes,
+    Krylov,
     MeanEstimate,
     SpectralDensity,
     adaptive_mean,
+    deflated_trace,
     extreme_eigenvalues,
     hutchinson_trace,
     rademacher,
@@ -25,7 +28,22 @@ from lightning_ire.functional import (
     spectral_density,
 )
 
-__all__ = ["BASIS", "QUANTITIES", "Accuracy", "Measurement", "measure", "most_work"]
+__all__ = ["BASIS", "QUANTITIES", "Accuracy", "Measurement", "Quantity", "measure", "most_work"]
+
+Quantity = Literal[
+    "trace_fisher",
+    "trace_hessian",
+    "trace_normalized",
+    "layer_traces",
+    "lambda_max",
+    "lambda_min",
+    "spectral_density",
+    "ascent_gap",
+    "stability",
+    "sgd_ratio",
+]
+QUANTITIES: tuple[str, ...] = get_args(Quantity)
+"""What can be measured."""
 
 BASIS = 20  # most Lanczos vectors kept
 _DENSITY_VECTORS, _DENSITY_STEPS = 4, 30
@@ -98,9 +116,10 @@ class _Work:
     landscape: Landscape
     accuracy: Accuracy
     result: Measurement
+    krylov: Krylov | None = None
 
     def traces(self, wanted: Sequence[str]) -> None:
-        trace = self._hutchinson()
+        trace = self._trace()
         if "trace_hessian" in wanted:
             self.result.add(tags.TRACE_HESSIAN, trace.value, trace.stderr)
         if "trace_normalized" in wanted:
@@ -111,19 +130,29 @@ class _Work:
         if "layer_traces" in wanted:
             self.result.layer_traces = dict(zip(self.landscape.names, trace.parts.tolist(), strict=True))
 
-    def _hutchinson(self) -> MeanEstimate:
+    def _trace(self) -> MeanEstimate:
+        """With the subspace that the eigenvalues leave behind taken out, where they were measured."""
+        landscape, generator = self.landscape, self.landscape.generator("trace")
+        error, most = self.accuracy.relative_error, self.accuracy.max_vectors
+        krylov, self.krylov = self.krylov, None
+        if krylov is not None:
+            sizes = [parameter.numel() for parameter in landscape.parameters]
+            return deflated_trace(
+                landscape.bilinear, krylov, sizes, generator=generator, relative_error=error, max_vectors=most
+            )
         return hutchinson_trace(
-            self.landscape.quadratic,
-            self.landscape.size,
-            generator=self.landscape.generator("trace"),
-            dtype=self.landscape.dtype,
-            relative_error=self.accuracy.relative_error,
-            max_vectors=self.accuracy.max_vectors,
+            lambda signs: landscape.bilinear(signs, signs),
+            landscape.size,
+            generator=generator,
+            dtype=landscape.dtype,
+            relative_error=error,
+            max_vectors=most,
         )
 
     def eigenvalues(self, wanted: Sequence[str]) -> None:
         count = self.accuracy.num_eigenvalues if "lambda_max" in wanted else 0
         ends = self._lanczos(self.landscape.product, largest=count, smallest=int("lambda_min" in wanted))
+        self.krylov = ends.krylov
         names = [tags.LAMBDA_MAX, *(f"sharpness/lambda_{rank}" for rank in range(2, count + 1))]
         found = list(zip(names, ends.largest, strict=False)) + [(tags.LAMBDA_MIN, value) for value in ends.smallest]
         largest = max(map(abs, [*ends.largest, *ends.smallest]), default=math.nan)
@@ -206,8 +235,8 @@ class _Work:
 
 
 _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[_Work, Sequence[str]], None]], ...] = (
-    (("trace_hessian", "trace_normalized", "layer_traces"), _Work.traces),
     (("lambda_max", "lambda_min"), _Work.eigenvalues),
+    (("trace_hessian", "trace_normalized", "layer_traces"), _Work.traces),
     (("spectral_density",), _Work.density),
     (("stability",), _Work.stability),
     (("sgd_ratio",), _Work.sgd_ratio),
@@ -215,8 +244,6 @@ _TOGETHER: tuple[tuple[tuple[str, ...], Callable[[_Work, Sequence[str]], None]],
     (("ascent_gap",), _Work.ascent_gap),
 )
 _OF_STEPS = ("stability", "sgd_ratio")
-QUANTITIES = tuple(quantity for quantities, _ in _TOGETHER for quantity in quantities)
-"""What can be measured."""
 
 
 def measure(
@@ -248,11 +275,15 @@ def measure(
             for run, wanted in todo:
                 try:
                     run(work, wanted)
-                except (MeasurementError, UnknownStep, FloatingPointError) as error:
-                    result.out_of_memory |= getattr(error, "out_of_memory", False)
+                except Exception as error:  # whatever it is: training has to go on
+                    same_on_all = isinstance(error, (MeasurementError, UnknownStep, FloatingPointError))
+                    if not same_on_all and trainer.world_size > 1:  # the others wait for this one
+                        raise
+                    memory = isinstance(error, torch.OutOfMemoryError) or getattr(error, "out_of_memory", False)
+                    result.out_of_memory |= memory
                     for quantity in wanted:
-                        result.skipped[quantity] = str(error)
-                        warn(quantity, str(error))
+                        result.skipped[quantity] = str(error) or type(error).__name__
+                        warn(quantity, result.skipped[quantity])
     return result
 
 

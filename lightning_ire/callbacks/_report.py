@@ -150,7 +150,9 @@ class HyperParameters:
             suffix = f"_{index}" if index else ""
             group = optimizer.param_groups[0]
             self.values[f"using/optimizer{suffix}"] = type(optimizer).__name__
-            self.values[f"lr{suffix}"] = float(group.get("initial_lr", group["lr"]))
+            rate = group.get("initial_lr", group.get("lr"))
+            if rate is not None:  # optimizers of the user's own may have none
+                self.values[f"lr{suffix}"] = float(rate)
 
     def write(self, trainer: pl.Trainer) -> None:
         """Write the record.
@@ -174,11 +176,11 @@ _OURS = (*tags.SHARPNESS_TAGS, *tags.STABILITY_TAGS)
 _DETAILS = (tags.STDERR, tags.RESIDUAL, tags.CONVERGED, "_step")
 
 
-def _place(tag: str) -> int:
+def _place(tag: str) -> tuple[int, int]:
     """Accuracies of validation first, then what is ours, then other metrics of validation, then those of training."""
     if tag in _OURS:
-        return 1
-    return 3 if tag.startswith("train") else 0 if "acc" in tag else 2
+        return 1, _OURS.index(tag)
+    return (3 if tag.startswith("train") else 0 if "acc" in tag else 2), 0
 
 
 def _flat(settings: dict[Any, Any], prefix: str = "") -> dict[str, Any]:

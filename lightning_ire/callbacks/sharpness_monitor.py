@@ -16,26 +16,13 @@ from tqdm.auto import tqdm
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire._lightning import Patches, check_strategy, logger_step
 from lightning_ire.callbacks._landscape import Landscape, MeasurementError, agreed, measuring
-from lightning_ire.callbacks._measurement import BASIS, QUANTITIES, Accuracy, Measurement, measure, most_work
+from lightning_ire.callbacks._measurement import BASIS, QUANTITIES, Accuracy, Measurement, Quantity, measure, most_work
 from lightning_ire.callbacks._no_trace import no_trace
 from lightning_ire.callbacks._probe import Probe, probe_loader
 from lightning_ire.callbacks._report import HyperParameters, figures, tensorboards
 from lightning_ire.callbacks._step_geometry import find_ire
 
 __all__ = ["SharpnessMonitor"]
-
-Quantity = Literal[
-    "trace_fisher",
-    "trace_hessian",
-    "trace_normalized",
-    "layer_traces",
-    "lambda_max",
-    "lambda_min",
-    "spectral_density",
-    "ascent_gap",
-    "stability",
-    "sgd_ratio",
-]
 
 
 class SharpnessMonitor(Callback):
@@ -55,7 +42,8 @@ class SharpnessMonitor(Callback):
     - `trace_fisher`, `sharpness/trace_fisher`: Tr F = E[B \|\|G\|\|^2] with labels drawn from the model (eq. 6 of the
       IRE paper), the paper's measure of sharpness. Needs `cross_entropy` or a method `fisher_loss`, see
       :class:`~lightning_ire.SampledFisher`.
-    - `trace_hessian`, `sharpness/trace_hessian`: Tr H (Hutchinson).
+    - `trace_hessian`, `sharpness/trace_hessian`: Tr H (Hutchinson's estimate; where eigenvalues are measured too, exact
+      on the subspace that they have cost, which takes most of the variance away).
     - `trace_normalized`, `sharpness/trace_normalized`: sum over the parameter tensors of \|\|w\|\|^2 Tr H_ww. Where a
       normalization layer follows w, multiplying w by c changes no output but divides Tr H_ww by c^2; this stays.
     - `layer_traces`: Tr H_ww of every parameter tensor, as bars in TensorBoard.
@@ -88,9 +76,9 @@ class SharpnessMonitor(Callback):
 
     Cost of one measurement, at most (the line at fit start has the numbers): `max_vectors` backward passes for Tr F,
     `max_vectors` Hessian products for all traces of H together, `max_iterations` for the eigenvalues, as many for
-    `stability` (twice with SAM), 120 for the density. A product costs about two backward passes. Memory: the graph of a
-    gradient (about twice that of a training step), 22 vectors of the model's size for eigenvalues, the probe on the
-    host.
+    `stability` (twice with SAM), 120 for the density. A product takes as long as two to three forward and backward
+    passes (benchmarks/hessian_product.py). Memory: the graph of a gradient (about twice that of a training step), 25
+    vectors of the model's size for eigenvalues, the probe on the host.
 
     Args:
         every_n_steps: Optimizer steps between two measurements; ``None``: not by steps.
@@ -266,7 +254,7 @@ class SharpnessMonitor(Callback):
         self._reset()
         result = self.measure(trainer, pl_module)
         for tag, value in result.values.items():
-            pl_module.log(tag, value)
+            pl_module.log(tag, value, sync_dist=True)  # it is the same on all; else Lightning warns
         figures(trainer, result, logger_step(trainer))
 
     # On demand
@@ -360,12 +348,12 @@ class SharpnessMonitor(Callback):
         batches = _count(self.num_batches, "batch", "batches") + (f" of {size}" if size else "")
         count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         lanczos = {"lambda_max", "lambda_min", "stability"} & set(self.quantities)
-        memory = f", {(BASIS + 2) * count * 4 / 2**20:.1f} MiB of Lanczos vectors" if lanczos else ""
+        memory = f", {(BASIS + 5) * count * 4 / 2**20:.1f} MiB of Lanczos vectors" if lanczos else ""
         return (
             f"SharpnessMonitor: {', '.join(self.quantities)} {' and '.join(times)} on {batches} per device "
             f"({self.mode} mode); {count:,} parameters. A measurement takes at most {work['forward']} forward passes, "
-            f"{work['backward']} backward passes and {work['products']} Hessian products (about 2 backward passes "
-            f"each){memory}."
+            f"{work['backward']} backward passes and {work['products']} Hessian products (each as long as 2 to 3 "
+            f"training passes){memory}."
         )
 
     def _warn(self, quantity: str, reason: str) -> None:
@@ -381,7 +369,7 @@ class SharpnessMonitor(Callback):
         self._warn(
             "a measurement",
             f"out of memory, with {landscape.probe.samples} samples in a batch, {landscape.size:,} parameters and up "
-            f"to {BASIS + 2} vectors of {vector:.1f} MiB: lower `batch_size`; training goes on",
+            f"to {BASIS + 5} vectors of {vector:.1f} MiB: lower `batch_size`; training goes on",
         )
 
 

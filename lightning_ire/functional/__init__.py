@@ -35,11 +35,12 @@ from lightning_ire.functional.averages import (
     ratio_of_means,
 )
 from lightning_ire.functional.boost import boost_
+from lightning_ire.functional.deflation import deflated_trace
 from lightning_ire.functional.fisher import SampledLoss, fisher_diagonal, sample_labels, sampled_cross_entropy
 from lightning_ire.functional.flat_mask import flat_masks, mask_below, pack_mask, unpack_mask
 from lightning_ire.functional.hessian import finite_difference_product, gradients_by_backward, hessian_product
 from lightning_ire.functional.perturbation import average_sam_displacement, global_norm, perturbed, sam_displacement
-from lightning_ire.functional.spectrum import Extremes, SpectralDensity, extreme_eigenvalues, spectral_density
+from lightning_ire.functional.spectrum import Extremes, Krylov, SpectralDensity, extreme_eigenvalues, spectral_density
 from lightning_ire.functional.stability import adam_limit, effective_product, sgd_limit, stability_edge
 from lightning_ire.functional.state import BufferState, RandomState, kept_buffers, seeded
 from lightning_ire.functional.threshold import flat_threshold
@@ -48,6 +49,7 @@ from lightning_ire.functional.vectors import flatten, flatten_like, split_like, 
 __all__ = [
     "BufferState",
     "Extremes",
+    "Krylov",
     "MeanEstimate",
     "RandomState",
     "SampledLoss",
@@ -56,6 +58,7 @@ __all__ = [
     "adaptive_mean",
     "average_sam_displacement",
     "boost_",
+    "deflated_trace",
     "effective_product",
     "extreme_eigenvalues",
     "finite_difference_product",

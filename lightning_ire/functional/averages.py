@@ -68,15 +68,20 @@ def adaptive_mean(
     Returns:
         The mean with all draws. For draws of relative standard deviation s the error is s / sqrt(count).
 
+    Raises:
+        ValueError: If `max_draws` is less than 1.
+
     Example:
         >>> numbers = iter([1.0, 3.0] * 8)
         >>> mean = adaptive_mean(lambda: next(numbers), relative_error=0.15)
         >>> mean.value, mean.count
         (1.9230769230769231, 13)
     """
+    if max_draws < 1:
+        raise ValueError(f"Expected `max_draws` to be at least 1, got {max_draws}.")
     draws: list[Tensor] = []
     while len(draws) < max_draws:
-        draws.append(torch.as_tensor(draw()).detach().to("cpu", torch.float64).reshape(-1))
+        draws.append(torch.as_tensor(draw(), dtype=torch.float64).detach().cpu().reshape(-1))
         if not bool(torch.isfinite(draws[-1]).all()):
             break
         if len(draws) >= _FEWEST and relative_error > 0:
@@ -100,7 +105,8 @@ def hutchinson_trace(
     The variance of one draw is 2 * sum over i != j of H_ij^2.
 
     Args:
-        quadratic: Returns v^T H v; or, as a vector, the parts of that sum that belong to different layers, v_l . (H v)_l.
+        quadratic: Returns v^T H v; or, as a vector, the parts of that sum that belong to different layers,
+            v_l . (H v)_l.
         size: Length of v.
         generator: Source of v, on the device where v is wanted.
         dtype: Type of v.

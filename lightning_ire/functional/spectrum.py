@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["Extremes", "SpectralDensity", "extreme_eigenvalues", "spectral_density"]
+__all__ = ["Extremes", "Krylov", "SpectralDensity", "extreme_eigenvalues", "spectral_density"]
 
 Product = Callable[[Tensor], Tensor]
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Krylov:
+    """A subspace Q and what an operator A does to it: A Q = Q T, but for the last column, to which a rest is added.
+
+    Attributes:
+        basis: Orthonormal rows q_i, shape [k, p].
+        matrix: T = Q^T A Q, symmetric, float64 on the CPU, shape [k, k].
+        rest: A q_k - sum over i of T_ik q_i, orthogonal to all q_i, shape [p].
+    """
+
+    basis: Tensor
+    matrix: Tensor
+    rest: Tensor
 
 
 @dataclass(frozen=True)
@@ -25,6 +41,7 @@ class Extremes:
             that distance.
         converged: Whether all residuals are within the tolerance.
         products: How many products were taken.
+        krylov: The subspace that was reached; ``None`` if products were not finite.
     """
 
     largest: list[float]
@@ -32,6 +49,7 @@ class Extremes:
     residuals: list[float]
     converged: bool
     products: int
+    krylov: Krylov | None = field(default=None, compare=False, repr=False)
 
 
 def extreme_eigenvalues(
@@ -49,9 +67,16 @@ def extreme_eigenvalues(
     Lanczos 1950; thick restart: Wu and Simon 2000. When `basis` vectors are in use, the wanted Ritz vectors and a few
     of their neighbours are kept and the rest dropped, so that memory is bounded whatever the number of products.
 
+    What products of one vector span holds one eigenvector of each eigenvalue. Of an eigenvalue that occurs several
+    times copies are therefore not seen, and the next one takes their place, until rounding errors have grown to show
+    them, which they have not yet when `tolerance` is reached unless that is small. It is different if that space is
+    exhausted, because there are few different eigenvalues or `start` has a part in few of them: then a random vector is
+    added and products go on without regard to `tolerance`, until everything beside the space has one eigenvalue, the
+    basis is complete or `max_products` is reached. Then copies are found.
+
     Args:
         product: A v for a vector v, of the same shape, dtype and device.
-        start: Any vector that is not orthogonal to the wanted eigenvectors, such as a random one.
+        start: Any vector but 0 that is not orthogonal to the wanted eigenvectors, such as a random one.
         largest: How many of the largest eigenvalues.
         smallest: How many of the smallest.
         tolerance: Relative to the largest absolute eigenvalue found: the residual to be reached.
@@ -59,63 +84,81 @@ def extreme_eigenvalues(
         basis: Most vectors kept, at least `largest + smallest + 2`.
 
     Returns:
-        The Ritz values (those of the whole operator if its size is smaller than the basis), the best there are if
-        they have not converged. NaN if the products are not finite.
+        The Ritz values, the best there are if they have not converged: fewer than wanted if `max_products` or the size
+        of the operator is less (the two ends then overlap). NaN if the products are not finite.
 
-    Cost: one product per iteration, `basis` + 2 vectors.
+    Raises:
+        ValueError: If `max_products` is less than 1.
+
+    Cost: one product per iteration, `basis` + 5 vectors.
 
     Example:
         >>> diagonal = torch.tensor([1.0, -4.0, 9.0])
         >>> round(extreme_eigenvalues(lambda v: diagonal * v, torch.ones(3)).largest[0], 4)
         9.0
     """
+    if max_products < 1:
+        raise ValueError(f"Expected `max_products` to be at least 1, got {max_products}.")
     wanted = largest + smallest
     basis = min(max(basis, wanted + 2), start.numel())
-    vectors = start.new_zeros(basis + 1, start.numel())
+    vectors = start.new_empty(basis, start.numel())
     vectors[0] = start / start.norm()
     matrix = torch.zeros(basis, basis, dtype=torch.float64)
-    size = 0
+    size = length = 0  # vectors in the basis; those of them that are products of the last vector put in
+    random = False  # whether that was a random one
     for taken in range(1, max_products + 1):
-        image = product(vectors[size])
+        image, column = _orthogonalized(product(vectors[size]), vectors[: size + 1])
         size += 1
-        column = vectors[:size] @ image
-        image = image - column @ vectors[:size]
-        again = vectors[:size] @ image  # classical Gram-Schmidt needs a second go
-        image = image - again @ vectors[:size]
-        matrix[:size, size - 1] = matrix[size - 1, :size] = (column + again).double().cpu()
+        length += 1
+        matrix[size - 1, :size] = column.double().cpu()  # `eigh` reads the lower triangle only
         rest = float(image.norm())
-        if not math.isfinite(rest) or not bool(torch.isfinite(matrix).all()):
-            nothing = [math.nan]
-            return Extremes(nothing * largest, nothing * smallest, nothing * wanted, False, taken)
+        if not math.isfinite(rest):
+            return Extremes([math.nan] * largest, [math.nan] * smallest, [math.nan] * wanted, False, taken)
         values, rotation = torch.linalg.eigh(matrix[:size, :size])
-        floor = torch.finfo(start.dtype).eps * float(values.abs().max())
-        exhausted = size == start.numel() or rest <= 10 * floor  # an invariant subspace: nothing else can be reached
-        residuals = (rotation[-1] * (0.0 if exhausted else rest)).abs()
+        scale = float(values.abs().max())
+        residuals = (rotation[-1] * rest).abs()
+        complete = size == start.numel()
+        exhausted = rest <= 10 * torch.finfo(start.dtype).eps * scale
         chosen = _ends(size, largest, smallest)
-        enough = len(chosen) == wanted or exhausted
-        done = enough and bool((residuals[chosen] <= tolerance * float(values.abs().max())).all())
-        if done or exhausted or taken == max_products:
-            top, bottom = _ends(size, largest, 0), _ends(size, 0, smallest)
-            return Extremes(
-                values[top].tolist(), values[bottom].tolist(), residuals[top + bottom].tolist(), done, taken
-            )
+        converged = (len(chosen) == wanted or complete) and bool((residuals[chosen] <= tolerance * scale).all())
+        nothing_else = exhausted and random and length == 1  # the rest of the operator is a multiple of the identity
+        settled = nothing_else or not (random or exhausted)
+        if complete or (converged and settled) or taken == max_products:
+            break
         if size == basis:
-            extra = (basis - wanted) // 3
-            kept = _ends(size, largest + (extra if largest else 0), smallest + (extra if smallest else 0))
-            kept = kept[: basis - 2]
-            turned = rotation[:, kept].T.to(vectors) @ vectors[:size]
+            extra = (basis - wanted) // 4  # half of what is left to both sides together
+            kept = _ends(size, largest + extra, smallest + extra)
+            turn = rotation[:, kept].T.to(vectors)
+            for columns in vectors.split(_CHUNK, dim=1):  # a second basis at once would be twice the memory
+                columns[: len(kept)] = turn @ columns[:size]
             size = len(kept)
-            vectors[:size] = turned
-            matrix.zero_()
             matrix[:size, :size] = torch.diag(values[kept])
+        if exhausted:
+            generator = torch.Generator(start.device).manual_seed(taken)
+            noise = torch.randn(start.numel(), generator=generator, dtype=start.dtype, device=start.device)
+            image, _ = _orthogonalized(noise, vectors[:size])
+            rest = float(image.norm())
+            length, random = 0, True
         vectors[size] = image / rest
-    raise ValueError(f"Expected `max_products` to be at least 1, got {max_products}.")
+    top, bottom = _ends(size, largest, 0), _ends(size, 0, smallest)
+    lower = matrix[:size, :size].tril()
+    krylov = Krylov(vectors[:size], lower + lower.tril(-1).T, image)
+    residual = residuals[top + bottom].tolist()
+    return Extremes(values[top].tolist(), values[bottom].tolist(), residual, converged, taken, krylov)
+
+
+def _orthogonalized(vector: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of a vector that is orthogonal to orthonormal others, and its coordinates along these."""
+    first = others @ vector
+    rest = vector - first @ others
+    second = others @ rest  # classical Gram-Schmidt needs a second go
+    return rest - second @ others, first
 
 
 def _ends(size: int, largest: int, smallest: int) -> list[int]:
     """Indices in an ascending list: the last ones, from the end, then the first ones that are not among them."""
     top = list(range(size - 1, max(size - 1 - largest, -1), -1))
-    return top + [index for index in range(min(smallest, size)) if not (top and largest and smallest and index in top)]
+    return top + [index for index in range(min(smallest, size)) if index not in top]
 
 
 @dataclass(frozen=True)
@@ -148,7 +191,7 @@ class SpectralDensity:
             Grid and density, float64 of shape [points].
         """
         low, high = float(self.nodes.min()), float(self.nodes.max())
-        sigma = width * max(high - low, 1e-12 * max(abs(low), abs(high)), torch.finfo(torch.float64).tiny)
+        sigma = width * (max(high - low, 1e-6 * abs(high)) or 1.0)  # one eigenvalue, or nothing but 0
         grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64)
         bumps = torch.exp(-0.5 * ((grid[:, None] - self.nodes) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
         return grid, bumps @ self.weights
@@ -180,6 +223,9 @@ def spectral_density(
     Returns:
         The density, on the CPU in float64.
 
+    Raises:
+        FloatingPointError: If a product is not finite.
+
     Cost: `vectors * steps` products, three vectors.
     """
     nodes, weights, means = [], [], []
@@ -195,19 +241,15 @@ def spectral_density(
             image -= alpha * current
             beta = float(image.norm())
             diagonal.append(alpha)
-            scale = max(map(abs, [*diagonal, *beside]))
-            if not math.isfinite(beta) or beta <= 10 * torch.finfo(dtype).eps * scale or beta == 0:
+            if not math.isfinite(beta):
+                raise FloatingPointError("Expected finite products for the spectral density, got NaN or infinite ones.")
+            if beta <= 10 * torch.finfo(dtype).eps * max(map(abs, [*diagonal, *beside])):  # an invariant subspace
                 break
             beside.append(beta)
             before, current = current, image / beta
-        beside = beside[: len(diagonal) - 1]
-        matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-        if beside:
-            off = torch.tensor(beside, dtype=torch.float64)
-            matrix += torch.diag(off, 1) + torch.diag(off, -1)
-        if not bool(torch.isfinite(matrix).all()):
-            raise FloatingPointError("Expected finite products for the spectral density, got NaN or infinite ones.")
-        values, rotation = torch.linalg.eigh(matrix)
+        below = torch.diag(torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64), -1)
+        matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + below
+        values, rotation = torch.linalg.eigh(matrix)  # reads the lower triangle only
         nodes.append(values)
         weights.append(rotation[0] ** 2 / vectors)
         means.append(float((values * rotation[0] ** 2).sum()))

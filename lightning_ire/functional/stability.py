@@ -1,15 +1,16 @@
 """Where a learning rate stops being stable: one effective sharpness for SGD, momentum, Adam, SAM, ASAM and IRE.
 
-Near a quadratic with Hessian H every coordinate's step is a learning rate times the gradient, through a momentum
-filter, divided by P (Adam's sqrt(v) + eps; 1 for SGD) and lengthened by D = 1 + kappa * n (IRE). With S = eta D / P,
-and SAM's gradient (H + rho_e H T^2 H) (theta - theta*), steps blow up if and only if
+Near a quadratic without negative curvature, of Hessian H, every coordinate's step is a learning rate times the
+gradient, through a momentum filter, divided by P (Adam's sqrt(v) + eps; 1 for SGD) and lengthened by
+D = 1 + kappa * n (IRE). With S = eta D / P, and SAM's gradient (H + rho_e H T^2 H) (theta - theta*), steps blow up if
+and only if
 
     lambda_max(K) > c,   K = S^(1/2) (H + rho_e H T^2 H) S^(1/2)
 
-where c depends on the momentum alone. Derived for this package, as an extension of Cohen et al. 2021 (arXiv 2103.00065:
-2 / eta, and momentum), Cohen et al. 2022 (arXiv 2207.14484: Adam) and Long and Bartlett 2023 (arXiv 2309.12488: SAM), and
-checked on quadratics just inside and just outside the edge (tests/functional/test_stability.py). P, D, T and the norm in
-rho_e are taken as fixed.
+where c depends on the momentum alone. Derived for this package, as an extension of Cohen et al. 2021 (arXiv
+2103.00065: 2 / eta, and momentum), Cohen et al. 2022 (arXiv 2207.14484: Adam) and Long and Bartlett 2023 (arXiv
+2309.12488: SAM), and checked with torch's optimizers on quadratics just inside and just outside the edge
+(tests/functional/test_stability.py). P, D, T and the norm in rho_e are taken as fixed.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def sgd_limit(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = Fa
 
 def adam_limit(beta1: float) -> float:
     """The constant c of Adam and AdamW, whose momentum is an average: 2 (1 + beta1) / (1 - beta1).
+
+    Decoupled weight decay (that IRE does not lengthen) makes it less by the factor 1 - lr * weight_decay / 2, which is
+    next to 1 for usual values and not counted here.
 
     Args:
         beta1: In [0, 1).
