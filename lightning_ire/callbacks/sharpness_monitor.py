@@ -76,8 +76,8 @@ class SharpnessMonitor(Callback):
 
     Cost of one measurement, at most (the line at fit start has the numbers): `max_vectors` backward passes for Tr F,
     `max_vectors` Hessian products for all traces of H together, `max_iterations` for the eigenvalues, as many for
-    `stability` (twice with SAM), 120 for the density. A product takes as long as two to three forward and backward
-    passes (benchmarks/hessian_product.py). Memory: the graph of a gradient (about twice that of a training step), 25
+    `stability` (twice with SAM), 120 for the density. A product takes about as long as two forward and
+    backward passes (benchmarks/hessian_product.py). Memory: the graph of a gradient (about twice that of a training step), 25
     vectors of the model's size for eigenvalues, the probe on the host.
 
     Args:
@@ -352,8 +352,8 @@ class SharpnessMonitor(Callback):
         return (
             f"SharpnessMonitor: {', '.join(self.quantities)} {' and '.join(times)} on {batches} per device "
             f"({self.mode} mode); {count:,} parameters. A measurement takes at most {work['forward']} forward passes, "
-            f"{work['backward']} backward passes and {work['products']} Hessian products (each as long as 2 to 3 "
-            f"training passes){memory}."
+            f"{work['backward']} backward passes and {work['products']} Hessian products (each about as "
+            f"long as 2 training passes){memory}."
         )
 
     def _warn(self, quantity: str, reason: str) -> None:
