@@ -120,6 +120,35 @@ def test_without_matplotlib_there_are_histograms(tmp_path: Path, monkeypatch: py
     assert set(found.Tags()["histograms"]) == {tags.DENSITY, tags.LAYERS}
 
 
+def test_weights_that_are_not_finite_are_logged_as_such(tmp_path: Path) -> None:
+    class Diverged(Scored):
+        def on_train_start(self) -> None:
+            torch.nn.init.constant_(self.net[0].weight, float("nan"))
+
+    board = TensorBoardLogger(tmp_path)
+    monitor = SharpnessMonitor(quantities=QUANTITIES, **QUICK)
+    with pytest.warns(UserWarning, match="skips spectral_density: Expected finite products"):
+        fit(Diverged(), [monitor], board)
+    found = events(board.log_dir)
+    assert [event.value for event in found.Scalars(tags.TRACE_HESSIAN)] == pytest.approx(
+        [float("nan")] * 2, nan_ok=True
+    )
+    assert [event.value for event in found.Scalars(tags.LAMBDA_MAX + tags.CONVERGED)] == [0.0, 0.0]
+    assert not found.Tags()["images"] + found.Tags()["histograms"]
+
+
+def test_an_unforeseen_error_skips_the_quantity(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr("lightning_ire.callbacks._measurement.StepGeometry.of", broken)
+    monitor = SharpnessMonitor(quantities=["stability", "ascent_gap"], **QUICK)
+    with pytest.warns(UserWarning, match="SharpnessMonitor skips stability: 'unforeseen'"):
+        fit(Scored(), [monitor], False)
+    assert set(monitor.last.skipped) == {"stability"}
+    assert tags.ASCENT_GAP in monitor.last.values
+
+
 def test_the_histogram_of_the_density_counts_weights() -> None:
     density = SpectralDensity(torch.tensor([0.0, 1.0, 10.0]).double(), torch.tensor([0.7, 0.2, 0.1]).double(), 0.1)
     kept: dict[str, Any] = {}

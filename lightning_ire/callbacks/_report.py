@@ -39,17 +39,19 @@ def figures(trainer: pl.Trainer, result: Measurement, step: int) -> None:
         result: The measurement.
         step: The logger's step.
     """
+    traces = torch.tensor(list(result.layer_traces.values()))
+    with_traces = bool(len(traces)) and bool(torch.isfinite(traces).all())  # TensorBoard takes no histogram of NaN
     for logger in tensorboards(trainer):
         writer = logger.experiment
         if result.density is not None:
             _histogram(writer, result.density, step)
-        if result.layer_traces:
-            writer.add_histogram(tags.LAYERS, torch.tensor(list(result.layer_traces.values())), step)
+        if with_traces:
+            writer.add_histogram(tags.LAYERS, traces, step)
         if importlib.util.find_spec("matplotlib") is None:
             continue
         if result.density is not None:
             writer.add_figure(tags.DENSITY, density_figure(result.density), step, close=False)
-        if result.layer_traces:
+        if with_traces:
             writer.add_figure(tags.LAYERS, layer_figure(result.layer_traces), step, close=False)
 
 

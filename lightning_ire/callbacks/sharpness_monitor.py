@@ -76,9 +76,9 @@ class SharpnessMonitor(Callback):
 
     Cost of one measurement, at most (the line at fit start has the numbers): `max_vectors` backward passes for Tr F,
     `max_vectors` Hessian products for all traces of H together, `max_iterations` for the eigenvalues, as many for
-    `stability` (twice with SAM), 120 for the density. A product takes about as long as two forward and
-    backward passes (benchmarks/hessian_product.py). Memory: the graph of a gradient (about twice that of a training step), 25
-    vectors of the model's size for eigenvalues, the probe on the host.
+    `stability` (twice with SAM), 120 for the density. A product takes about as long as two forward and backward passes
+    (benchmarks/hessian_product.py). Memory: the graph of a gradient (twice what a training step saves), 25 vectors of
+    the model's size for eigenvalues, the probe on the host.
 
     Args:
         every_n_steps: Optimizer steps between two measurements; ``None``: not by steps.
