@@ -54,9 +54,11 @@ CONVERGED: Final = "_converged"
 """Added to the tag of an eigenvalue: 1 if the residual is within the tolerance, else 0."""
 
 DENSITY: Final = "sharpness/spectral_density"
-"""TensorBoard figure and histogram: the distribution of the eigenvalues of H."""
+"""TensorBoard figure: the distribution of the eigenvalues of H."""
 LAYERS: Final = "sharpness/layer_traces"
-"""TensorBoard figure and histogram: Tr(H_ww) of each parameter tensor."""
+"""TensorBoard figure: Tr(H_ww) of each parameter tensor."""
+HISTOGRAM: Final = "_histogram"
+"""Added to the tag of a figure: the same as a histogram (TensorBoard shows only one kind of thing under a tag)."""
 
 SHARPNESS_TAGS: Final = (TRACE_FISHER, TRACE_HESSIAN, TRACE_NORMALIZED, LAMBDA_MAX, LAMBDA_MIN, ASCENT_GAP)
 STABILITY_TAGS: Final = (EDGE, RATIO, SGD_RATIO)

@@ -104,9 +104,11 @@ def test_figures_and_histograms(tmp_path: Path) -> None:
     for tag in (tags.DENSITY, tags.LAYERS):
         assert [image.step for image in found.Images(tag)] == [2, 5]
         assert all(min(image.width, image.height) > 200 for image in found.Images(tag))
-        assert [one.step for one in found.Histograms(tag)] == [2, 5]
-    assert found.Histograms(tags.LAYERS)[0].histogram_value.num == 4
-    density = found.Histograms(tags.DENSITY)[0].histogram_value
+        assert [one.step for one in found.Histograms(tag + tags.HISTOGRAM)] == [2, 5]
+    kinds = [name for kind in ("images", "histograms", "scalars") for name in found.Tags()[kind]]
+    assert len(kinds) == len(set(kinds))  # TensorBoard shows only one kind of thing under a tag
+    assert found.Histograms(tags.LAYERS + tags.HISTOGRAM)[0].histogram_value.num == 4
+    density = found.Histograms(tags.DENSITY + tags.HISTOGRAM)[0].histogram_value
     assert density.num == pytest.approx(1000)
     assert sum(density.bucket) == pytest.approx(1000)
 
@@ -117,7 +119,7 @@ def test_without_matplotlib_there_are_histograms(tmp_path: Path, monkeypatch: py
     fit(Scored(), [SharpnessMonitor(quantities=["spectral_density", "layer_traces"], **QUICK)], board)
     found = events(board.log_dir)
     assert not found.Tags()["images"]
-    assert set(found.Tags()["histograms"]) == {tags.DENSITY, tags.LAYERS}
+    assert set(found.Tags()["histograms"]) == {tags.DENSITY + tags.HISTOGRAM, tags.LAYERS + tags.HISTOGRAM}
 
 
 def test_weights_that_are_not_finite_are_logged_as_such(tmp_path: Path) -> None:
@@ -158,7 +160,9 @@ def test_the_histogram_of_the_density_counts_weights() -> None:
             kept.update(values, tag=tag)
 
     _report._histogram(Writer(), density, step=4, buckets=10)
-    assert (kept["tag"], kept["global_step"], kept["min"], kept["max"]) == (tags.DENSITY, 4, 0.0, 10.0)
+    assert (kept["tag"], kept["global_step"], kept["min"], kept["max"]) == (
+        tags.DENSITY + tags.HISTOGRAM, 4, 0.0, 10.0,
+    )  # fmt: skip
     assert kept["bucket_limits"] == pytest.approx(list(range(1, 11)))
     assert kept["bucket_counts"] == pytest.approx([700, 200, 0, 0, 0, 0, 0, 0, 0, 100])
     assert (kept["num"], kept["sum"], kept["sum_squares"]) == pytest.approx((1000, 1200, 10200))

@@ -46,7 +46,7 @@ def figures(trainer: pl.Trainer, result: Measurement, step: int) -> None:
         if result.density is not None:
             _histogram(writer, result.density, step)
         if with_traces:
-            writer.add_histogram(tags.LAYERS, traces, step)
+            writer.add_histogram(tags.LAYERS + tags.HISTOGRAM, traces, step)
         if importlib.util.find_spec("matplotlib") is None:
             continue
         if result.density is not None:
@@ -114,7 +114,7 @@ def _histogram(writer: Any, density: SpectralDensity, step: int, buckets: int = 
     counts = torch.zeros(buckets, dtype=torch.float64)
     counts.index_add_(0, ((nodes - low) / width).long().clamp(0, buckets - 1), weights)
     writer.add_histogram_raw(
-        tags.DENSITY,
+        tags.DENSITY + tags.HISTOGRAM,
         min=low,
         max=high,
         num=float(weights.sum()),
