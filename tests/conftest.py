@@ -1,7 +1,9 @@
 """Settings for all tests: one thread, fixed seeds, no test changes another's random numbers or working directory."""
 
 import random
+from typing import Any
 
+import matrix
 import numpy as np
 import pytest
 import torch
@@ -15,3 +17,16 @@ def _one_thread_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(0)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
+
+
+@pytest.fixture(scope="session")
+def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The plain run of each row of the parity matrix, made once."""
+    known: dict[str, matrix.Record] = {}
+
+    def get(row: matrix.Row) -> matrix.Record:
+        if row.id not in known:
+            known[row.id] = matrix.run(row, None, tmp_path_factory.mktemp("plain"))
+        return known[row.id]
+
+    return get

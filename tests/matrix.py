@@ -5,6 +5,7 @@
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_ire import IRE, SAM, SampledFisher, tags
 
-OUR_TAGS = frozenset((*tags.IRE_TAGS, *tags.SAM_TAGS))
+MONITOR_TAGS = (*tags.SHARPNESS_TAGS, *tags.STABILITY_TAGS)
+DETAILS = ("", tags.STDERR, tags.RESIDUAL, tags.CONVERGED)
+OUR_TAGS = frozenset((*tags.IRE_TAGS, *tags.SAM_TAGS, *(tag + detail for tag in MONITOR_TAGS for detail in DETAILS)))
 EPOCHS, BATCH = 2, 8
 SAMPLES = 44  # six batches, the last one short
 
@@ -293,7 +296,7 @@ class Record:
     steps: int
 
 
-def run(row: Row, ire: IRE | None, folder: Path, last: bool = False) -> Record:
+def run(row: Row, ire: pl.Callback | None, folder: Path, last: bool = False) -> Record:
     """Train once from fixed random states.
 
     Args:
@@ -430,7 +433,8 @@ def without_folder(value: Any, folder: str) -> Any:
 def profile(trainer: pl.Trainer) -> dict[str, int]:
     """How often which action ran, without those of our callback."""
     durations = getattr(trainer.profiler, "recorded_durations", {})
-    counts = {name: len(times) for name, times in durations.items() if "IRE" not in name}
+    ours = re.compile(r"\[Callback\](IRE|Monitored)\b")
+    counts = {name: len(times) for name, times in durations.items() if not ours.search(name)}
     return {name.replace(trainer.default_root_dir, "FOLDER"): count for name, count in counts.items()}
 
 

@@ -49,19 +49,6 @@ def assert_same(row: Row, plain: Record, ours: Record) -> None:
     assert not different, f"{len(different)} differences:\n" + "\n".join(line[:300] for line in different[:12])
 
 
-@pytest.fixture(scope="module")
-def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Each row's plain run, made once."""
-    known: dict[str, Record] = {}
-
-    def get(row: Row) -> Record:
-        if row.id not in known:
-            known[row.id] = matrix.run(row, None, tmp_path_factory.mktemp("plain"))
-        return known[row.id]
-
-    return get
-
-
 @pytest.mark.parametrize("row", cells("forced"))
 def test_forced_second_pass(row: Row, plain_runs: Any, tmp_path: Path) -> None:
     """IRE(kappa=0, perturbation=SAM(0)): every micro-batch that was back-propagated runs exactly twice."""
