@@ -1,5 +1,6 @@
 """What `lightning_ire/_lightning.py` relies on in Lightning and torch: each fails loudly when a release changes it."""
 
+import functools
 from typing import Any
 
 import cases
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import Classifier
 from lightning.pytorch.cli import LightningCLI
+from matrix import Rows
 from torch.overrides import TorchFunctionMode
 
 from lightning_ire import IRE, SAM, _lightning
@@ -175,3 +177,125 @@ def test_a_skipped_step_of_a_grad_scaler_runs_no_post_hook() -> None:
         scaler.update()
         optimizer.zero_grad()
     assert calls == [1]
+
+
+class Axes(pl.Callback):
+    """Where Lightning's own metrics go, and where `logger_step` says they go."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.epochs: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.steps.append(_lightning.logger_step(trainer))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.epochs.append(_lightning.logger_step(trainer, epoch_end=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_logger_step_is_lightnings_own(accumulate: int) -> None:
+    class Logs(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss, on_step=True, on_epoch=True)
+            return loss
+
+    axes, rows = Axes(), Rows()
+    cases.fit(Logs(), [axes], logger=rows, accumulate_grad_batches=accumulate)
+    assert axes.steps == [step for step, row in rows.rows if "loss_step" in row]
+    assert axes.epochs == [step for step, row in rows.rows if "loss_epoch" in row]
+    assert len(axes.steps) == 16 // accumulate
+    assert len(axes.epochs) == 2
+
+
+def test_a_moved_batch_has_been_through_the_plugin_and_the_three_hooks() -> None:
+    events: list[Any] = []
+
+    class Hooks(Classifier):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            events.append(("before", dataloader_idx, batch[0].dtype))
+            return batch
+
+        def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+            events.append(("transfer", dataloader_idx, device))
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            events.append(("after", dataloader_idx))
+            return [batch[0] + 1, batch[1]]
+
+    trainer = cases.fit(Hooks(), precision="64-true", limit_train_batches=1, max_epochs=1)
+    once = list(events)
+    events.clear()
+    x, y = torch.ones(2, cases.FEATURES), torch.zeros(2, dtype=torch.long)
+    moved = _lightning.moved_batch(trainer, [x, y])
+    assert events == once == [("before", 0, torch.float64), ("transfer", 0, torch.device("cpu")), ("after", 0)]
+    assert torch.equal(moved[0], torch.full((2, cases.FEATURES), 2.0, dtype=torch.float64))
+
+
+def test_step_arguments_are_those_that_lightning_gives() -> None:
+    class One(Classifier):
+        def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+            return super().training_step(batch, 0)
+
+    class Other(Classifier):
+        def training_step(self, batch: Any, number: int) -> Any:  # type: ignore[override]
+            assert number == self.calls
+            return super().training_step(batch, number)
+
+    for module, expected in ((One(), ("b",)), (Other(), ("b", 7)), (Classifier(), ("b", 7))):
+        assert _lightning.step_arguments(module.training_step, "b", 7) == expected
+        cases.fit(module, max_epochs=1)
+        assert module.calls == 8
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-mixed", torch.float32), ("64-true", torch.float64), ("bf16-true", torch.bfloat16)],
+)
+def test_full_precision_step_is_without_autocast_and_with_the_weights_dtype(precision: str, dtype: torch.dtype) -> None:
+    trainer = cases.fit(Classifier(), precision=precision, limit_train_batches=1, max_epochs=1)
+    with _lightning.full_precision_step(trainer):
+        assert not torch.is_autocast_enabled("cpu")
+        assert torch.zeros(1).dtype == dtype
+        if precision == "bf16-mixed":
+            with trainer.precision_plugin.train_step_context():
+                assert torch.is_autocast_enabled("cpu")
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * gradient
+
+
+def test_torch_differentiates_past_a_function_that_is_marked_once_differentiable() -> None:
+    """Why `differentiable_once` looks: the day that torch raises by itself, it can go."""
+    x = torch.tensor([2.0], requires_grad=True)
+    (wrong,) = torch.autograd.grad((Once.apply(x) * x).sum(), x, create_graph=True)
+    assert _lightning.differentiable_once([None, wrong])
+    (product,) = torch.autograd.grad(wrong, x, torch.ones(1))
+    assert product.item() != pytest.approx(48.0)  # (x^4)'' = 12 x^2
+    (right,) = torch.autograd.grad((x**4).sum(), x, create_graph=True)
+    assert not _lightning.differentiable_once([right, None, torch.ones(1)])
+
+
+def test_own_method_goes_behind_our_wrappers_only() -> None:
+    module = Classifier()
+    original = module.training_step
+    patches, more = _lightning.Patches(), _lightning.Patches()
+    patches.put(module, "training_step", lambda *args: "ours")
+    more.put(module, "training_step", lambda *args: "ours too")
+    assert _lightning.own_method(module, "training_step") == original
+
+    theirs = functools.wraps(module.training_step)(lambda *args: "theirs")
+    module.training_step = theirs  # type: ignore[method-assign]
+    assert _lightning.own_method(module, "training_step") is theirs

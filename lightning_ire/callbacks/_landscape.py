@@ -359,7 +359,7 @@ class Landscape:
         if loss.requires_grad:
             gradients = list(torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True))
             if differentiable_once(gradients):
-                raise RuntimeError("a function in the loss is marked `once_differentiable`")
+                raise RuntimeError("a function in the loss has a backward pass without a derivative")
         if len(self.probe) == 1:
             self._graph = gradients
         return gradients

@@ -66,7 +66,7 @@ def density_figure(density: SpectralDensity) -> Figure:
     grid, values = density.smoothed()
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    floor = max(float(density.weights.min()), 1e-12) * 1e-2
+    floor = float(values.max()) * 1e-8
     axes.fill_between(grid.numpy(), values.clamp(min=floor).numpy(), floor, alpha=0.35)
     axes.plot(grid.numpy(), values.clamp(min=floor).numpy(), linewidth=1)
     axes.set_yscale("log")

@@ -209,11 +209,14 @@ class SharpnessMonitor(Callback):
     ) -> None:
         """Measure after every n-th optimizer step."""
         step = trainer.global_step
+        if self._recording:  # the probe is not complete
+            return
         if self.every_n_steps and step and step % self.every_n_steps == 0 and step != self._measured_at:
             self._measure_and_log(trainer, pl_module, logger_step(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure at the end of every n-th epoch."""
+        self._recording = False  # an epoch shorter than the probe: it stays as it is
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due and trainer.global_step != self._measured_at:
             self._measure_and_log(trainer, pl_module, logger_step(trainer, epoch_end=True))
@@ -260,7 +263,7 @@ class SharpnessMonitor(Callback):
     # On demand
 
     def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> Measurement:
-        """Measure now; nothing is logged. To be called on all devices.
+        """Measure now; nothing is logged. To be called on all devices, not between a forward pass and its backward.
 
         Args:
             trainer: A trainer that is fitting or validating the module, or has done so.
@@ -299,6 +302,8 @@ class SharpnessMonitor(Callback):
                 raise ValueError("no parameter requires a gradient")
             if self._probe is not None and len(self._probe):
                 return self._probe
+            if self._recording:
+                raise ValueError("training has not seen a batch yet")
             loader, drawable = probe_loader(trainer, module)
             if loader is None:
                 raise ValueError(
