@@ -253,6 +253,24 @@ def test_ratio_of_sam_and_ire(adaptive: bool, kappa: float) -> None:
         assert 0.3 * (edge + 0.2 / norm * edge**2) == pytest.approx(3.8, rel=1e-6)
 
 
+def test_the_boost_of_a_step_follows_the_schedule_of_kappa_and_the_start() -> None:
+    def falling(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 3 else 0.25)
+
+    module = Exact(optimizer=cases.sgd)
+    module.make_scheduler = falling
+    ire = IRE(4.0, gamma=0.5, kappa_schedule="lr", exclude="net.0.bias", interval=1)
+    trainer = trained(module, SharpnessMonitor(None, None), ire)
+    factors = ire.boost_factors(module, trainer.optimizers[0])
+    masks = ire._progress.masks.masks
+    assert {id(p) for name, p in module.named_parameters() if name != "net.0.bias"} == factors.keys()
+    for name, parameter in module.named_parameters():
+        if name != "net.0.bias":
+            assert torch.equal(factors[id(parameter)], torch.where(masks[name], 2.0, 1.0).double())
+    ire._progress.started_at = None  # as before the start
+    assert ire.boost_factors(module, trainer.optimizers[0]) == {}
+
+
 def test_ascent_before_the_first_step_uses_the_gradient_of_the_probe() -> None:
     module = Exact(optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.3))
     ire = IRE(0.0, perturbation=SAM(0.2))

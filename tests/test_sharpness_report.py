@@ -19,7 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher, SharpnessMonitor, tags
 from lightning_ire.callbacks import _report
-from lightning_ire.callbacks._measurement import QUANTITIES, Accuracy, most_work
+from lightning_ire.callbacks._measurement import QUANTITIES, Settings, most_work
 from lightning_ire.cli import main
 from lightning_ire.functional import SpectralDensity
 
@@ -293,7 +293,7 @@ def test_no_more_work_than_said(num_batches: int, quantities: list[str], sam: bo
     refused = sam and "sgd_ratio" in quantities
     with pytest.warns(UserWarning, match="skips sgd_ratio") if refused else nullcontext():
         monitor.measure(trainer, module)
-    said = most_work(quantities, Accuracy(**accuracy), num_batches, sam)
+    said = most_work(quantities, Settings(**accuracy), num_batches, sam)
     assert count["products"] <= said["products"]
     assert count["backward"] - count["products"] <= said["backward"]
     assert module.forwards <= said["forward"]
@@ -310,7 +310,7 @@ def test_the_summary_says_when_what_and_at_what_cost(tmp_path: Path, caplog: pyt
     assert "trace_fisher, trace_hessian, lambda_max every 5 steps and every epoch on 2 batches of 8 per device" in line
     assert "92 parameters" in line
     assert "eval mode" in line
-    work = most_work(("trace_fisher", "trace_hessian", "lambda_max"), Accuracy(), 2, sam=False)
+    work = most_work(("trace_fisher", "trace_hessian", "lambda_max"), Settings(), 2, sam=False)
     assert work == {"forward": 356, "backward": 356, "products": 228}
     assert "at most 356 forward passes, 356 backward passes and 228 Hessian products" in line
 

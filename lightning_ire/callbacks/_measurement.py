@@ -28,7 +28,7 @@ from lightning_ire.functional import (
     spectral_density,
 )
 
-__all__ = ["BASIS", "QUANTITIES", "Accuracy", "Measurement", "Quantity", "measure", "most_work"]
+__all__ = ["BASIS", "QUANTITIES", "Measurement", "Quantity", "Settings", "measure", "most_work"]
 
 Quantity = Literal[
     "trace_fisher",
@@ -50,7 +50,7 @@ _DENSITY_VECTORS, _DENSITY_STEPS = 4, 30
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class Settings:
     """How the quantities are to be measured.
 
     Attributes:
@@ -114,7 +114,7 @@ class _Work:
     trainer: pl.Trainer
     module: pl.LightningModule
     landscape: Landscape
-    accuracy: Accuracy
+    settings: Settings
     result: Measurement
     krylov: Krylov | None = None
 
@@ -133,7 +133,7 @@ class _Work:
     def _trace(self) -> MeanEstimate:
         """With the subspace that the eigenvalues leave behind taken out, where they were measured."""
         landscape, generator = self.landscape, self.landscape.generator("trace")
-        error, most = self.accuracy.relative_error, self.accuracy.max_vectors
+        error, most = self.settings.relative_error, self.settings.max_vectors
         krylov, self.krylov = self.krylov, None
         if krylov is not None:
             sizes = [parameter.numel() for parameter in landscape.parameters]
@@ -150,16 +150,16 @@ class _Work:
         )
 
     def eigenvalues(self, wanted: Sequence[str]) -> None:
-        count = self.accuracy.num_eigenvalues if "lambda_max" in wanted else 0
+        count = self.settings.num_eigenvalues if "lambda_max" in wanted else 0
         ends = self._lanczos(self.landscape.product, largest=count, smallest=int("lambda_min" in wanted))
         self.krylov = ends.krylov
-        names = [tags.LAMBDA_MAX, *(f"sharpness/lambda_{rank}" for rank in range(2, count + 1))]
+        names = [tags.LAMBDA_MAX, *(tags.LAMBDA_RANK.format(rank) for rank in range(2, count + 1))]
         found = list(zip(names, ends.largest, strict=False)) + [(tags.LAMBDA_MIN, value) for value in ends.smallest]
         largest = max(map(abs, [*ends.largest, *ends.smallest]), default=math.nan)
         for (tag, value), residual in zip(found, ends.residuals, strict=True):
             self.result.add(tag, value)
             self.result.values[tag + tags.RESIDUAL] = residual
-            self.result.values[tag + tags.CONVERGED] = float(residual <= self.accuracy.tolerance * largest)
+            self.result.values[tag + tags.CONVERGED] = float(residual <= self.settings.tolerance * largest)
 
     def _lanczos(self, product: Callable[[Tensor], Tensor], largest: int, smallest: int) -> Extremes:
         self.landscape.reserve(BASIS + 5)
@@ -172,8 +172,8 @@ class _Work:
             start,
             largest=largest,
             smallest=smallest,
-            tolerance=self.accuracy.tolerance,
-            max_products=self.accuracy.max_iterations,
+            tolerance=self.settings.tolerance,
+            max_products=self.settings.max_iterations,
             basis=BASIS,
         )
 
@@ -200,7 +200,7 @@ class _Work:
         geometry = self._geometry()
         if geometry.ascent:
             raise UnknownStep("the condition is known for steps without SAM only")
-        together, count = self.accuracy.accumulate, len(self.landscape.probe)
+        together, count = self.settings.accumulate, len(self.landscape.probe)
         if count < together:
             raise UnknownStep(f"a training batch is {together} batches and the probe has {count}: raise `num_batches`")
         groups = [list(range(first, first + together)) for first in range(0, count - together + 1, together)]
@@ -212,21 +212,21 @@ class _Work:
             return torch.stack(parts).mean(0)
 
         # the mean of the sum of both parts is no quantity to stop by: all vectors are used, as many as for a trace
-        pairs = adaptive_mean(draw, relative_error=0, max_draws=max(self.accuracy.max_vectors // len(groups), 8))
+        pairs = adaptive_mean(draw, relative_error=0, max_draws=max(self.settings.max_vectors // len(groups), 8))
         ratio, stderr = ratio_of_means(pairs)
         self.result.add(tags.SGD_RATIO, 0.5 * geometry.gain * ratio, 0.5 * geometry.gain * stderr)
 
     def trace_fisher(self, wanted: Sequence[str]) -> None:
-        number = iter(range(self.accuracy.max_vectors))
+        number = iter(range(self.settings.max_vectors))
         trace = adaptive_mean(
             lambda: self.landscape.fisher_trace(next(number)),
-            relative_error=self.accuracy.relative_error,
-            max_draws=self.accuracy.max_vectors,
+            relative_error=self.settings.relative_error,
+            max_draws=self.settings.max_vectors,
         )
         self.result.add(tags.TRACE_FISHER, trace.value, trace.stderr)
 
     def ascent_gap(self, wanted: Sequence[str]) -> None:
-        self.result.add(tags.ASCENT_GAP, self.landscape.ascent_gap(self.accuracy.rho))
+        self.result.add(tags.ASCENT_GAP, self.landscape.ascent_gap(self.settings.rho))
 
     def _geometry(self) -> StepGeometry:
         if not self.trainer.optimizers:
@@ -251,7 +251,7 @@ def measure(
     module: pl.LightningModule,
     landscape: Landscape,
     quantities: Sequence[str],
-    accuracy: Accuracy,
+    settings: Settings,
     warn: Callable[[str, str], None],
 ) -> Measurement:
     """Measure; a quantity that cannot be measured is skipped, the others go on.
@@ -261,12 +261,12 @@ def measure(
         module: The module.
         landscape: Its loss, inside :func:`~lightning_ire.callbacks._landscape.measuring`.
         quantities: Which of :data:`QUANTITIES`.
-        accuracy: How exact.
+        settings: How.
         warn: Called with a quantity and why it was skipped.
     """
     result = Measurement(trainer.global_step)
-    work = _Work(trainer, module, landscape, accuracy, result)
-    for mode, of_steps in ((accuracy.mode, False), ("train", True)):
+    work = _Work(trainer, module, landscape, settings, result)
+    for mode, of_steps in ((settings.mode, False), ("train", True)):
         todo = [(run, [one for one in together if one in quantities]) for together, run in _TOGETHER]
         todo = [(run, wanted) for run, wanted in todo if wanted and (wanted[0] in _OF_STEPS) == of_steps]
         if not todo:
@@ -287,12 +287,12 @@ def measure(
     return result
 
 
-def most_work(quantities: Sequence[str], accuracy: Accuracy, batches: int, sam: bool) -> dict[str, int]:
+def most_work(quantities: Sequence[str], settings: Settings, batches: int, sam: bool) -> dict[str, int]:
     """The most that one measurement can take, as numbers of passes over one batch.
 
     Args:
         quantities: Which of :data:`QUANTITIES`.
-        accuracy: How exact.
+        settings: How.
         batches: Batches of the probe.
         sam: Whether the run's steps are SAM's.
 
@@ -301,20 +301,20 @@ def most_work(quantities: Sequence[str], accuracy: Accuracy, batches: int, sam: 
     """
     forward = backward = products = 0
     if "trace_fisher" in quantities:
-        backward += accuracy.max_vectors * batches
-        forward += 1 if batches == 1 else accuracy.max_vectors * batches
+        backward += settings.max_vectors * batches
+        forward += 1 if batches == 1 else settings.max_vectors * batches
     of_loss = of_steps = 0
     if {"trace_hessian", "trace_normalized", "layer_traces"} & set(quantities):
-        of_loss += accuracy.max_vectors * batches
+        of_loss += settings.max_vectors * batches
     if {"lambda_max", "lambda_min"} & set(quantities):
-        of_loss += accuracy.max_iterations * batches
+        of_loss += settings.max_iterations * batches
     if "spectral_density" in quantities:
         of_loss += _DENSITY_VECTORS * _DENSITY_STEPS * batches
     if "stability" in quantities:
-        of_steps += accuracy.max_iterations * (2 if sam else 1) * batches
+        of_steps += settings.max_iterations * (2 if sam else 1) * batches
         forward, backward = (forward + batches, backward + batches) if sam else (forward, backward)
     if "sgd_ratio" in quantities:
-        of_steps += max(accuracy.max_vectors, 8 * batches)
+        of_steps += max(settings.max_vectors, 8 * batches)
     for products in (of_loss, of_steps):  # the graph of a gradient is kept if there is one batch
         if products:
             forward += 1 if batches == 1 else products

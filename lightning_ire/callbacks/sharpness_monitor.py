@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire._lightning import Patches, check_strategy, logger_step
 from lightning_ire.callbacks._landscape import Landscape, MeasurementError, agreed, measuring
-from lightning_ire.callbacks._measurement import BASIS, QUANTITIES, Accuracy, Measurement, Quantity, measure, most_work
+from lightning_ire.callbacks._measurement import BASIS, QUANTITIES, Measurement, Quantity, Settings, measure, most_work
 from lightning_ire.callbacks._no_trace import no_trace
 from lightning_ire.callbacks._probe import Probe, probe_loader
 from lightning_ire.callbacks._report import HyperParameters, figures, tensorboards
@@ -290,7 +290,7 @@ class SharpnessMonitor(Callback):
                     seed=self.seed,
                     tick=bar.update,
                 )
-                self.last = measure(trainer, module, landscape, self.quantities, self._accuracy(trainer), self._warn)
+                self.last = measure(trainer, module, landscape, self.quantities, self._settings(trainer), self._warn)
         self._exact = landscape.exact
         if self.last.out_of_memory:
             self._after_out_of_memory(landscape)
@@ -324,8 +324,8 @@ class SharpnessMonitor(Callback):
             self._probe.shorten(int(trainer.strategy.reduce(fewest, reduce_op="min")))
         return self._probe
 
-    def _accuracy(self, trainer: pl.Trainer) -> Accuracy:
-        return Accuracy(
+    def _settings(self, trainer: pl.Trainer) -> Settings:
+        return Settings(
             mode=self.mode,
             relative_error=self.relative_error,
             max_vectors=self.max_vectors,
@@ -341,12 +341,12 @@ class SharpnessMonitor(Callback):
     def _progress_bar(self, trainer: pl.Trainer, batches: int) -> tqdm:
         """Shows itself when a measurement takes longer than a few seconds."""
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        work = most_work(self.quantities, self._accuracy(trainer), batches, _sam(trainer))
+        work = most_work(self.quantities, self._settings(trainer), batches, _sam(trainer))
         total = work["backward"] + work["products"]
         return tqdm(desc="Sharpness (at most)", total=total, delay=3, leave=False, disable=not shown, position=1)
 
     def _summary(self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> str:
-        work = most_work(self.quantities, self._accuracy(trainer), self.num_batches, _sam(trainer))
+        work = most_work(self.quantities, self._settings(trainer), self.num_batches, _sam(trainer))
         times = [f"every {_count(self.every_n_steps, 'step')}"] if self.every_n_steps else []
         times += [f"every {_count(self.every_n_epochs, 'epoch')}"] if self.every_n_epochs else []
         size = self.batch_size or getattr(loader, "batch_size", None)
