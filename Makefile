@@ -25,10 +25,10 @@ run: env  ## train the embedded digits config with SGD-IRE (another one: make ru
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python cli.py fit --config $(CONFIG)
 
 test: env lint  ## lint, types and the fast tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m 'not slow'
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'not slow'
 
 test-all: env  ## the long cells too
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m slow
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

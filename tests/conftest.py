@@ -9,6 +9,16 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share an expensive fixture go to one worker of `pytest -n --dist loadgroup`, which makes it once."""
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        if "ranks" in names:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+        elif "plain_runs" in names:
+            item.add_marker(pytest.mark.xdist_group(item.callspec.params["row"].id))  # type: ignore[attr-defined]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)

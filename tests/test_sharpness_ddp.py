@@ -24,6 +24,7 @@ from lightning_ire import tags
 from lightning_ire.callbacks._probe import Probe
 from lightning_ire.functional import sgd_limit
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 SIZE, TENSORS = 92, 4  # of the module's parameters
 

@@ -359,7 +359,7 @@ def test_no_stability_line_where_the_step_is_not_known(name: str) -> None:
 def test_sgd_ratio_converges_to_its_definition(accumulate: int) -> None:
     """(eta / 2) mean ||H_B||_F^2 / mean Tr H_B over training batches, which two probe batches may make up."""
     module = Exact(optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.5, dampening=0.2))
-    monitor = SharpnessMonitor(quantities=["sgd_ratio"], num_batches=2, batch_size=6, max_vectors=4000)
+    monitor = SharpnessMonitor(quantities=["sgd_ratio"], num_batches=2, batch_size=6, max_vectors=1200)
     trained(module, monitor, accumulate_grad_batches=accumulate)
     batches = probe_batches(monitor)
     groups = [[batch] for batch in batches] if accumulate == 1 else [batches]
@@ -367,7 +367,7 @@ def test_sgd_ratio_converges_to_its_definition(accumulate: int) -> None:
     norm = sum(float(h.square().sum()) for h in hessians) / sum(float(h.trace()) for h in hessians)
     truth = 0.3 * 0.8 / 0.5 / 2 * norm
     value, error = (monitor.last.values[tags.SGD_RATIO + suffix] for suffix in ("", tags.STDERR))
-    assert abs(value - truth) < 3 * error < 0.1 * truth
+    assert abs(value - truth) < 3 * error < 0.15 * truth
 
 
 def test_sgd_ratio_is_skipped_where_it_is_not_known() -> None:
@@ -414,7 +414,7 @@ def test_the_normalized_trace_does_not_change_with_the_scale_of_weights_before_a
     net[1].eps = 1e-12
     module = Exact(net)
     monitor = SharpnessMonitor(
-        quantities=["trace_normalized", "layer_traces"], mode="train", relative_error=0.0, max_vectors=3000
+        quantities=["trace_normalized", "layer_traces"], mode="train", relative_error=0.0, max_vectors=2000
     )
     trainer = trained(module, monitor)
     module.train()
@@ -428,7 +428,7 @@ def test_the_normalized_trace_does_not_change_with_the_scale_of_weights_before_a
     assert blocks[1]["net.3.weight"] == pytest.approx(blocks[0]["net.3.weight"], rel=1e-6)
     for truth, measurement in zip(blocks, found, strict=True):
         for name in ("net.0.weight", "net.3.weight"):
-            assert measurement.layer_traces[name] == pytest.approx(truth[name], rel=0.1)
+            assert measurement.layer_traces[name] == pytest.approx(truth[name], rel=0.2)
     before, after = (measurement.values[tags.TRACE_NORMALIZED] for measurement in found)
     errors = [measurement.values[tags.TRACE_NORMALIZED + tags.STDERR] for measurement in found]
     assert abs(after - before) < 3 * (errors[0] ** 2 + errors[1] ** 2) ** 0.5 < 0.2 * before
