@@ -1,7 +1,14 @@
 """Small modules, data and runs that the tests of the callback share."""
 
 import copy
-from collections.abc import Callable, Sequence
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -121,3 +128,31 @@ def moved(first: nn.Module, second: nn.Module) -> float:
     """Largest difference between the parameters of two modules."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
+
+
+def two_processes(script: str, folder: Path) -> list[dict[str, Any]]:
+    """Run a script of this folder, which trains in two processes, and return what each rank has saved in `folder`."""
+    here = Path(__file__).parent
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_"))}
+    environment |= {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(here / script), str(folder)],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        errors = process.communicate(timeout=240)[1]
+    except subprocess.TimeoutExpired:  # ranks that wait for each other
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, errors[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@contextmanager
+def monitor_warnings() -> Iterator[list[str]]:
+    """What SharpnessMonitor says in the block; only this is kept from being an error."""
+    ours: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield ours
+    ours += [str(one.message) for one in caught if "SharpnessMonitor" in str(one.message)]

@@ -1,10 +1,5 @@
 """Two processes on the CPU: replicas never drift, and equal one process on the joined batch where they should."""
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import cases
@@ -14,26 +9,10 @@ import torch
 import torch.nn.functional as F
 from cases import Classifier, Net
 
-HERE = Path(__file__).parent
-
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ddp")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_"))}
-    paths = [str(HERE), str(HERE.parent)]
-    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    script = subprocess.Popen(
-        [sys.executable, str(HERE / "ddp_script.py"), str(folder)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        errors = script.communicate(timeout=240)[1]
-    except subprocess.TimeoutExpired:  # ranks that wait for each other
-        os.killpg(script.pid, signal.SIGKILL)
-        raise
-    assert script.returncode == 0, errors[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return cases.two_processes("ddp_script.py", tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("name", ddp_script.RUNS)

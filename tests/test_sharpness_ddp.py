@@ -2,10 +2,6 @@
 
 import csv
 import math
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +21,6 @@ from lightning_ire.callbacks._probe import Probe
 from lightning_ire.functional import sgd_limit
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
 SIZE, TENSORS = 92, 4  # of the module's parameters
 
 
@@ -36,20 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_"))}
-    paths = [str(HERE), str(HERE.parent)]
-    environment |= {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(HERE / "sharpness_ddp_script.py"), str(folder)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        errors = process.communicate(timeout=240)[1]
-    except subprocess.TimeoutExpired:  # ranks that wait for each other
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, errors[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return cases.two_processes("sharpness_ddp_script.py", folder)
 
 
 def flat_loss(batch: Any) -> Any:

@@ -3,10 +3,8 @@
 import copy
 import math
 import random
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import cases
@@ -52,16 +50,6 @@ VECTORS = 3
 HESSIAN = ["trace_hessian", "lambda_max", "lambda_min"]
 TIGHT: dict[str, Any] = {"max_vectors": VECTORS, "tolerance": 1e-10, "max_iterations": 300}
 WHERE: dict[str, Any] = {"every_n_epochs": None}
-
-
-@contextmanager
-def our_warnings() -> Iterator[list[str]]:
-    """What the monitor says in the block."""
-    ours: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield ours
-    ours += [str(one.message) for one in caught if "SharpnessMonitor" in str(one.message)]
 
 
 class Numbers(SharpnessMonitor):
@@ -115,7 +103,7 @@ def measured(
     """The numbers after one step, the probe's first batch, and what was said."""
     monitor = Numbers(quantities=HESSIAN, **TIGHT) if monitor is None else monitor
     trainer = trained(module, train, **kwargs)
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         result = monitor.measure(trainer, getattr(module, "_orig_mod", module))
     return result.values, monitor._probe._batches[0] if monitor._probe else None, said
 
@@ -291,7 +279,7 @@ def test_a_loss_that_cannot_be_differentiated_twice(make: Any, plain: Any, words
     trainer = trained(module)
     quantities = [*HESSIAN, "ascent_gap", "trace_fisher"]
     monitor = Numbers(quantities=quantities, **{**TIGHT, "tolerance": 1e-7})
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         first, second = monitor.measure(trainer, module), monitor.measure(trainer, module)
     assert len(said) == 1
     assert words in said[0]
@@ -305,7 +293,7 @@ def test_a_loss_that_cannot_be_differentiated_twice(make: Any, plain: Any, words
     for tag in (tags.ASCENT_GAP, tags.TRACE_FISHER):
         assert second.values[tag] == pytest.approx(same.values[tag], rel=1e-9)
     strict = Numbers(quantities=quantities, hvp="exact", **TIGHT)
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         assert set(strict.measure(trainer, module).skipped) == set(HESSIAN)
     assert len(said) == 3
 
@@ -355,7 +343,7 @@ def test_a_loss_without_curvature_or_without_a_graph(kind: Any, hvp: str) -> Non
     trainer = trained(Module())
     monitor = Numbers(quantities=[*HESSIAN, "ascent_gap"], hvp=hvp, **TIGHT)
     module = kind(nn.Linear(FEATURES, CLASSES))
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         result = monitor.measure(trainer, module)
     assert not said
     assert not result.skipped
@@ -433,7 +421,7 @@ def test_a_step_without_a_loss_on_the_probe_is_said(what: Any) -> None:
     module = Returns()
     module.what = torch.ones(3) if what == "many" else what
     wanted = set(QUANTITIES) - {"stability", "sgd_ratio"}  # the trainer's optimizer is that of another module
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         result = Numbers(quantities=wanted, num_batches=2, **TIGHT).measure(trained(Module()), module)
     assert result.values == {}
     assert set(result.skipped) == set(wanted)
@@ -922,7 +910,7 @@ def test_a_probe_dataloader_of_the_datamodule_or_the_module() -> None:
 def test_no_data_for_the_probe() -> None:
     module = Sees(probe_dataloader=lambda: DataLoader(Numbered(0), 4))
     monitor = SharpnessMonitor(quantities=["ascent_gap", "trace_hessian"])
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         result = monitor.measure(trained(module, DataLoader(Numbered(), 4)), module)
     assert result.values == {}
     assert said == ["SharpnessMonitor skips everything: the data for the probe is empty"]

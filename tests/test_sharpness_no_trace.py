@@ -5,10 +5,8 @@ import gc
 import math
 import pickle
 import random
-import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from csv import DictReader
 from dataclasses import replace
 from pathlib import Path
@@ -46,16 +44,6 @@ pytestmark = [
 ]
 
 FEW: dict[str, Any] = {"max_vectors": 2, "max_iterations": 2}
-
-
-@contextmanager
-def our_warnings() -> Iterator[list[str]]:
-    """What lightning_ire says in the block; only this is kept from being an error."""
-    ours: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield ours
-    ours += [str(one.message) for one in caught if "SharpnessMonitor" in str(one.message)]
 
 
 # The table
@@ -140,7 +128,7 @@ def test_a_run_with_measurements_is_the_run_without(row: Row, last: bool, plain_
     """Also the rows that IRE refuses. The monitor comes first in half of the rows, last in the others."""
     monitor = Monitored(every_n_steps=7, every_n_epochs=1, quantities=CHEAP, **FEW)
     plain = plain_runs(row)
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         ours = matrix.run(row, monitor, tmp_path, last=last)
     assert_same(row, without_transfers(plain), without_transfers(ours))
     # no hook of a callback and no backward pass: only the step and the transfer of its batch
@@ -214,7 +202,7 @@ def test_all_quantities_with_batchnorm_dropout_and_attention(
     settings = {"mode": mode, "num_batches": accumulate, "every_n_steps": every, "every_n_epochs": None}
     monitor = Monitored(quantities=QUANTITIES, **settings, **FEW)
     plain = matrix.run(row, None, tmp_path / "plain")
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         ours = matrix.run(row, monitor, tmp_path / "ours", last=accumulate == 1)
     assert_same(row, plain, ours)
     assert any(name.startswith("ire/") for _, metrics in plain.parts["rows"] for name in metrics) is bool(
@@ -297,7 +285,7 @@ def with_trouble(trouble: Any, tmp_path: Path, quantities: Any = CHEAP, **settin
     row = Row("trouble", "", lambda: Troubled(trouble))
     monitor = Monitored(every_n_steps=4, every_n_epochs=None, quantities=quantities, **{**FEW, **settings})
     plain = matrix.run(row, None, tmp_path / "plain")
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         ours = matrix.run(row, monitor, tmp_path / "ours")
     assert_same(row, plain, ours)
     assert len(monitor.measurements) == 3
@@ -352,7 +340,7 @@ def test_what_was_out_of_memory_is_freed_at_once() -> None:
     gc.collect()
     gc.disable()
     try:
-        with our_warnings():
+        with cases.monitor_warnings():
             SharpnessMonitor(**FEW).measure(trainer, module)
         assert alive
         assert [reference for reference in alive if reference() is not None] == []
@@ -392,7 +380,7 @@ def test_what_the_data_of_the_probe_took_is_freed_at_once() -> None:
     gc.collect()
     gc.disable()
     try:
-        with our_warnings() as said:
+        with cases.monitor_warnings() as said:
             SharpnessMonitor().measure(trainer, module)
         assert len(said) == len(alive) == 1
         assert alive[0]() is None
@@ -445,7 +433,7 @@ def test_an_error_of_the_probes_data_skips_everything(where: str, tmp_path: Path
     )
     monitor = Reads(every_n_steps=4, quantities=CHEAP, **FEW)
     plain = matrix.run(row, None, tmp_path / "plain")
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         ours = matrix.run(row, monitor, tmp_path / "ours")
     assert_same(row, plain, ours)
     assert [text for text in said if text] == ["SharpnessMonitor skips everything: the disk is gone"]
@@ -465,7 +453,7 @@ def test_weights_that_are_not_numbers(hvp: str, tmp_path: Path) -> None:
     row = Row("nan", "", Diverges)
     monitor = Monitored(every_n_steps=3, quantities=QUANTITIES, hvp=hvp, **FEW)
     plain = matrix.run(row, None, tmp_path / "plain")
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         ours = matrix.run(row, monitor, tmp_path / "ours")
     assert_same(row, plain, ours)
     assert math.isnan(monitor.last.values[tags.TRACE_HESSIAN])
@@ -480,7 +468,7 @@ def test_a_module_whose_only_trainable_parameter_is_empty(tmp_path: Path) -> Non
     module.empty = nn.Parameter(torch.zeros(0))
     trainer = cases.fit(Classifier(), max_steps=1)
     monitor = SharpnessMonitor(quantities=QUANTITIES, **FEW)
-    with our_warnings():
+    with cases.monitor_warnings():
         result = monitor.measure(trainer, module)
     assert {"lambda_max", "spectral_density", "stability"} <= set(result.skipped)
 
@@ -694,7 +682,7 @@ def test_validate_measures_too(where: str, inference_mode: bool, tmp_path: Path)
     random_after, before = matrix.random_streams(), copy.deepcopy(module.state_dict())
     data = {"datamodule": Data()} if where == "datamodule" else {"dataloaders": Data().val_dataloader()}
     trainer = cases.trainer([monitor], logger=(rows := matrix.Rows()), inference_mode=inference_mode)
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         (found,) = trainer.validate(module, **data, verbose=False)
     assert (random_before == random_after) == (random_after == matrix.random_streams())
     assert not list(matrix.differences(before, module.state_dict()))
@@ -718,7 +706,7 @@ def test_validate_measures_too(where: str, inference_mode: bool, tmp_path: Path)
 
 def test_stability_is_skipped_where_there_is_no_optimizer() -> None:
     monitor = SharpnessMonitor(quantities=["stability", "sgd_ratio"])
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         cases.trainer([monitor]).validate(WithData(), Data().val_dataloader(), verbose=False)
     assert set(monitor.last.skipped.values()) == {"there is no optimizer outside of fit"}
     assert len(said) == 2
@@ -754,7 +742,7 @@ def test_one_monitor_in_two_fits() -> None:
     other = SharpnessMonitor(quantities=[*CHEAP, "sgd_ratio"], **FEW)
     for one, module in ((monitor, rmsprop), (monitor, copy.deepcopy(rmsprop)), (other, copy.deepcopy(rmsprop))):
         data = cases.data(seed=1 if module is rmsprop else 4)
-        with our_warnings() as said:
+        with cases.monitor_warnings() as said:
             cases.fit(module, [one], cases.loader(data), max_epochs=1)
         assert len(said) == 2
     assert monitor.last.values == other.last.values
@@ -822,7 +810,7 @@ class WithoutRate(torch.optim.Optimizer):
 def test_optimizers_without_a_learning_rate(lr: float | None) -> None:
     module = Classifier(optimizer=lambda module: WithoutRate(module.parameters(), lr))
     monitor = SharpnessMonitor(quantities=CHEAP, **FEW)
-    with our_warnings() as said:
+    with cases.monitor_warnings() as said:
         cases.fit(module, [monitor], max_epochs=1)
     assert set(monitor.last.skipped) == {"stability"}
     assert len(said) == 1
