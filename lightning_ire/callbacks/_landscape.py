@@ -31,7 +31,6 @@ from lightning_ire.functional import (
     flatten_like,
     gradients_by_backward,
     hessian_product,
-    kept_buffers,
     perturbed,
     sam_displacement,
     seeded,
@@ -177,16 +176,16 @@ class Landscape:
         """
         modes = [(part, part.training) for part in self.module.modules()]
         self.release()
+        self._buffers = BufferState.capture(self.module)  # what every evaluation starts from
         try:
-            with kept_buffers(self.module):
-                for part, _ in modes:  # the attribute itself: `train()` may be overridden to do more
-                    part.training = mode == "train"
-                self._buffers = BufferState.capture(self.module)
-                yield
+            for part, _ in modes:  # the attribute itself: `train()` may be overridden to do more
+                part.training = mode == "train"
+            yield
         finally:
             for part, training in modes:
                 part.training = training
             self.release()
+            self._buffers.restore()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -244,9 +243,7 @@ class Landscape:
         Args:
             vector: v, the same on all devices.
         """
-        return self._with_fallback(
-            lambda: self._mean_over_devices(lambda: self._flat(self._local_product(vector, self._batches)), self.size)
-        )
+        return self.batch_product(vector, self._batches)
 
     def batch_product(self, vector: Tensor, batches: Sequence[int]) -> Tensor:
         """H_B v for the mean loss over some of the probe's batches (the same ones of each device).
