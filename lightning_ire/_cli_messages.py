@@ -14,6 +14,8 @@ _BESIDE_THE_POINT = re.compile(
     r"Problem with given|Does not validate|Subtypes: |Errors:|Given value|Expected a path but|Not a valid subclass|"
     r"Expected a <class 'NoneType'>|Subclass types expect|a class path|a dict with"
 )
+_WORKER = re.compile(r"^Caught \w+ in DataLoader worker.*\n(?:\w+\.)*\w+: ", re.DOTALL)
+"""What torch puts before the message of an error in a process that loads data: the whole traceback."""
 _PLAINER = (
     (r'Parser key "[^"]+":', ""),
     (r"Type .* callable class: ", ""),
@@ -40,6 +42,7 @@ def one_line(message: str) -> str:
         >>> one_line("Parser key \"ire.gamma\":\n  Expected a <class 'float'>. Got value: x")
         'ire.gamma: Expected float, got x'
     """
+    message = _WORKER.sub("", message)
     keys, depth = [], -1
     for indent, key in _KEY.findall(message):
         if len(indent) > depth:  # deeper: inside the class that was given for the key before; else: another attempt

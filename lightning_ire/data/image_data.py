@@ -1,0 +1,314 @@
+"""What the image datamodules share: batches, split, transforms, mixing."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire.data._batches import BatchPlan, Share, WholeBatches, plan_batches
+from lightning_ire.data.transforms import batch_mixing, evaluation_chain, torchvision_v2, training_chain
+
+__all__ = ["ImageData"]
+
+AUGMENTATIONS = ("none", "basic", "autoaugment", "randaugment")
+
+
+class ImageData(LightningDataModule, ABC):
+    """Images in classes, from files; subclasses say where they are.
+
+    **Batches.** An optimizer step sees `global_batch_size` images: each of D devices gets batches of
+    `global_batch_size / (D * A)`, where A, the number of accumulated micro-batches, is the smallest that keeps them
+    within `max_batch_per_device` (it is set as `trainer.accumulate_grad_batches`, unless that was given already). The
+    global batches are the same on any number of devices: their images depend on (`seed_everything`, epoch) alone.
+    Epochs consist of whole global batches; what is left over takes no part in that epoch.
+
+    **Evaluation.** With `val_size` 0 (the whole training set is trained on, as in the papers) validation shows the test
+    images: do not choose checkpoints or settings by it, give `val_size` for that. Every image counts once, on any
+    number of devices.
+
+    **Mixing** happens after a batch is on the device, so that all passes of a SAM step see the same mixed batch. The
+    draw is another one in each process. Labels are then probabilities [N, num_classes].
+
+    The probe of `SharpnessMonitor` has the evaluation transforms, on training images.
+
+    Attributes:
+        num_classes: Number of classes; `None` until it is known.
+        in_channels: 3.
+    """
+
+    num_classes: int | None = None
+    in_channels: int = 3
+
+    def __init__(
+        self,
+        root: str | Path,
+        global_batch_size: int,
+        max_batch_per_device: int | None = None,
+        eval_batch_size: int | None = None,
+        val_size: int | float = 0,
+        split_seed: int = 0,
+        augmentation: Literal["none", "basic", "autoaugment", "randaugment"] = "basic",
+        randaugment_ops: int = 2,
+        randaugment_magnitude: int = 15,
+        cutout_size: int = 0,
+        cutout_probability: float = 1.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        num_workers: int = 4,
+        pin_memory: bool = True,
+    ) -> None:
+        """Check the settings; nothing is read yet.
+
+        Args:
+            root: Folder of the data.
+            global_batch_size: Images per optimizer step, over all devices and micro-batches.
+            max_batch_per_device: Most images that a device takes at once; more are accumulated. `null`: no limit.
+            eval_batch_size: Images per batch and device in evaluation. `null`: as many as in training.
+            val_size: Training images held out for validation: a number, or a fraction below 1. 0: none.
+            split_seed: Seed of that choice.
+            augmentation: `none`; `basic`: crop and flip; `autoaugment`, `randaugment`: these as well.
+            randaugment_ops: Operations per image of RandAugment.
+            randaugment_magnitude: Their magnitude on torchvision's scale, 0 to 30.
+            cutout_size: Side in pixels of the square that Cutout zeroes; 0: no Cutout.
+            cutout_probability: Share of the training images with Cutout.
+            mixup_alpha: MixUp with lambda ~ Beta(alpha, alpha); 0: off.
+            cutmix_alpha: CutMix likewise; with both, one is drawn for each batch.
+            num_workers: Processes per device that load data.
+            pin_memory: Whether batches are put in page-locked memory where there is a CUDA device.
+
+        Raises:
+            ConfigurationError: If a value is out of range.
+        """
+        super().__init__()
+        self.root = Path(root).expanduser()
+        self.global_batch_size = check_whole("global_batch_size", global_batch_size, low=1)
+        self.max_batch_per_device = _optional("max_batch_per_device", max_batch_per_device)
+        self.eval_batch_size = _optional("eval_batch_size", eval_batch_size)
+        self.val_size = _check_size(val_size)
+        self.split_seed = check_whole("split_seed", split_seed, low=0)
+        self.augmentation = check_choice("augmentation", augmentation, AUGMENTATIONS)
+        self.randaugment_ops = check_whole("randaugment_ops", randaugment_ops, low=1)
+        self.randaugment_magnitude = check_whole("randaugment_magnitude", randaugment_magnitude, low=0)
+        if randaugment_magnitude > 30:
+            raise ConfigurationError(
+                f"Expected `randaugment_magnitude` to be a whole number in [0, 30], got {randaugment_magnitude!r}."
+            )
+        self.cutout_size = check_whole("cutout_size", cutout_size, low=0)
+        self.cutout_probability = check_number("cutout_probability", cutout_probability, high=1.0)
+        self.mixup_alpha = check_number("mixup_alpha", mixup_alpha)
+        self.cutmix_alpha = check_number("cutmix_alpha", cutmix_alpha)
+        self.num_workers = check_whole("num_workers", num_workers, low=0)
+        self.pin_memory = pin_memory
+        self._plan: BatchPlan | None = None
+        self._sources: dict[str, Any] = {}
+        self._held_out: Tensor = torch.empty(0, dtype=torch.long)
+        self._kept: Tensor = torch.empty(0, dtype=torch.long)
+        self._mixing: nn.Module | None = None
+
+    # What a subclass provides.
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    @abstractmethod
+    def read(self, part: Literal["train", "test"]) -> Dataset:
+        """Open one part as a dataset of (PIL image, class index); it has to have a length.
+
+        Args:
+            part: Which part.
+
+        Raises:
+            ConfigurationError: If it is not there or broken.
+        """
+
+    @abstractmethod
+    def geometry(self, training: bool) -> list[nn.Module]:
+        """Crops, flips and resizing of a PIL image.
+
+        Args:
+            training: Whether random ones.
+        """
+
+    @abstractmethod
+    def autoaugment_policy(self) -> Any:
+        """The AutoAugment policy (`v2.AutoAugmentPolicy`) for this kind of images."""
+
+    # What Lightning calls.
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the data, split it, and cut the global batch for the devices there are.
+
+        Args:
+            stage: Lightning's stage; the training images are only opened where they are needed.
+
+        Raises:
+            ConfigurationError: If data is missing or broken, or the batch cannot be cut.
+        """
+        needs_train = stage in (None, "fit") or (stage == "validate" and self.val_size != 0)
+        if needs_train and "train" not in self._sources:
+            self._sources["train"] = self.read("train")
+            self._split(len(self._sources["train"]))
+        needs_test = stage in (None, "test", "predict") or self.val_size == 0
+        if needs_test and "test" not in self._sources:
+            self._sources["test"] = self.read("test")
+        self._plan_batches(fitting=stage == "fit")
+        if self.num_classes is not None:
+            self._mixing = batch_mixing(self.mixup_alpha, self.cutmix_alpha, self.num_classes)
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the shuffled, augmented training images."""
+        train = _Images(self._sources["train"], self._kept, self._training_transform())
+        assert self._plan is not None
+        sampler = WholeBatches(train, self.global_batch_size, self._plan.devices, self._rank, self._order_seed())
+        collate = _with_seed if self._mixing is not None else None
+        return self._loader(train, self._plan.per_device, sampler, collate)
+
+    def probe_dataloader(self) -> DataLoader:
+        """Return the training images without augmentation: where SharpnessMonitor takes its probe from."""
+        assert self._plan is not None
+        train = _Images(self._sources["train"], self._kept, self._evaluation_transform())
+        return DataLoader(train, self._plan.per_device, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the images held out of training, or the test images if there are none."""
+        if self.val_size == 0:
+            return self.test_dataloader()
+        return self._evaluation_loader(_Images(self._sources["train"], self._held_out, self._evaluation_transform()))
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the test images."""
+        return self._evaluation_loader(_Images(self._sources["test"], None, self._evaluation_transform()))
+
+    def predict_dataloader(self) -> DataLoader:
+        """Return the test images."""
+        return self.test_dataloader()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Mix a training batch on its device.
+
+        Args:
+            batch: Images and labels; from the training loader, if mixing is on, a seed as well.
+            dataloader_idx: Not used.
+
+        Returns:
+            Images and labels.
+        """
+        if self._mixing is None or len(batch) == 2:
+            return batch
+        images, labels, seed = batch
+        with torch.random.fork_rng(devices=()):  # MixUp and CutMix draw on the CPU
+            torch.default_generator.manual_seed(seed + self._rank)
+            return list(self._mixing(images, labels))
+
+    # Inner parts.
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    def _plan_batches(self, fitting: bool) -> None:
+        if self.trainer is None:
+            self._plan = plan_batches(self.global_batch_size, 1, 1, self.max_batch_per_device)
+            return
+        trainer = self.trainer
+        asked = trainer.accumulate_grad_batches
+        self._plan = plan_batches(self.global_batch_size, trainer.world_size, asked, self.max_batch_per_device)
+        if not fitting or self._plan.accumulation == asked:
+            return
+        if not trainer.lightning_module.automatic_optimization:
+            raise ConfigurationError(
+                f"Expected `max_batch_per_device` to be null for a module in manual optimization (it accumulates by "
+                f"itself), got {self.max_batch_per_device}."
+            )
+        trainer.accumulate_grad_batches = self._plan.accumulation
+        rank_zero_info(f"Global batch of {self.global_batch_size} images: {self._plan}.")
+
+    def _split(self, count: int) -> None:
+        held_out = self.val_size if isinstance(self.val_size, int) else round(self.val_size * count)
+        if self.val_size and not 0 < held_out < count:
+            raise ConfigurationError(
+                f"Expected `val_size` to hold out at least one of {count} training images and leave one, "
+                f"got {self.val_size!r}."
+            )
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.split_seed))
+        self._held_out, self._kept = order[:held_out].sort().values, order[held_out:].sort().values
+
+    def _order_seed(self) -> int:
+        """Seed of the training order: `seed_everything`, or else any (several devices: 0, as in Lightning)."""
+        alone = self._plan is None or self._plan.devices == 1
+        return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32 if alone else 0))
+
+    def _training_transform(self) -> Callable[[Any], Tensor]:
+        geometry = self.geometry(training=self.augmentation != "none")
+        v2 = torchvision_v2()
+        policy = None
+        if self.augmentation == "autoaugment":
+            policy = v2.AutoAugment(self.autoaugment_policy())
+        elif self.augmentation == "randaugment":
+            policy = v2.RandAugment(self.randaugment_ops, self.randaugment_magnitude, interpolation=_bilinear())
+        return training_chain(geometry, policy, self.mean, self.std, self.cutout_size, self.cutout_probability)
+
+    def _evaluation_transform(self) -> Callable[[Any], Tensor]:
+        return evaluation_chain(self.geometry(training=False), self.mean, self.std)
+
+    def _evaluation_loader(self, images: _Images) -> DataLoader:
+        assert self._plan is not None
+        size = self.eval_batch_size or self._plan.per_device
+        return self._loader(images, size, Share(images, self._plan.devices, self._rank))
+
+    def _loader(self, images: _Images, batch_size: int, sampler: Any, collate: Any = None) -> DataLoader:
+        return DataLoader(
+            images,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+class _Images(Dataset):
+    """Some images of a dataset, with a transform on each as it is read."""
+
+    def __init__(self, source: Any, indices: Tensor | None, transform: Callable[[Any], Tensor]) -> None:
+        self.source = source
+        self.indices = indices
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source) if self.indices is None else len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.source[index if self.indices is None else int(self.indices[index])]
+        return self.transform(image), label
+
+
+def _with_seed(items: list[Any]) -> list[Any]:
+    """A batch with a seed for what is drawn once the batch is on its device."""
+    return [*default_collate(items), int(torch.randint(2**62, ()))]
+
+
+def _bilinear() -> Any:
+    return torchvision_v2().InterpolationMode.BILINEAR
+
+
+def _optional(name: str, value: int | None) -> int | None:
+    return None if value is None else check_whole(name, value, low=1)
+
+
+def _check_size(size: int | float) -> int | float:
+    whole = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+    if not whole and not (isinstance(size, float) and 0 <= size < 1):
+        raise ConfigurationError(f"Expected `val_size` to be a count >= 0 or a fraction in [0, 1), got {size!r}.")
+    return size

@@ -1,0 +1,396 @@
+import errno
+import functools
+import hashlib
+import http.server
+import os
+import pickle
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import vision_data
+from torchvision import datasets
+
+from lightning_ire import ConfigurationError
+from lightning_ire.data import CIFAR10, CIFAR100
+
+
+def ready(root: Path, **settings) -> CIFAR10:
+    settings = {"global_batch_size": 4, "num_workers": 0, "augmentation": "none", "verify": False, **settings}
+    data = CIFAR10(vision_data.write_cifar10(root) if not root.exists() else root, **settings)
+    data.setup("fit")
+    data.setup("test")
+    return data
+
+
+def numbers(batches) -> list[int]:
+    """Which images these are: their red value, as written."""
+    red = torch.cat([images[:, 0, 0, 0] for images, _ in batches])
+    return ((red * CIFAR10.std[0] + CIFAR10.mean[0]) * 255).round().int().tolist()
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return tmp_path / "data"
+
+
+def test_reads_the_real_format(root):
+    data = ready(root)
+    (images, labels), *_ = data.test_dataloader()
+    assert (images.shape, images.dtype, labels.dtype) == ((4, 3, 32, 32), torch.float32, torch.int64)
+    assert labels.tolist() == [40 % 10, 41 % 10, 42 % 10, 43 % 10]
+    colour = torch.tensor([40, 255 - 40, 128]) / 255  # red, green, blue: in this order on disk
+    expected = (colour - torch.tensor(CIFAR10.mean)) / torch.tensor(CIFAR10.std)
+    torch.testing.assert_close(images[0], expected[:, None, None].expand(3, 32, 32))
+    assert numbers(data.test_dataloader()) == list(range(40, 48))
+    assert sorted(numbers(data.train_dataloader())) == list(range(40))
+
+
+def test_cifar100_has_fine_labels(tmp_path):
+    data = CIFAR100(vision_data.write_cifar100(tmp_path), global_batch_size=4, num_workers=0, verify=False)
+    data.setup("test")
+    assert [label for _, labels in data.test_dataloader() for label in labels.tolist()] == list(range(40, 48))
+    assert data.num_classes == 100
+
+
+def test_statistics_are_those_of_the_published_data():
+    # mean and standard deviation of all training pixels, to four digits, as published with many recipes
+    assert (CIFAR10.mean, CIFAR10.std) == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    assert (CIFAR100.mean, CIFAR100.std) == ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def test_random_crop_pads_with_black_and_flips(root):
+    data = ready(root, augmentation="basic", global_batch_size=40)
+    black = (torch.zeros(3) - torch.tensor(CIFAR10.mean)) / torch.tensor(CIFAR10.std)
+    ((images, _),) = data.train_dataloader()
+    corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]
+    padded = torch.isclose(corners, black[:, None], atol=1e-5).all(dim=1)
+    assert padded.any(dim=0).all()  # each corner lies outside of some crop...
+    assert not padded[:, 0].all()  # ...and inside of others
+    middle = images[:, :, 4:-4, 4:-4]
+    assert torch.equal(middle, middle[:, :, :1, :1].expand_as(middle))  # at most four pixels of padding
+
+
+@pytest.mark.parametrize("augmentation", ["autoaugment", "randaugment"])
+def test_policies_change_colours(root, augmentation):
+    ((images, _),) = ready(root, augmentation=augmentation, global_batch_size=40).train_dataloader()
+    assert images.shape == (40, 3, 32, 32)
+    assert sorted(numbers([(images[:, :, 16:, 16:], None)])) != list(range(40))
+
+
+def test_autoaugment_is_the_cifar_policy(root):
+    chain = ready(root, augmentation="autoaugment")._training_transform().transforms
+    (policy,) = (step for step in chain if type(step).__name__ == "AutoAugment")
+    assert policy.policy.value == "cifar10"
+
+
+def test_randaugment_has_the_values_asked_for(root):
+    data = ready(root, augmentation="randaugment", randaugment_ops=3, randaugment_magnitude=7)
+    (policy,) = (step for step in data._training_transform().transforms if type(step).__name__ == "RandAugment")
+    assert (policy.num_ops, policy.magnitude) == (3, 7)
+
+
+def test_cutout_in_training_only(root):
+    data = ready(root, cutout_size=8, global_batch_size=40)
+    ((images, _),) = data.train_dataloader()
+    assert ((images == 0).all(dim=1).flatten(1).sum(dim=1) >= 16).all()  # a quarter of 8 x 8 is always inside
+    for loader in (data.probe_dataloader(), data.test_dataloader(), data.val_dataloader()):
+        assert not any((images == 0).all(dim=1).any() for images, _ in loader)
+
+
+def test_probe_is_the_training_part_without_augmentation(root):
+    data = ready(root, augmentation="basic", val_size=10)
+    probe = numbers(data.probe_dataloader())
+    assert len(probe) == 30
+    assert probe == sorted(set(range(40)) - set(numbers(data.val_dataloader())))
+    for images, _ in data.probe_dataloader():
+        assert torch.equal(images, images[:, :, :1, :1].expand_as(images))  # not cropped
+
+
+@pytest.mark.parametrize(("val_size", "count"), [(10, 10), (0.25, 10), (1, 1)])
+def test_split(root, val_size, count):
+    data = ready(root, val_size=val_size, global_batch_size=1)
+    val, train = numbers(data.val_dataloader()), numbers(data.train_dataloader())
+    assert len(val) == count
+    assert sorted(val + train) == list(range(40))
+    again = ready(root, val_size=val_size)
+    assert numbers(again.val_dataloader()) == val
+    other = ready(root, val_size=val_size, split_seed=3)
+    assert numbers(other.val_dataloader()) != val
+
+
+def test_without_a_split_validation_shows_the_test_images(root):
+    data = ready(root)
+    assert numbers(data.val_dataloader()) == numbers(data.test_dataloader()) == list(range(40, 48))
+
+
+def test_validation_alone_opens_what_it_needs(root):
+    data = CIFAR10(vision_data.write_cifar10(root), global_batch_size=4, num_workers=0, verify=False, val_size=4)
+    data.setup("validate")
+    assert len(numbers(data.val_dataloader())) == 4
+    assert "test" not in data._sources
+    data = CIFAR10(root, global_batch_size=4, num_workers=0, verify=False)
+    data.setup("validate")
+    assert "train" not in data._sources
+
+
+def test_order_follows_seed_everything(root, monkeypatch):
+    data = ready(root)
+    first = numbers(data.train_dataloader())
+    torch.manual_seed(1)
+    assert numbers(data.train_dataloader()) != first
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    seeded = numbers(data.train_dataloader())
+    torch.manual_seed(2)
+    assert numbers(data.train_dataloader()) == seeded
+    monkeypatch.setenv("PL_GLOBAL_SEED", "8")
+    assert numbers(data.train_dataloader()) != seeded
+
+
+def test_worker_processes(root):
+    loader = ready(root, num_workers=1, cutmix_alpha=1.0).train_dataloader()
+    images, labels, seed = next(iter(loader))
+    assert (images.shape, labels.shape, type(seed)) == ((4, 3, 32, 32), (4,), int)
+    assert loader.persistent_workers
+    pickle.dumps((loader.dataset, loader.collate_fn))  # outside of Linux this is how processes get them
+
+
+def on_device(data: CIFAR10, rank: int = 0) -> None:
+    data.trainer = SimpleNamespace(global_rank=rank)
+
+
+def test_mixing_after_the_transfer(root):
+    data = ready(root, mixup_alpha=1.0)
+    batch = next(iter(data.train_dataloader()))
+    images, targets = data.on_after_batch_transfer(batch, 0)
+    assert targets.shape == (4, 10)
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(4))
+    assert not torch.equal(images, batch[0])
+    again = data.on_after_batch_transfer(batch, 0)
+    assert torch.equal(images, again[0])  # the draw belongs to the batch
+    on_device(data, rank=1)
+    assert not torch.equal(images, data.on_after_batch_transfer(batch, 0)[0])
+
+
+def test_mixing_leaves_the_random_numbers_alone(root):
+    data = ready(root, mixup_alpha=1.0, cutmix_alpha=1.0)
+    batch = next(iter(data.train_dataloader()))
+    before = torch.get_rng_state()
+    data.on_after_batch_transfer(batch, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_evaluation_is_not_mixed(root):
+    data = ready(root, mixup_alpha=1.0)
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.probe_dataloader()):
+        batch = next(iter(loader))
+        assert data.on_after_batch_transfer(batch, 0) is batch
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"global_batch_size": 0}, "`global_batch_size` to be a whole number >= 1, got 0"),
+        ({"max_batch_per_device": 0}, "`max_batch_per_device` to be a whole number >= 1, got 0"),
+        ({"eval_batch_size": -1}, "`eval_batch_size` to be a whole number >= 1, got -1"),
+        ({"val_size": 1.5}, r"`val_size` to be a count >= 0 or a fraction in \[0, 1\), got 1.5"),
+        ({"val_size": -1}, "`val_size` to be a count >= 0 or a fraction"),
+        ({"val_size": True}, "`val_size` to be a count >= 0 or a fraction"),
+        ({"augmentation": "heavy"}, "`augmentation` to be one of 'none', 'basic', 'autoaugment', 'randaugment'"),
+        ({"randaugment_magnitude": 31}, r"`randaugment_magnitude` to be a whole number in \[0, 30\], got 31"),
+        ({"randaugment_ops": 0}, "`randaugment_ops` to be a whole number >= 1, got 0"),
+        ({"cutout_size": -1}, "`cutout_size` to be a whole number >= 0, got -1"),
+        ({"cutout_probability": 2.0}, r"`cutout_probability` to be a number in \[0, 1\], got 2.0"),
+        ({"mixup_alpha": -1.0}, "`mixup_alpha` to be a number >= 0, got -1.0"),
+        ({"cutmix_alpha": -1.0}, "`cutmix_alpha` to be a number >= 0, got -1.0"),
+        ({"num_workers": -1}, "`num_workers` to be a whole number >= 0, got -1"),
+        ({"split_seed": -1}, "`split_seed` to be a whole number >= 0, got -1"),
+    ],
+)
+def test_values_out_of_range(settings, message):
+    with pytest.raises(ConfigurationError, match=message):
+        CIFAR10(**settings)
+
+
+@pytest.mark.parametrize("val_size", [40, 50, 0.999, 0.001])
+def test_split_that_leaves_nothing(root, val_size):
+    with pytest.raises(ConfigurationError, match="`val_size` to hold out at least one of 40 training images"):
+        ready(root, val_size=val_size)
+
+
+# Faults of the data on disk.
+
+
+def fault(root: Path, **settings) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        ready(root, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_no_folder(root):
+    root.mkdir()
+    message = fault(root)
+    assert message.startswith("Expected `root` to be a folder that holds cifar-10-batches-py/ with data_batch_1, ")
+    assert message.endswith(f"got {root}: change `root`, or set `download` to true.")
+
+
+def test_missing_file(root):
+    vision_data.write_cifar10(root)
+    (root / "cifar-10-batches-py" / "data_batch_3").unlink()
+    (root / "cifar-10-batches-py" / "batches.meta").unlink()
+    assert fault(root).endswith("got a folder without data_batch_3, batches.meta.")
+
+
+def test_wrong_checksum(root):
+    vision_data.write_cifar10(root)
+    message = fault(root, verify=True)
+    assert "data_batch_1 to have the MD5 checksum c99cafc152244af753f735de768cd75f, got another one" in message
+
+
+def test_truncated_file(root):
+    vision_data.write_cifar10(root)
+    path = root / "cifar-10-batches-py" / "data_batch_2"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert "in Python format, got a file in" in fault(root)
+
+
+def test_a_file_of_something_else(root):
+    vision_data.write_cifar10(root)
+    (root / "cifar-10-batches-py" / "test_batch").write_bytes(b"not a pickle")
+    assert "that cannot be read (UnpicklingError" in fault(root)
+
+
+# The download, from a server in this process.
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[str]:
+    handler = functools.partial(_Quiet, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch, server) -> Path:
+    """An archive in the real layout, with the address and the checksums of torchvision's class changed to its own."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    source = vision_data.write_cifar10(tmp_path / "source")
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(source / "cifar-10-batches-py", "cifar-10-batches-py")
+
+    def checksum(file: Path) -> str:
+        return hashlib.md5(file.read_bytes()).hexdigest()
+
+    folder = source / "cifar-10-batches-py"
+    for name in ("train_list", "test_list"):
+        files = [[file, checksum(folder / file)] for file, _ in getattr(datasets.CIFAR10, name)]
+        monkeypatch.setattr(datasets.CIFAR10, name, files)
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": checksum(folder / "batches.meta")})
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", checksum(path))
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{server}/{path.name}")
+    return path
+
+
+def downloaded(root: Path) -> CIFAR10:
+    data = CIFAR10(root, global_batch_size=4, num_workers=0, download=True)
+    data.prepare_data()
+    return data
+
+
+def test_download(root, archive):
+    data = downloaded(root)
+    data.setup("fit")
+    assert sorted(numbers(data.probe_dataloader())) == list(range(40))
+    assert [path.name for path in root.iterdir()] == ["cifar-10-batches-py"]  # the archive is not kept
+    archive.unlink()
+    downloaded(root)  # what is there is not downloaded again
+
+
+def test_no_download_unless_asked(root, archive):
+    CIFAR10(root).prepare_data()
+    assert not root.exists()
+
+
+def test_interrupted_download_leaves_nothing(root, archive, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("torchvision.datasets.cifar.download_and_extract_archive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            downloaded(root)
+    assert list(root.iterdir()) == []
+    downloaded(root).setup("fit")
+
+
+def test_killed_download_is_not_seen_as_data(root, archive):
+    place = root / ".download-abc" / "cifar-10-batches-py"
+    place.mkdir(parents=True)
+    (place / "data_batch_1").write_bytes(b"half")
+    downloaded(root).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Expected space on the disk for `root`, got none left in"),
+        (OSError("connection reset"), "Expected to download http:.*, got OSError: connection reset. Nothing of it was"),
+    ],
+)
+def test_failed_download(root, archive, monkeypatch, error, message):
+    def fail(_url, place, **_):
+        (Path(place) / "cifar-10-batches-py").mkdir()
+        (Path(place) / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
+    with pytest.raises(ConfigurationError, match=message):
+        downloaded(root)
+    assert list(root.iterdir()) == []
+
+
+def test_download_with_a_wrong_checksum(root, archive):
+    archive.write_bytes(archive.read_bytes()[:-100])
+    with pytest.raises(ConfigurationError, match="got RuntimeError: File not found or corrupted"):
+        downloaded(root)
+    assert list(root.iterdir()) == []
+
+
+def test_download_without_a_server(root, archive, monkeypatch):
+    archive.unlink()
+    with pytest.raises(ConfigurationError, match=r"Expected to download http:.*, got HTTPError: HTTP Error 404"):
+        downloaded(root)
+    assert list(root.iterdir()) == []
+
+
+def test_a_damaged_folder_is_not_overwritten(root, archive):
+    vision_data.write_cifar10(root)
+    path = root / "cifar-10-batches-py" / "data_batch_1"
+    path.write_bytes(b"mine")
+    with pytest.raises(ConfigurationError, match=r"the MD5 checksum .* Move .*cifar-10-batches-py away to download"):
+        downloaded(root)
+    assert path.read_bytes() == b"mine"
+
+
+def test_another_process_was_faster(root, archive, monkeypatch):
+    replace = os.replace
+
+    def late(source, target):
+        vision_data.write_cifar10(root)
+        replace(source, target)
+
+    monkeypatch.setattr("lightning_ire.data.cifar.os.replace", late)
+    downloaded(root).setup("fit")

@@ -1,0 +1,150 @@
+"""What only shows in a fit: accumulation to the global batch, one draw for all passes of a step, the plain probe."""
+
+import re
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import vision_data
+from torch.nn import functional as F
+
+from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor
+from lightning_ire.data import CIFAR10
+
+
+class Linear(pl.LightningModule):
+    """Keeps a copy of what each `training_step` gets."""
+
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 32 * 32, 10)
+        torch.nn.init.zeros_(self.layer.weight)
+        torch.nn.init.zeros_(self.layer.bias)
+        self.automatic_optimization = not manual
+        self.seen: list[tuple[bool, torch.Tensor, torch.Tensor]] = []
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        self.seen.append((self.training, images.clone(), labels.clone()))
+        return F.cross_entropy(self.layer(images.flatten(1)), labels)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return vision_data.write_cifar10(tmp_path / "data")
+
+
+def fit(root, module=None, callbacks=(), epochs=1, accumulate=1, ckpt_path=None, **settings) -> tuple:
+    module = module or Linear()
+    settings = {"global_batch_size": 12, "num_workers": 0, "verify": False, "augmentation": "none", **settings}
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=CIFAR10(root, **settings), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+@pytest.mark.parametrize(
+    ("settings", "accumulate", "batch"),
+    [
+        ({}, 1, 12),
+        ({"max_batch_per_device": 12}, 1, 12),
+        ({"max_batch_per_device": 5}, 3, 4),
+        ({"max_batch_per_device": 6, "accumulate": 4}, 4, 3),
+        ({"accumulate": 2}, 2, 6),
+    ],
+)
+def test_a_step_sees_the_global_batch(root, monkeypatch, settings, accumulate, batch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    _, whole = fit(root)
+    trainer, module = fit(root, **settings)
+    assert trainer.accumulate_grad_batches == accumulate
+    assert trainer.global_step == 3  # 40 images, 12 each
+    assert [len(images) for _, images, _ in module.seen] == [batch] * (3 * accumulate)
+    together = [torch.cat([labels for *_, labels in module.seen]), torch.cat([labels for *_, labels in whole.seen])]
+    assert torch.equal(*together)  # the same images in the same order...
+    torch.testing.assert_close(module.layer.weight, whole.layer.weight)  # ...so the same steps
+    assert whole.layer.weight.abs().max() > 0
+
+
+def test_says_how_the_batch_is_cut(root, caplog):
+    with caplog.at_level("INFO"):
+        fit(root, max_batch_per_device=5)
+    assert "Global batch of 12 images: 1 device(s) x 3 micro-batch(es) x 4 images." in caplog.text
+
+
+def test_a_second_fit_keeps_the_batch(root):
+    data = CIFAR10(root, 12, max_batch_per_device=6, num_workers=0, verify=False)
+    trainer, module = fit(root, max_batch_per_device=6)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, datamodule=data)
+    assert trainer.accumulate_grad_batches == 2
+    assert {len(images) for _, images, _ in module.seen} == {6}
+
+
+def test_manual_optimization_accumulates_by_itself(root):
+    with pytest.raises(ConfigurationError, match=r"`max_batch_per_device` to be null for a module in manual .*, got 6"):
+        fit(root, Linear(manual=True), max_batch_per_device=6)
+
+
+def test_a_batch_that_cannot_be_cut(root):
+    message = (
+        "Expected `global_batch_size` to be a multiple of 5 (devices 1, trainer.accumulate_grad_batches 5), got 12."
+    )
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        fit(root, accumulate=5)
+
+
+def test_each_epoch_has_another_order_and_a_resumed_one_the_same(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    trainer, module = fit(root, epochs=2)
+    labels = [labels.tolist() for *_, labels in module.seen]
+    assert labels[:3] != labels[3:]
+    trainer, first = fit(root, epochs=1)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    torch.manual_seed(99)
+    _, second = fit(root, epochs=2, ckpt_path=tmp_path / "first.ckpt")
+    assert [labels.tolist() for *_, labels in first.seen + second.seen] == labels
+    assert torch.equal(second.layer.weight, module.layer.weight)
+
+
+def test_both_passes_of_sam_share_the_draw(root):
+    _, module = fit(root, callbacks=[IRE(kappa=1.0, interval=1, perturbation=SAM(rho=0.05))], mixup_alpha=1.0)
+    assert len(module.seen) == 6  # two passes in each of three steps; the estimate shares the first
+    for (_, images, targets), (_, again, targets_again) in zip(module.seen[::2], module.seen[1::2], strict=True):
+        assert targets.shape == (12, 10)
+        assert torch.equal(images, again)
+        assert torch.equal(targets, targets_again)
+    shares = {float(targets[targets < 1].max()) for _, _, targets in module.seen}
+    assert len(shares) == 3  # another draw in each step
+
+
+def test_the_probe_of_the_monitor_is_plain(root):
+    monitor = SharpnessMonitor(every_n_epochs=1, quantities=("trace_fisher",), batch_size=5)
+    settings = {"mixup_alpha": 1.0, "cutout_size": 8, "augmentation": "basic"}
+    _, module = fit(root, callbacks=[monitor], **settings)
+    measured = [(images, labels) for training, images, labels in module.seen if not training]
+    assert measured
+    for images, labels in measured:
+        assert labels.shape == (5,)
+        assert torch.equal(images, images[:, :, :1, :1].expand_as(images))  # one colour each: not cropped, cut or mixed
+
+
+def test_monitor_changes_nothing(root, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    settings = {"mixup_alpha": 1.0, "cutout_size": 8, "augmentation": "basic", "epochs": 2}
+    torch.manual_seed(3)
+    _, plain = fit(root, **settings)
+    torch.manual_seed(3)
+    _, watched = fit(root, callbacks=[SharpnessMonitor(quantities=("trace_fisher",))], **settings)
+    assert torch.equal(plain.layer.weight, watched.layer.weight)
