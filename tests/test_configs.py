@@ -1,21 +1,158 @@
-"""Every shipped config parses with the real command line, trains, and keeps its promises."""
+"""Every shipped config parses with the real command line, trains, and keeps its promises.
 
+The configs of the vision experiments run on tiny data in the real on-disk formats, given by flags only.
+"""
+
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import vision_data
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_ire import IRE
+from lightning_ire import IRE, SAM
 from lightning_ire.cli import IRECLI
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+REPOSITORY = Path(__file__).parents[1]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 EMBEDDED = [path for path in CONFIGS if path.name.startswith(("digits_", "stdlib_"))]
+VISION = [path for path in CONFIGS if path.name.startswith(("cifar", "imagenet_"))]
 
-
+QUIET = "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false"
 FROM_THE_FIRST_STEP = "--ire.start_step null --ire.start_epoch null --ire.start_loss null"
+
+
+# What the paper's experiments are, typed from ../shared/ALGORITHM.md section 4 apart from the configs.
+CIFAR = {
+    "model.label_smoothing": 0.1,
+    "model.optimizer.class_path": "torch.optim.SGD",
+    "model.optimizer.lr": 0.1,
+    "model.optimizer.weight_decay": 5e-4,
+    "data.global_batch_size": 128,
+    "data.augmentation": "basic",
+}
+CIFAR10 = {**CIFAR, "data.class_path": "CIFAR10", "model.num_classes": 10, "model.model.num_classes": 10}
+CIFAR100 = {**CIFAR, "data.class_path": "CIFAR100", "model.num_classes": 100, "model.model.num_classes": 100}
+COSINE = {
+    "model.lr_scheduler.class_path": "WarmupCosineLR",
+    "model.lr_scheduler.total": None,
+    "model.lr_scheduler.warmup": 0,
+    "model.lr_scheduler.final_lr_ratio": 0.0,
+}
+TABLE_1 = {**COSINE, "model.optimizer.momentum": 0.9, "ire.kappa": 1.0, "ire.gamma": 0.99}
+CIFAR10_RUN = {**CIFAR10, **TABLE_1, "trainer.max_epochs": 100, "ire.start_epoch": 60}
+CIFAR100_RUN = {**CIFAR100, **TABLE_1, "trainer.max_epochs": 200, "ire.start_epoch": 70}
+WRN = {"model.model.class_path": "WideResNet", "model.model.depth": 28, "model.model.width": 10}
+RESNET56 = {"model.model.class_path": "ResNet", "model.model.blocks": [9, 9, 9], "model.model.widths": [16, 32, 64]}
+ADAMW = {"model.optimizer.class_path": "torch.optim.AdamW", "model.optimizer.betas": [0.9, 0.999]}
+VIT = {"model.model.class_path": "timm.models.VisionTransformer", "model.model.depth": 12}
+VIT_T = {**VIT, "model.model.embed_dim": 192, "model.model.num_heads": 3}
+VIT_S = {**VIT, "model.model.embed_dim": 384, "model.model.num_heads": 6}
+TABLE_3 = {
+    **CIFAR100,
+    **COSINE,
+    **ADAMW,
+    "model.label_smoothing": 0.0,
+    "model.optimizer.lr": 1e-4,
+    "model.model.img_size": 32,
+    "data.global_batch_size": 64,
+    "data.augmentation": "autoaugment",
+    "trainer.max_epochs": 200,
+    "ire.kappa": 20.0,
+    "ire.gamma": 0.99,
+    "ire.start_loss": 0.5,
+}
+IMAGENET = {"data.class_path": "ImageNet", "model.num_classes": 1000, "model.model.num_classes": 1000}
+TABLE_2 = {
+    **IMAGENET,
+    **COSINE,
+    "model.model.class_path": "torchvision.models.resnet50",
+    "model.label_smoothing": 0.1,
+    "model.optimizer.class_path": "torch.optim.SGD",
+    "model.optimizer.lr": 0.2,
+    "model.optimizer.momentum": 0.9,
+    "model.optimizer.weight_decay": 1e-4,
+    "data.global_batch_size": 1024,
+    "data.augmentation": "basic",
+    "trainer.max_epochs": 200,
+    "ire.kappa": 2.0,
+    "ire.gamma": 0.8,
+    "ire.start_loss": 2.516,
+}
+TABLE_4 = {
+    **IMAGENET,
+    **COSINE,
+    **ADAMW,
+    **VIT_S,
+    "model.lr_scheduler.warmup": 30 / 300,
+    "model.lr_interval": "step",
+    "model.label_smoothing": 0.0,
+    "model.model.img_size": 224,
+    "model.model.patch_size": 16,
+    "model.optimizer.lr": 3e-3,
+    "model.optimizer.weight_decay": 1.0,
+    "data.global_batch_size": 4096,
+    "data.augmentation": "randaugment",
+    "data.randaugment_ops": 2,
+    "data.randaugment_magnitude": 15,
+    "data.mixup_alpha": 0.5,
+    "trainer.max_epochs": 300,
+    "trainer.gradient_clip_val": 1.0,
+    "ire.kappa": 2.0,
+    "ire.gamma": 0.8,
+    "ire.start_epoch": 100,
+}
+FIGURE_2 = {
+    **CIFAR10,
+    "model.model.class_path": "WideResNet",
+    "model.model.depth": 16,
+    "model.model.width": 8,
+    "model.optimizer.momentum": 0.0,
+    "trainer.max_epochs": 100,
+    "ire.start_epoch": 30,
+    "ire.perturbation.rho": 0.05,
+    "sharpness.quantities": ["trace_fisher"],
+}
+RHO = {rho: {"ire.perturbation.class_path": "SAM", "ire.perturbation.rho": rho} for rho in (0.05, 0.1)}
+NO_SAM = {"ire.perturbation": None}
+PAPER: dict[str, dict[str, Any]] = {
+    "cifar10_wrn28_10_sgd_ire": {**CIFAR10_RUN, **WRN, **NO_SAM},
+    "cifar10_wrn28_10_sam_ire": {**CIFAR10_RUN, **WRN, **RHO[0.05]},
+    "cifar10_resnet56_sgd_ire": {**CIFAR10_RUN, **RESNET56, **NO_SAM},
+    "cifar10_resnet56_sam_ire": {**CIFAR10_RUN, **RESNET56, **RHO[0.05]},
+    "cifar100_wrn28_10_sgd_ire": {**CIFAR100_RUN, **WRN, **NO_SAM},
+    "cifar100_wrn28_10_sam_ire": {**CIFAR100_RUN, **WRN, **RHO[0.1]},
+    "cifar100_resnet56_sgd_ire": {**CIFAR100_RUN, **RESNET56, **NO_SAM},
+    "cifar100_resnet56_sam_ire": {**CIFAR100_RUN, **RESNET56, **RHO[0.1]},
+    "cifar100_vit_t_admire": {**TABLE_3, **VIT_T, **NO_SAM},
+    "cifar100_vit_t_sam_ire": {**TABLE_3, **VIT_T, **RHO[0.1]},
+    "cifar100_vit_s_admire": {**TABLE_3, **VIT_S, **NO_SAM},
+    "cifar100_vit_s_sam_ire": {**TABLE_3, **VIT_S, **RHO[0.1]},
+    "imagenet_resnet50_sgd_ire": {**TABLE_2, **NO_SAM},
+    "imagenet_resnet50_sam_ire": {**TABLE_2, **RHO[0.05]},
+    "imagenet_vit_s16_admire": {**TABLE_4, **NO_SAM},
+    "cifar10_wrn16_8_sam_ire": {**FIGURE_2, "model.lr_scheduler": None},
+    "cifar10_wrn16_8_sam_ire_decayed": {
+        **FIGURE_2,
+        "model.lr_scheduler.milestones": [20, 50, 80],
+        "model.lr_scheduler.gamma": 1 / 5,
+    },
+}
+
+
+def value(config: dict, key: str) -> Any:
+    """The value of a key as it is typed on the command line; `None` if it is not there."""
+    here: Any = config
+    for name in key.split("."):
+        here = here.get(name, here.get("init_args", {}).get(name)) if here else None
+    return here
 
 
 def by_name(paths: list[Path]) -> list:
@@ -29,12 +166,14 @@ def _own_folder(tmp_path, monkeypatch):
 
 
 def test_there_are_configs():
-    assert "digits_resnet_sgd_ire" in [path.stem for path in CONFIGS]
+    names = {path.stem for path in CONFIGS}
+    assert "digits_resnet_sgd_ire" in names
+    assert {name for name in names if not name.startswith("digits_")} == set(PAPER)
 
 
 @pytest.mark.parametrize("path", by_name(CONFIGS))
 def test_name_and_comments(path):
-    assert re.fullmatch(r"[a-z0-9]+_[a-z0-9]+_(sgd_ire|sam_ire|admire)", path.stem)
+    assert re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)+_(sgd_ire|sam_ire|admire)(_decayed)?", path.stem)
     settings = [line for line in path.read_text().splitlines() if re.match(r"\s*(- )?\w+: \S", line)]
     uncommented = [line for line in settings if "#" not in line and "class_path:" not in line]
     assert settings
@@ -52,8 +191,7 @@ def test_logs_under_the_name_of_the_config(path):
 
 @pytest.mark.parametrize("path", by_name(EMBEDDED))
 def test_trains(path):
-    flags = "--trainer.fast_dev_run 2 --trainer.accelerator cpu --trainer.enable_progress_bar false"
-    cli = IRECLI(["fit", "--config", str(path), *f"{flags} {FROM_THE_FIRST_STEP}".split()])
+    cli = IRECLI(["fit", "--config", str(path), *f"--trainer.fast_dev_run 2 {QUIET} {FROM_THE_FIRST_STEP}".split()])
     assert cli.trainer.global_step == 2
     assert [callback for callback in cli.trainer.callbacks if isinstance(callback, IRE)]
 
@@ -69,17 +207,10 @@ def test_needs_no_worker_processes(path):
     assert yaml.safe_load(path.read_text())["data"]["init_args"].get("num_workers", 0) == 0
 
 
-def test_digits_schedule_ends_with_the_run():
-    (path,) = (path for path in CONFIGS if path.stem == "digits_resnet_sgd_ire")
-    config = yaml.safe_load(path.read_text())
-    scheduler = config["model"]["init_args"]["lr_scheduler"]["init_args"]
-    assert scheduler["T_max"] == config["trainer"]["max_epochs"]
-
-
 def test_digits_keeps_the_best_and_the_last_weights():
     (path,) = (path for path in CONFIGS if path.stem == "digits_resnet_sgd_ire")
-    flags = "--trainer.accelerator cpu --trainer.limit_train_batches 2 --trainer.enable_progress_bar false"
-    fit = ["fit", "--config", str(path), *f"{flags} {FROM_THE_FIRST_STEP} --model.optimizer.lr 0".split()]
+    flags = f"{QUIET} --trainer.limit_train_batches 2 {FROM_THE_FIRST_STEP} --model.optimizer.lr 0"
+    fit = ["fit", "--config", str(path), *flags.split()]
     IRECLI([*fit, "--trainer.max_epochs", "3"])
     folder = Path("logs/digits_resnet_sgd_ire/version_0/checkpoints")
     assert sorted(checkpoint.name for checkpoint in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
@@ -87,3 +218,115 @@ def test_digits_keeps_the_best_and_the_last_weights():
     IRECLI([*fit, "--trainer.max_epochs", "4", "--ckpt_path", str(folder / "last.ckpt")])
     resumed = Path("logs/digits_resnet_sgd_ire/version_1/checkpoints/last.ckpt")
     assert torch.load(resumed, weights_only=True)["global_step"] == 8
+
+
+@pytest.mark.parametrize("path", by_name(VISION))
+def test_settings_of_the_paper(path):
+    config = yaml.safe_load(path.read_text())
+    assert {key: value(config, key) for key in PAPER[path.stem]} == PAPER[path.stem]
+    assert config["ire"]["interval"] == 10
+    assert len([key for key in config["ire"] if key.startswith("start_")]) == 1
+    assert value(config, "data.val_size") == 0
+    assert value(config, "data.cutout_size") == 0
+    assert config["test_after_fit"] is True
+
+
+@pytest.mark.parametrize("path", by_name(CONFIGS))
+def test_header_says_how_to_run_it(path):
+    text = path.read_text()
+    assert f"python cli.py fit --config configs/{path.name}" in text
+    if path in VISION:
+        assert f"python cli.py sweep --config configs/{path.name}" in text
+        assert re.search(r"^# Paper: |^# Paper, top-1|^# The figure's", text, re.MULTILINE)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    root = vision_data.write_cifar10(tmp_path_factory.mktemp("images"))
+    vision_data.write_cifar100(root, test=7)  # an odd number: two processes have unequally many
+    vision_data.write_imagenet(root / "imagenet")
+    return root
+
+
+def tiny(path: Path, images: Path) -> list[str]:
+    """The command that runs a vision config on the tiny data: by flags only."""
+    flags = "--data.global_batch_size 4 --data.max_batch_per_device 2 --data.eval_batch_size 2 --data.num_workers 0"
+    if path.stem.startswith("imagenet"):
+        flags += f" --data.root {images}/imagenet --model.num_classes 3 --model.model.num_classes 3"
+        flags += " --data.image_size 64" + (" --model.model.img_size 64" if "vit" in path.stem else "")
+    else:
+        flags += f" --data.root {images} --data.verify false"
+    return ["fit", "--config", str(path), *f"{QUIET} {FROM_THE_FIRST_STEP} {flags}".split()]
+
+
+@pytest.mark.parametrize("path", by_name(VISION))
+def test_vision_makes_one_step(path, images):
+    cli = IRECLI([*tiny(path, images), "--trainer.fast_dev_run", "1", "--data.max_batch_per_device", "null"])
+    (ire,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, IRE))
+    assert cli.trainer.global_step == 1
+    assert ire.started_at == 0
+    assert (ire.ascent_norm is not None) == isinstance(ire.perturbation, SAM) == ("sam_ire" in path.stem)
+    assert all(torch.isfinite(parameter).all() for parameter in cli.model.parameters())
+    assert 0 <= cli.trainer.callback_metrics["test/accuracy"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param("", id="accumulated"),
+        pytest.param("--ire.kappa 0", id="baseline"),
+        pytest.param("--ire.perturbation SAM --ire.perturbation.rho 0.1 --trainer.precision bf16-mixed", id="sam bf16"),
+        pytest.param("--data.mixup_alpha 1 --data.cutmix_alpha 1 --data.cutout_size 8 --data.val_size 8", id="mixed"),
+    ],
+)
+@pytest.mark.parametrize("path", by_name(VISION))
+def test_vision_makes_two_steps(path, flags, images):
+    cli = IRECLI([*tiny(path, images), *f"--trainer.fast_dev_run 4 {flags}".split()])
+    assert cli.trainer.accumulate_grad_batches == 2  # global batch 4, at most 2 at once
+    assert cli.trainer.global_step == 2
+    assert all(torch.isfinite(parameter).all() for parameter in cli.model.parameters())
+
+
+def in_two_processes(arguments: list[str], folder: Path) -> None:
+    """The real command line, on two CPU processes; no process may be left waiting for the other."""
+    command = [sys.executable, str(REPOSITORY / "cli.py"), *arguments]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, env=ONE_THREAD)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def scalars(folder: Path) -> dict[str, float]:
+    """The last value of each tag that the run in this folder has logged."""
+    (version,) = folder.rglob("version_*")
+    log = EventAccumulator(str(version)).Reload()
+    return {tag: log.Scalars(tag)[-1].value for tag in log.Tags()["scalars"]}
+
+
+def test_two_processes_see_the_same_global_batches(images, tmp_path):
+    """Plain AdamW, no BatchNorm, 7 test images: what is logged is the same, up to rounding, on 1 and on 2 processes."""
+    (path,) = (path for path in VISION if path.stem == "cifar100_vit_t_admire")
+    flags = "--ire.kappa 0 --data.augmentation none --model.model.depth 2 --trainer.max_epochs 1"
+    flags += " --trainer.limit_train_batches 4 --trainer.log_every_n_steps 1 --data.max_batch_per_device null"
+    command = [*tiny(path, images), *flags.split()]
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    in_two_processes(command, tmp_path / "two")
+    IRECLI([*command, "--trainer.default_root_dir", "one", "--trainer.logger.save_dir", "one"])
+    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    assert {tag for tag in one if "images_per_second" not in tag} == {tag for tag in two if "images_per" not in tag}
+    for tag in ("train/accuracy", "val/loss", "val/accuracy", "test/loss", "test/accuracy", "test/accuracy_top5"):
+        assert two[tag] == pytest.approx(one[tag], rel=1e-4), tag
+
+
+IN_MAKE_TEST = ("cifar10_resnet56_sgd_ire", "imagenet_resnet50_sam_ire")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=() if path.stem in IN_MAKE_TEST else pytest.mark.slow) for path in VISION],
+)
+def test_vision_in_two_processes(path, images, tmp_path):
+    in_two_processes(
+        [*tiny(path, images), "--trainer.fast_dev_run", "1", "--data.max_batch_per_device", "null"], tmp_path
+    )

@@ -23,6 +23,7 @@ ALLOWED = {
     "_cli_messages": {"_checks"},
     "models": {"_checks", "models"},
     "data": {"_checks", "data"},
+    "sweeps": {"_checks", "sweeps"},
 }
 # packages of others, beside the standard library
 THIRD_PARTY = {
@@ -34,6 +35,9 @@ THIRD_PARTY = {
     "curvature": {"torch"},
     "_lightning": {"torch", "lightning"},
     "callbacks": {"torch", "lightning", "torchmetrics", "lightning_utilities", "tqdm", "matplotlib"},
+    "data": {"torch", "lightning", "torchvision", "PIL", "sklearn"},
+    "models": {"torch", "lightning", "torchmetrics"},
+    "sweeps": {"optuna", "tensorboard", "tqdm", "yaml", "matplotlib"},
 }
 FILES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ("__init__.py", "cli.py")

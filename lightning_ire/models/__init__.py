@@ -2,5 +2,7 @@
 
 from lightning_ire.models.image_classifier import ImageClassifier
 from lightning_ire.models.resnet import ResNet
+from lightning_ire.models.warmup_cosine import WarmupCosineLR
+from lightning_ire.models.wide_resnet import WideResNet
 
-__all__ = ["ImageClassifier", "ResNet"]
+__all__ = ["ImageClassifier", "ResNet", "WarmupCosineLR", "WideResNet"]

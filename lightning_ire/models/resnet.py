@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_ire._checks import ConfigurationError, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_whole
+from lightning_ire.models._initialization import he_initialize_
 
 __all__ = ["BasicBlock", "ResNet"]
 
@@ -16,16 +18,24 @@ __all__ = ["BasicBlock", "ResNet"]
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions with BatchNorm, and a shortcut around them: `relu(x' + bn(conv(relu(bn(conv(x))))))`.
 
-    The shortcut has no parameters ("option A" of the paper): x' is x, thinned out by `stride` in both directions and
-    filled up with zero channels where the block changes the shape.
+    Where the block keeps the number of channels, x' is x, thinned out by `stride` in both directions. Where it changes
+    them, x' is that filled up with zero channels ("option A" of the paper, no parameters), or with a projection
+    `bn(conv1x1(x))` with the stride ("option B").
 
     Args:
         in_channels: Channels of the input.
         out_channels: Channels of the output, at least `in_channels`.
         stride: Stride of the first convolution and of the shortcut.
+        shortcut: `zeros` or `projection`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        shortcut: Literal["zeros", "projection"] = "zeros",
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
@@ -33,6 +43,10 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
         self.stride = stride
         self.new_channels = out_channels - in_channels
+        self.projection: nn.Module | None = None
+        if shortcut == "projection" and self.new_channels:
+            convolution = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            self.projection = nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output.
@@ -44,10 +58,13 @@ class BasicBlock(nn.Module):
             Shape [N, out_channels, ceil(H / stride), ceil(W / stride)].
         """
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        if self.new_channels:
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels))
-        return F.relu(out + shortcut)
+        return F.relu(out + self._shortcut(x))
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if self.projection is not None:
+            return self.projection(x)
+        thinned = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(thinned, (0, 0, 0, 0, 0, self.new_channels)) if self.new_channels else thinned
 
 
 class ResNet(nn.Module):
@@ -55,7 +72,8 @@ class ResNet(nn.Module):
 
     A 3 x 3 convolution, stages of `BasicBlock`, the mean over all positions and a linear layer. The first block of
     every stage but the first halves the resolution. Depth = 2 * sum(blocks) + 2: `blocks=[9, 9, 9]` with the default
-    widths is ResNet-56 (853,018 parameters for 3 channels and 10 classes), `[3, 3, 3]` is ResNet-20.
+    widths is ResNet-56 (for 3 channels and 10 classes 853,018 parameters, with `shortcut="projection"` 855,770),
+    `[3, 3, 3]` is ResNet-20.
 
     Convolutions start with He initialisation (normal, fan out), as BatchNorm scales with 1 and shifts with 0.
 
@@ -74,6 +92,7 @@ class ResNet(nn.Module):
         num_classes: int = 10,
         blocks: Sequence[int] = (3, 3, 3),
         widths: Sequence[int] = (16, 32, 64),
+        shortcut: Literal["zeros", "projection"] = "zeros",
     ) -> None:
         """Build the network.
 
@@ -82,6 +101,9 @@ class ResNet(nn.Module):
             num_classes: Number of logits.
             blocks: Blocks in each stage.
             widths: Channels in each stage, not decreasing.
+            shortcut: What a block adds where it changes the number of channels: its input filled up with `zeros`
+                (option A of the paper, what it uses on CIFAR-10), or a `projection`, a 1 x 1 convolution and BatchNorm
+                (option B).
 
         Raises:
             ConfigurationError: If a value is out of range, or `blocks` and `widths` do not match.
@@ -90,18 +112,17 @@ class ResNet(nn.Module):
         check_whole("in_channels", in_channels, low=1)
         check_whole("num_classes", num_classes, low=1)
         _check_stages(blocks, widths)
+        check_choice("shortcut", shortcut, ("zeros", "projection"))
         self.conv = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(widths[0])
         self.stages = nn.Sequential()
         width = widths[0]
         for stage, (num_blocks, new_width) in enumerate(zip(blocks, widths, strict=True)):
-            first = BasicBlock(width, new_width, stride=1 if stage == 0 else 2)
+            first = BasicBlock(width, new_width, stride=1 if stage == 0 else 2, shortcut=shortcut)
             self.stages.append(nn.Sequential(first, *(BasicBlock(new_width, new_width) for _ in range(num_blocks - 1))))
             width = new_width
         self.linear = nn.Linear(width, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        he_initialize_(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits.

@@ -128,6 +128,13 @@ def test_without_a_split_validation_shows_the_test_images(root):
     assert numbers(data.val_dataloader()) == numbers(data.test_dataloader()) == list(range(40, 48))
 
 
+def test_batches_of_evaluation(root):
+    sizes = {
+        size: [len(labels) for _, labels in ready(root, eval_batch_size=size).val_dataloader()] for size in (None, 5)
+    }
+    assert sizes == {None: [4, 4], 5: [5, 3]}
+
+
 def test_validation_alone_opens_what_it_needs(root):
     data = CIFAR10(vision_data.write_cifar10(root), global_batch_size=4, num_workers=0, verify=False, val_size=4)
     data.setup("validate")

@@ -97,6 +97,11 @@ def test_manual_optimization_accumulates_by_itself(root):
         fit(root, Linear(manual=True), max_batch_per_device=6)
 
 
+def test_manual_optimization_gets_the_global_batch(root):
+    _, module = fit(root, Linear(manual=True))
+    assert [len(images) for _, images, _ in module.seen] == [12] * 3
+
+
 def test_a_batch_that_cannot_be_cut(root):
     message = (
         "Expected `global_batch_size` to be a multiple of 5 (devices 1, trainer.accumulate_grad_batches 5), got 12."

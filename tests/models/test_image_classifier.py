@@ -4,44 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import ReduceLROnPlateau
-from lightning.pytorch.loggers import CSVLogger
+from small import CLASSES, classifier, loader, trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ire import ConfigurationError
 from lightning_ire.models import ImageClassifier
-
-CLASSES = 4
-
-
-def classifier(**settings) -> ImageClassifier:
-    torch.manual_seed(0)
-    num_classes = settings.pop("num_classes", CLASSES)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(4, num_classes))
-    return ImageClassifier(network, num_classes, **settings)
-
-
-def loader(num: int = 22, num_classes: int = CLASSES, batch_size: int = 8) -> DataLoader:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(num, 1, 2, 2, generator=generator)
-    labels = torch.randint(num_classes, (num,), generator=generator)
-    return DataLoader(TensorDataset(images, labels), batch_size=batch_size)
-
-
-def trainer(tmp_path, **settings) -> Trainer:
-    settings = {"max_epochs": 1, "log_every_n_steps": 1, "logger": CSVLogger(tmp_path), **settings}
-    return Trainer(
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.75])
@@ -85,6 +56,52 @@ def test_fitted_loss_is_zero():
     assert classifier().target_entropy == 0
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.75])
+def test_soft_targets_are_mixtures_of_the_smoothed_targets(smoothing, monkeypatch):
+    original, returned, logged = F.cross_entropy, [], {}
+
+    def recording(*args, **kwargs):
+        returned.append(original(*args, **kwargs))
+        return returned[-1]
+
+    monkeypatch.setattr(F, "cross_entropy", recording)
+    model = classifier(label_smoothing=smoothing)
+    monkeypatch.setattr(model, "log", lambda name, value, **kwargs: logged.update({name: value}))
+    images, labels = next(iter(loader()))
+    weights = torch.rand(len(labels), 1)
+    others = labels.roll(1)
+    mixed = weights * F.one_hot(labels, CLASSES) + (1 - weights) * F.one_hot(others, CLASSES)
+    loss = model.training_step((images, mixed), 0)
+    assert len(returned) == 1
+    assert loss is returned[0]
+
+    def smoothed(classes):
+        target = torch.full((len(classes), CLASSES), smoothing / (CLASSES - 1))
+        target[range(len(classes)), classes] = 1 - smoothing
+        return target
+
+    target = weights * smoothed(labels) + (1 - weights) * smoothed(others)
+    log_probabilities = model(images).log_softmax(dim=1)
+    torch.testing.assert_close(loss, -(target * log_probabilities).sum(dim=1).mean())
+    torch.testing.assert_close(
+        logged["train/loss"], F.kl_div(log_probabilities, target, reduction="batchmean").detach()
+    )
+    torch.testing.assert_close(model._entropy(F.one_hot(labels, CLASSES).float()), torch.tensor(model.target_entropy))
+
+
+def test_training_accuracy_is_for_the_largest_weight(monkeypatch):
+    model = classifier()
+    monkeypatch.setattr(model, "log", lambda *args, **kwargs: None)
+    images, _ = next(iter(loader()))
+    predicted = model(images).argmax(dim=1)
+    wrong = (predicted + 1) % CLASSES
+    weights = torch.tensor([0.6] * 6 + [0.4] * 2)[:, None]
+    model.training_step(
+        (images, weights * F.one_hot(predicted, CLASSES) + (1 - weights) * F.one_hot(wrong, CLASSES)), 0
+    )
+    assert model.train_accuracy.compute().item() == pytest.approx(6 / 8)
+
+
 def test_evaluation_is_over_all_images_and_without_smoothing(tmp_path):
     model, data = classifier(label_smoothing=0.1), loader()  # 22 images in batches of 8: the last one is smaller
     images, labels = data.dataset.tensors
@@ -99,13 +116,15 @@ def test_evaluation_is_over_all_images_and_without_smoothing(tmp_path):
     assert tested == {"test/loss": pytest.approx(loss), "test/accuracy": pytest.approx(accuracy)}
 
 
-def test_top5_with_more_than_ten_classes(tmp_path):
-    model, data = classifier(num_classes=12), loader(num_classes=12)
+def test_top5_with_more_than_five_classes(tmp_path):
+    model, data = classifier(num_classes=6), loader(num_classes=6)
     images, labels = data.dataset.tensors
     top5 = model(images).topk(5).indices.eq(labels[:, None]).any(dim=1).float().mean().item()
     (tested,) = trainer(tmp_path).test(model, data, verbose=False)
     assert tested["test/accuracy_top5"] == pytest.approx(top5)
-    assert tested["test/accuracy"] < tested["test/accuracy_top5"]
+    assert tested["test/accuracy"] < tested["test/accuracy_top5"] < 1
+    (tested,) = trainer(tmp_path).test(classifier(num_classes=5), loader(num_classes=5), verbose=False)
+    assert "test/accuracy_top5" not in tested
 
 
 def test_fit_logs_and_shows(tmp_path):
@@ -159,6 +178,43 @@ def test_plateau_schedule_watches_its_metric(tmp_path):
     assert run.lr_scheduler_configs[0].monitor == "val/loss"
     assert run.lr_scheduler_configs[0].scheduler.num_bad_epochs == 0
     assert run.lr_scheduler_configs[0].scheduler.last_epoch == 3
+
+
+class Numbers(LightningDataModule):
+    """Says how many classes it has, once it is set up."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.num_classes = None
+        self.counted = num_classes
+
+    def setup(self, stage):
+        self.num_classes = self.counted
+
+    def train_dataloader(self):
+        return loader()
+
+    def test_dataloader(self):
+        return loader()
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_number_of_classes_is_the_datas(stage, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"^Expected `num_classes` to be 5, as Numbers has, got 4\.$"):
+        getattr(trainer(tmp_path), stage)(classifier(), datamodule=Numbers(5))
+    for fitting in (None, CLASSES):
+        getattr(trainer(tmp_path), stage)(classifier(), datamodule=Numbers(fitting))
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_number_of_logits_is_that_of_the_classes(stage, tmp_path):
+    message = (
+        r"^Expected the network \(`model.num_classes`\) to return `num_classes` = 4 logits per image, got a tensor of "
+        r"shape \(8, 7\) for 8 images\.$"
+    )
+    model = classifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 7)))
+    with pytest.raises(ConfigurationError, match=message):
+        getattr(trainer(tmp_path), stage)(model, loader())
 
 
 def test_weight_decay_groups():
