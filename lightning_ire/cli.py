@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test,predict} --config configs/NAME.yaml`."""
+"""The command line: `python cli.py {fit,validate,test,predict,sweep} --config configs/NAME.yaml`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
-from lightning_ire import IRE, ConfigurationError, SharpnessMonitor
+from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, sweeps
 from lightning_ire._cli_messages import one_line, with_full_key
 from lightning_ire._lightning import ConfigWins
 
@@ -68,13 +68,20 @@ class IRECLI(ConfigWins, LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
-        super().__init__(
-            save_config_callback=NumberedConfigCallback,
-            parser_class=OneLineParser,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=args,
-        )
+        self.config: Any = {}
+        try:
+            super().__init__(
+                save_config_callback=NumberedConfigCallback,
+                parser_class=OneLineParser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                args=args,
+            )
+        except ConfigurationError as error:  # what only shows in the run names its argument; the user typed a key
+            settings = self.config.get(self.config.get("subcommand"))
+            if settings is None:
+                raise
+            raise ConfigurationError(with_full_key(str(error), settings.as_dict())) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the top-level keys."""
@@ -136,8 +143,11 @@ def main(args: list[str] | None = None) -> int:
         args: What follows the program's name; by default taken from `sys.argv`.
 
     Returns:
-        0, or 1 if the run met a set-up that cannot work (said in one line on stderr).
+        0, or 1 if the run met a set-up that cannot work (said in one line on stderr); the codes of `sweep` are in its
+        `--help`.
     """
+    if (sys.argv[1:] if args is None else args)[:1] == ["sweep"]:
+        return sweeps.main((sys.argv[1:] if args is None else args)[1:])
     # Lightning advertises its cloud products at every start.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
@@ -157,3 +167,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 def _debugging() -> bool:
     """Whether errors keep their traceback: jsonargparse's own environment variable says so."""
     return os.environ.get("JSONARGPARSE_DEBUG", "").lower() == "true"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_ire import IRE, SAM, tags
+from lightning_ire import IRE, SAM, ConfigurationError, tags
 from lightning_ire._cli_messages import one_line, with_full_key
 from lightning_ire.cli import IRECLI, main
 
@@ -148,7 +149,7 @@ def test_wrong_config_is_one_line(config, message, capsys):
 def test_errors_of_the_run_are_one_line(capsys):
     assert main([*DRY, "--model.optimizer.lr", "-1"]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: Expected `optimizer` to have values in range, got: Invalid learning rate: -1.0."
+        "error: Expected `model.optimizer` to have values in range, got: Invalid learning rate: -1.0."
     )
     monitor = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor", "nothing"]
     assert main([*FIT, *monitor]) == 1
@@ -166,8 +167,23 @@ def test_debugging_keeps_the_traceback(monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEBUG", "true")
     with pytest.raises(argparse.ArgumentError, match=r"Expected `ire\.gamma` to be a number"):
         main([*DRY, "--ire.gamma", "1.5"])
-    with pytest.raises(ValueError, match="Expected `optimizer` to have values in range"):
+    with pytest.raises(ValueError, match=r"Expected `model\.optimizer` to have values in range"):
         main([*DRY, "--model.optimizer.lr", "-1"])
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise ConfigurationError("Expected an image, got a.JPEG (OSError: half\n of it): copy it.")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_processes_that_load_data_are_one_line(workers):
+    with pytest.raises(ConfigurationError) as caught:
+        list(torch.utils.data.DataLoader(Broken(), num_workers=workers))
+    assert one_line(str(caught.value)) == "Expected an image, got a.JPEG (OSError: half; of it): copy it."
 
 
 def test_messages_that_are_not_understood_are_kept():
@@ -328,6 +344,26 @@ def checkpoint(folder: str | Path) -> Path:
 
 def weights(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+# -------------------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize("way", ["args", "argv"])
+def test_sweep_goes_to_the_sweeps(way, monkeypatch, capsys):
+    if way == "argv":
+        monkeypatch.setattr(sys, "argv", ["cli.py", "sweep", "--config", "nowhere.yaml"])
+    assert main(["sweep", "--config", "nowhere.yaml"] if way == "args" else None) == 2
+    assert capsys.readouterr().err == "error: Expected `--config` to be a file, got 'nowhere.yaml'.\n"
+
+
+def test_module_is_a_command_with_exit_codes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cli.py", "sweep", "--config", "nowhere.yaml"])
+    monkeypatch.delitem(sys.modules, "lightning_ire.cli")
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_module("lightning_ire.cli", run_name="__main__")
+    assert exit_info.value.code == 2
+    assert "got 'nowhere.yaml'" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------- real processes

@@ -1,0 +1,166 @@
+"""The command line of a sweep: its flags, its help, and one line for whatever is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from lightning_ire._checks import ConfigurationError, check_choice
+from lightning_ire.sweeps._grid import Grid, code
+
+__all__ = ["Options", "read_options"]
+
+_EXAMPLE = """\
+example (18 runs and 3 of plain SGD):
+  python cli.py sweep --config configs/digits_resnet_sgd_ire.yaml --baseline \\
+    --grid ire.kappa 1 2 --grid ire.gamma 0.99 0.9 0.8 --grid seed_everything 0 1 2 -- --trainer.accelerator cpu
+
+The same command, typed again, goes on where it stopped; typed in a second terminal, it shares the work.
+Several machines share it with --storage postgresql+psycopg://USER:PASSWORD@HOST/DATABASE.
+exit codes: 0; 1: runs failed; 2: a wrong key or value; 130: Ctrl-C"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; the fields are the flags of the same names."""
+
+    config: Path
+    grid: Grid
+    flags: tuple[str, ...]
+    baseline: bool
+    metric: str
+    mode: str
+    also: tuple[str, ...]
+    name: str
+    folder: Path
+    storage: str
+    table: bool
+
+    @property
+    def logs(self) -> Path:
+        """The folder of all runs."""
+        return self.folder / self.name
+
+    @property
+    def fingerprint(self) -> str:
+        """What must not change during a study: the config's text and the further flags."""
+        return hashlib.sha256(self.config.read_bytes() + b"\0" + json.dumps(self.flags).encode()).hexdigest()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (python cli.py sweep --help)")
+
+
+def read_options(args: list[str]) -> Options:
+    """Read the command line.
+
+    Args:
+        args: What follows `sweep`.
+
+    Returns:
+        The options.
+
+    Raises:
+        ConfigurationError: If something is wrong with it.
+    """
+    ours, flags = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+    given = _parser().parse_args(ours)
+    if given.config is None or not given.config.is_file():
+        raise ConfigurationError(f"Expected `--config` to be a file, got {str(given.config or 'none')!r}.")
+    _check_flags(flags, grid := _check_grid(given.grid))
+    name = given.name or given.config.stem
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise ConfigurationError(f"Expected `--name` to be of letters, digits and ._+-, got {name!r}.")
+    mode = given.mode or ("max" if "accuracy" in given.metric else "min")
+    if not given.table:
+        _check_test_after_fit(given.config, flags, [given.metric, *given.also])
+    return Options(
+        config=given.config,
+        grid=Grid(grid),
+        flags=tuple(flags),
+        baseline=given.baseline,
+        metric=given.metric,
+        mode=check_choice("--mode", mode, ("max", "min")),
+        also=tuple(given.also),
+        name=name,
+        folder=given.folder,
+        storage=given.storage or f"sqlite:///{given.folder / name}.db",
+        table=given.table,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cli.py sweep",
+        usage="python cli.py sweep --config FILE --grid KEY VALUE ... [options] [-- further flags of cli.py fit]",
+        description="Train every combination of the values of some keys, each in a process of its own.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="config of all runs")
+    add("--grid", nargs="*", action="append", default=[], metavar="KEY VALUE", help="a key and its values; repeat")
+    add("--baseline", action="store_true", help="also run with ire.kappa 0, once per combination of the other keys")
+    add("--metric", default="test/accuracy", metavar="TAG", help="logged value to compare (default: test/accuracy)")
+    add("--mode", metavar="max|min", help="whether more is better (default: max for an accuracy, else min)")
+    add("--also", nargs="+", action="extend", default=[], metavar="TAG", help="further logged values: a table each")
+    add("--name", help="name of the study (default: that of the config)")
+    add("--folder", type=Path, default=Path("sweeps"), help="where logs and tables go (default: sweeps)")
+    add("--storage", metavar="URL", help="database of the study (default: the SQLite file FOLDER/NAME.db)")
+    add("--table", action="store_true", help="print the table of what there is and run nothing")
+    return parser
+
+
+def _check_grid(grid: list[list[str]]) -> dict[str, tuple[str, ...]]:
+    if not grid or not all(grid):
+        raise ConfigurationError("Expected `--grid` to be a key and its values, as in --grid ire.kappa 1 2, got none.")
+    checked: dict[str, tuple[str, ...]] = {}
+    for key, *values in grid:
+        if key in checked:
+            raise ConfigurationError(f"Expected `--grid {key}` to be given once, got it twice: give all values to one.")
+        if not values or not all(values):
+            raise ConfigurationError(f"Expected `--grid {key}` to have values, got {' '.join(values) or 'none'!r}.")
+        if len(set(map(code, values))) < len(values):
+            raise ConfigurationError(f"Expected `--grid {key}` to have different values, got {' '.join(values)}.")
+        _check_key(key)
+        checked[key] = tuple(values)
+    return checked
+
+
+def _check_flags(flags: list[str], grid: dict[str, tuple[str, ...]]) -> None:
+    for flag in flags:
+        if not flag.startswith("-") or re.match(r"-[\d.]", flag):  # a value
+            continue
+        key = re.split(r"\+?=|\+$", flag.lstrip("-"))[0]
+        _check_key(key)
+        if key in grid:
+            raise ConfigurationError(f"Expected `{key}` to be set in one place, got it in --grid and behind `--`.")
+
+
+def _check_key(key: str) -> None:
+    if key in ("c", "config", "ckpt_path", "trainer.logger") or key.startswith("trainer.logger."):
+        raise ConfigurationError(f"Expected `{key}` to be left to the sweep, got it in --grid or behind `--`.")
+
+
+def _check_test_after_fit(config: Path, flags: list[str], metrics: list[str]) -> None:
+    """Refuse a sweep whose runs would train to the end and then lack the metric."""
+    try:
+        content = yaml.safe_load(config.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return  # the first run says what is wrong with it
+    tested = isinstance(content, dict) and content.get("test_after_fit") is True
+    tests = [metric for metric in metrics if metric.startswith("test/")]
+    if tests and not tested and not any(flag.startswith("--test_after_fit") for flag in flags):
+        raise ConfigurationError(
+            f"Expected `test_after_fit` to be true for `{tests[0]}`, got it neither in {config} nor behind `--`: add "
+            "-- --test_after_fit true."
+        )
