@@ -75,6 +75,7 @@ class IRECLI(ConfigWins, LightningCLI):
                 parser_class=OneLineParser,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
+                parser_kwargs={"description": "Train with IRE and SAM. Grids of runs: cli.py sweep --help"},
                 args=args,
             )
         except ConfigurationError as error:  # what only shows in the run names its argument; the user typed a key

@@ -86,7 +86,9 @@ def _report(options: Options, ledgers: list[Ledger]) -> None:
     for metric in metrics:
         if logged and metric not in logged:
             print(f"no run has logged `{metric}`; there are {', '.join(logged)}", file=sys.stderr)
-    text = "\n".join(table(config, metric, options.metric, options.mode, grid, baseline) for metric in metrics)
+    text = "\n".join(
+        table(config, metric, options.metric, options.mode, grid, baseline, options.flags) for metric in metrics
+    )
     print(text, flush=True)
     options.logs.mkdir(parents=True, exist_ok=True)
     path = options.logs / "table.md"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,15 @@ def best_of(groups: Mapping[Group, Average], mode: str) -> Group | None:
     return max(whole or ran, key=lambda group: sign * ran[group].mean, default=None)
 
 
-def table(config: str, metric: str, chosen_by: str, mode: str, results: Results, baseline: Results | None) -> str:
+def table(
+    config: str,
+    metric: str,
+    chosen_by: str,
+    mode: str,
+    results: Results,
+    baseline: Results | None,
+    flags: Sequence[str] = (),
+) -> str:
     """Return the table of one metric in Markdown.
 
     Args:
@@ -108,6 +117,7 @@ def table(config: str, metric: str, chosen_by: str, mode: str, results: Results,
         mode: "max" or "min", for `chosen_by`.
         results: Of the grid.
         baseline: Of the base optimizer, if it ran too.
+        flags: Where the runs differ from the config, beside the grid; they stand above the numbers.
 
     Returns:
         A heading, the grid, and the summary with baseline, best cell and the paper's numbers.
@@ -120,6 +130,7 @@ def table(config: str, metric: str, chosen_by: str, mode: str, results: Results,
     seeds = f"mean ± sample standard deviation over {SEED}; " if SEED in results.grid.values else ""
     heading = f"# {config}: {metric}{percent}\n\n{seeds}{runs - missing} of {runs} runs"
     heading += f", {missing} missing" if missing else ""
+    heading += f"; all with `{shlex.join(flags)}`" if flags else ""
     parts = [heading, _grid_lines(results.grid, groups, metric), _summary(config, metric, groups, best, baseline)]
     ran = sum(1 for average in groups.values() if average.values)
     selection = f"Best cell: the best mean {chosen_by} of {ran} cells"

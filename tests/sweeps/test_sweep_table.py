@@ -43,6 +43,12 @@ def test_two_keys_with_seeds_a_baseline_and_the_paper():
     )
 
 
+def test_flags_that_make_the_runs_others_than_the_config():
+    ours = results(KAPPAS, 0.5, 0.6)
+    text = table("cifar10_resnet56_sgd_ire", TOP1, TOP1, "max", ours, None, ("--trainer.max_epochs", "1", "--x", "a b"))
+    assert "\n\n2 of 2 runs; all with `--trainer.max_epochs 1 --x 'a b'`\n\n" in text
+
+
 def test_one_key_without_seeds_or_paper():
     ours = results(KAPPAS, 1.23456, 0.00012346, tag="val/loss")
     assert table("digits", "val/loss", "val/loss", "min", ours, None) == (
