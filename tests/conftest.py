@@ -9,11 +9,12 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share an expensive fixture go to one worker of `pytest -n --dist loadgroup`, which makes it once."""
     for item in items:
         names = getattr(item, "fixturenames", ())
-        if "ranks" in names:
+        if "ranks" in names or "jobs" in names:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
         elif "plain_runs" in names:
             item.add_marker(pytest.mark.xdist_group(item.callspec.params["row"].id))  # type: ignore[attr-defined]

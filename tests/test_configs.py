@@ -5,6 +5,7 @@ The configs of the vision experiments run on tiny data in the real on-disk forma
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,6 @@ from lightning_ire import IRE, SAM
 from lightning_ire.cli import IRECLI
 
 REPOSITORY = Path(__file__).parents[1]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 EMBEDDED = [path for path in CONFIGS if path.name.startswith(("digits_", "stdlib_"))]
 VISION = [path for path in CONFIGS if path.name.startswith(("cifar", "imagenet_"))]
@@ -261,7 +261,7 @@ def tiny(path: Path, images: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", by_name(VISION))
 def test_vision_makes_one_step(path, images):
-    cli = IRECLI([*tiny(path, images), "--trainer.fast_dev_run", "1", "--data.max_batch_per_device", "null"])
+    cli = IRECLI([*tiny(path, images), "--trainer.fast_dev_run", "1", "--data.global_batch_size", "2"])
     (ire,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, IRE))
     assert cli.trainer.global_step == 1
     assert ire.started_at == 0
@@ -289,11 +289,30 @@ def test_vision_makes_two_steps(path, flags, images):
 
 
 def in_two_processes(arguments: list[str], folder: Path) -> None:
-    """The real command line, on two CPU processes; no process may be left waiting for the other."""
+    """The real command line in two CPU processes, begun at the same time as torchrun or Slurm would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     command = [sys.executable, str(REPOSITORY / "cli.py"), *arguments]
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr[-3000:]
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_"))}
+    plain |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**plain, "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / f"rank{rank}.txt").open("w"),
+        )
+        for rank in range(2)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:  # a process that failed leaves the other one waiting
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], [(folder / f"rank{rank}.txt").read_text()[-2000:] for rank in range(2)]
 
 
 def scalars(folder: Path) -> dict[str, float]:

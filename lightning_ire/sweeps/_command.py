@@ -48,7 +48,7 @@ def _open(options: Options) -> list[Ledger]:
     if options.baseline:
         ledgers.append(Ledger(storage, f"{options.name}-baseline", options.grid.baseline(), options.mode))
     for ledger in ledgers:
-        ledger.open(None if options.table else options.fingerprint)
+        ledger.open(None if options.table else options.fingerprint, options.flags)
     return ledgers
 
 
@@ -86,9 +86,8 @@ def _report(options: Options, ledgers: list[Ledger]) -> None:
     for metric in metrics:
         if logged and metric not in logged:
             print(f"no run has logged `{metric}`; there are {', '.join(logged)}", file=sys.stderr)
-    text = "\n".join(
-        table(config, metric, options.metric, options.mode, grid, baseline, options.flags) for metric in metrics
-    )
+    flags = ledgers[0].flags  # those of the runs; to print a table none are needed
+    text = "\n".join(table(config, metric, options.metric, options.mode, grid, baseline, flags) for metric in metrics)
     print(text, flush=True)
     options.logs.mkdir(parents=True, exist_ok=True)
     path = options.logs / "table.md"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +42,18 @@ class Ledger:
         self.study: Study | None = None
         self._first_number = 0
 
-    def open(self, fingerprint: str | None) -> None:
+    @property
+    def flags(self) -> list[str]:
+        """The further flags that all runs of the study had."""
+        assert self.study is not None
+        return self.study.user_attrs.get("flags", [])
+
+    def open(self, fingerprint: str | None, flags: Sequence[str] = ()) -> None:
         """Load the study, or make it.
 
         Args:
             fingerprint: What must be the same in all runs of the study; None to make and check nothing.
+            flags: The further flags, to be remembered.
 
         Raises:
             ConfigurationError: If there is no study to load, or one with another fingerprint.
@@ -68,6 +75,7 @@ class Ledger:
         self._first_number = len(trials)
         if fingerprint is not None:
             self._check_fingerprint(fingerprint, trials)
+            self.study.set_user_attr("flags", list(flags))
 
     def complete(self) -> dict[Cell, dict[str, Any]]:
         """Return the user attributes (`metrics` and others) of each complete cell."""

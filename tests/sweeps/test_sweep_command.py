@@ -164,7 +164,7 @@ def test_a_missing_tag_is_a_failed_run(runs, capsys):
 def test_table_runs_nothing(runs, capsys):
     grid = "--grid ire.kappa 1 2"
     runs.outcomes = {"ire.kappa=1": 1}
-    assert sweep(grid) == 1
+    assert sweep(f"{grid} -- --its flags") == 1
     capsys.readouterr()
     assert sweep(f"{grid} --table --also test/loss val/loss -- --other flags") == 0
     assert len(runs.commands) == 2
@@ -172,8 +172,8 @@ def test_table_runs_nothing(runs, capsys):
     assert captured.err == "no run has logged `val/loss`; there are test/accuracy, test/loss\n"
     text = captured.out[: captured.out.index("\nWritten: ")]
     assert Path("sweeps/c/table.md").read_text() == text
-    assert "# c: test/accuracy (%)\n\n1 of 2 runs, 1 missing\n" in text
-    assert "# c: test/loss\n\n1 of 2 runs, 1 missing\n" in text
+    assert "# c: test/accuracy (%)\n\n1 of 2 runs, 1 missing; all with `--its flags`\n" in text
+    assert "# c: test/loss\n\n1 of 2 runs, 1 missing; all with `--its flags`\n" in text
     assert not list(Path("sweeps/c").glob("table.md.*"))
 
 
