@@ -288,6 +288,17 @@ def test_vision_makes_two_steps(path, flags, images):
     assert all(torch.isfinite(parameter).all() for parameter in cli.model.parameters())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("path", by_name(VISION))
+def test_vision_on_a_gpu(path, images):
+    fast = "--trainer.precision bf16-mixed --model.channels_last true --model.compile true"
+    flags = f"--trainer.fast_dev_run 2 --trainer.accelerator gpu --trainer.devices 1 --data.num_workers 1 {fast}"
+    cli = IRECLI([*tiny(path, images), *flags.split()])
+    assert cli.trainer.global_step == 1
+    assert all(torch.isfinite(parameter).all() for parameter in cli.model.parameters())
+
+
 def in_two_processes(arguments: list[str], folder: Path) -> None:
     """The real command line in two CPU processes, begun at the same time as torchrun or Slurm would."""
     with socket.socket() as free:
