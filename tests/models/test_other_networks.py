@@ -39,10 +39,9 @@ def transformer(image: int, patch: int, width: int, depth: int, classes: int) ->
 )
 def test_size_of_vision_transformers(image, patch, width, heads, classes, published):
     models = pytest.importorskip("timm.models")
-    with torch.device("meta"):
-        model = models.VisionTransformer(
-            img_size=image, patch_size=patch, embed_dim=width, depth=12, num_heads=heads, num_classes=classes
-        )
+    model = models.VisionTransformer(  # not on the meta device: timm 1.0.3 cannot
+        img_size=image, patch_size=patch, embed_dim=width, depth=12, num_heads=heads, num_classes=classes
+    )
     assert sum(p.numel() for p in model.parameters()) == transformer(image, patch, width, 12, classes) == published
 
 
