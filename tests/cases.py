@@ -130,14 +130,18 @@ def moved(first: nn.Module, second: nn.Module) -> float:
     return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
 
 
-def two_processes(script: str, folder: Path) -> list[dict[str, Any]]:
-    """Run a script of this folder, which trains in two processes, and return what each rank has saved in `folder`."""
+def script_environment() -> dict[str, str]:
+    """The environment of a script of this folder in a process of its own: one thread, nothing of pytest's run."""
     here = Path(__file__).parent
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_"))}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
+    return environment | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
+
+
+def two_processes(script: str, folder: Path) -> list[dict[str, Any]]:
+    """Run a script of this folder, which trains in two processes, and return what each rank has saved in `folder`."""
     process = subprocess.Popen(
-        [sys.executable, str(here / script), str(folder)],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [sys.executable, str(Path(__file__).parent / script), str(folder)],
+        env=script_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         errors = process.communicate(timeout=240)[1]

@@ -4,7 +4,6 @@ The configs of the vision experiments run on tiny data in the real on-disk forma
 """
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
 import vision_data
@@ -208,6 +208,18 @@ def test_needs_no_worker_processes(path):
     assert yaml.safe_load(path.read_text())["data"]["init_args"].get("num_workers", 0) == 0
 
 
+def test_digits_schedule_ends_with_the_run():
+    (path,) = (path for path in CONFIGS if path.stem == "digits_resnet_sgd_ire")
+    config = yaml.safe_load(path.read_text())
+    assert {key: value(config, key) for key in COSINE} == COSINE  # `total` null: the length of the run
+    cli = IRECLI(
+        ["fit", "--config", str(path), *f"{QUIET} --trainer.max_epochs 1 --trainer.limit_train_batches 1".split()]
+    )
+    (schedule,) = (config.scheduler for config in cli.trainer.lr_scheduler_configs)
+    assert schedule.total == 1
+    assert schedule.get_last_lr() == [0.0]
+
+
 def test_digits_keeps_the_best_and_the_last_weights():
     (path,) = (path for path in CONFIGS if path.stem == "digits_resnet_sgd_ire")
     flags = f"{QUIET} --trainer.limit_train_batches 2 {FROM_THE_FIRST_STEP} --model.optimizer.lr 0"
@@ -307,14 +319,12 @@ def in_two_processes(commands: list[list[str]], folder: Path) -> None:
         port = str(free.getsockname()[1])
     ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     (folder / "commands.json").write_text(json.dumps([[*arguments, *ddp] for arguments in commands]))
-    plain = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_"))}
-    plain |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    plain |= {"PYTHONPATH": str(REPOSITORY)}
+    environment = {**cases.script_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
             [sys.executable, str(Path(__file__).parent / "vision_ddp_script.py"), "commands.json"],
             cwd=folder,
-            env={**plain, "LOCAL_RANK": str(rank)},
+            env={**environment, "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=(folder / f"rank{rank}.txt").open("w"),
         )

@@ -28,11 +28,9 @@ SLOW = {
 
 
 def run_script(folder: Path, *jobs: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_"))}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(HERE / "resume_script.py"), str(folder), *jobs],
-        env=environment, capture_output=True, text=True, timeout=280, check=False,
+        env=cases.script_environment(), capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     (folder / f"done-{jobs[0]}").write_text(done.stderr[-10000:] if done.returncode else "")
 

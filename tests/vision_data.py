@@ -45,11 +45,6 @@ def write_imagenet(
     return root
 
 
-def colours(images: list) -> list[int]:
-    """Which images these are: the red value of each, as written."""
-    return [np.asarray(image)[0, 0, 0] for image in images]
-
-
 def _dump(path: Path, labels: dict, first: int, count: int) -> None:
     """Images are uint8 rows of 3072: red, green, blue planes; image i has the colour (i, 255 - i, 128)."""
     numbers = np.arange(first, first + count) % 256
