@@ -147,8 +147,9 @@ def main(args: list[str] | None = None) -> int:
         0, or 1 if the run met a set-up that cannot work (said in one line on stderr); the codes of `sweep` are in its
         `--help`.
     """
-    if (sys.argv[1:] if args is None else args)[:1] == ["sweep"]:
-        return sweeps.main((sys.argv[1:] if args is None else args)[1:])
+    command = sys.argv[1:] if args is None else args
+    if command[:1] == ["sweep"]:
+        return sweeps.main(command[1:])
     # Lightning advertises its cloud products at every start.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from lightning_ire._checks import ConfigurationError
 from lightning_ire.data.image_data import ImageData
-from lightning_ire.data.transforms import INSTALL, torchvision_v2
+from lightning_ire.data.transforms import torchvision, torchvision_v2
 
 __all__ = ["CIFAR10", "CIFAR100"]
 
@@ -111,11 +111,7 @@ class _CIFAR(ImageData):
 
     def _source(self, verify: bool) -> Any:
         """Torchvision's class; without checksums, if these are not to be verified."""
-        try:
-            from torchvision import datasets
-        except ImportError as error:
-            raise ConfigurationError(INSTALL) from error
-        original = getattr(datasets, self._source_name)
+        original = getattr(torchvision("datasets"), self._source_name)
         if verify:
             return original
 

@@ -255,7 +255,9 @@ class ImageData(LightningDataModule, ABC):
         if self.augmentation == "autoaugment":
             policy = v2.AutoAugment(self.autoaugment_policy())
         elif self.augmentation == "randaugment":
-            policy = v2.RandAugment(self.randaugment_ops, self.randaugment_magnitude, interpolation=_bilinear())
+            policy = v2.RandAugment(
+                self.randaugment_ops, self.randaugment_magnitude, interpolation=v2.InterpolationMode.BILINEAR
+            )
         return training_chain(geometry, policy, self.mean, self.std, self.cutout_size, self.cutout_probability)
 
     def _evaluation_transform(self) -> Callable[[Any], Tensor]:
@@ -297,10 +299,6 @@ class _Images(Dataset):
 def _with_seed(items: list[Any]) -> list[Any]:
     """A batch with a seed for what is drawn once the batch is on its device."""
     return [*default_collate(items), int(torch.randint(2**62, ()))]
-
-
-def _bilinear() -> Any:
-    return torchvision_v2().InterpolationMode.BILINEAR
 
 
 def _optional(name: str, value: int | None) -> int | None:

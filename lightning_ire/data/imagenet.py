@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from lightning_ire._checks import ConfigurationError, check_whole
 from lightning_ire.data.image_data import ImageData
-from lightning_ire.data.transforms import INSTALL, torchvision_v2
+from lightning_ire.data.transforms import torchvision, torchvision_v2
 
 __all__ = ["ImageNet"]
 
@@ -69,13 +69,10 @@ class ImageNet(ImageData):
         Raises:
             ConfigurationError: If folders are missing, empty, or the classes of `train/` and `val/` are not the same.
         """
-        try:
-            from torchvision.datasets import ImageFolder
-        except ImportError as error:
-            raise ConfigurationError(INSTALL) from error
+        image_folder = torchvision("datasets").ImageFolder
         classes = self._classes(part)
         try:
-            images = ImageFolder(str(self._folder(part)), loader=read_image)
+            images = image_folder(str(self._folder(part)), loader=read_image)
         except FileNotFoundError as error:  # torchvision names the classes without images
             raise ConfigurationError(f"Expected `root` to hold {_LAYOUT}, got: {error}") from error
         other = self._folder("test" if part == "train" else "train")

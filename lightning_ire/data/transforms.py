@@ -5,6 +5,7 @@ torchvision is imported where it is needed, so that the package works without it
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,6 @@ from torch import Tensor, nn
 from lightning_ire._checks import ConfigurationError, check_number, check_whole
 
 __all__ = ["Cutout", "batch_mixing", "evaluation_chain", "training_chain"]
-
-INSTALL = "Expected torchvision for image data, got an import error: pip install 'lightning-ire[vision]'."
 
 
 class Cutout(nn.Module):
@@ -106,17 +105,26 @@ def batch_mixing(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> n
     return v2.RandomChoice(mixing) if mixing else None
 
 
-def torchvision_v2() -> Any:
-    """The module `torchvision.transforms.v2`.
+def torchvision(part: str) -> Any:
+    """A module of torchvision, imported when it is needed.
+
+    Args:
+        part: Its name after `torchvision.`.
 
     Raises:
         ConfigurationError: If torchvision is not installed.
     """
     try:
-        from torchvision.transforms import v2
+        return importlib.import_module(f"torchvision.{part}")
     except ImportError as error:
-        raise ConfigurationError(INSTALL) from error
-    return v2
+        raise ConfigurationError(
+            "Expected torchvision for image data, got an import error: pip install 'lightning-ire[vision]'."
+        ) from error
+
+
+def torchvision_v2() -> Any:
+    """The module `torchvision.transforms.v2`, as :func:`torchvision` imports it."""
+    return torchvision("transforms.v2")
 
 
 def _to_tensor(mean: Sequence[float], std: Sequence[float]) -> list[nn.Module]:

@@ -85,7 +85,9 @@ def averages(results: Results, metric: str) -> dict[Group, Average]:
     found: dict[Group, list[float]] = {}
     for cell in results.grid.cells:
         values = found.setdefault(tuple(pair for pair in cell.pairs if pair[0] != SEED), [])
-        values += [logged[metric] for logged in [results.metrics.get(cell.name, {})] if metric in logged]
+        logged = results.metrics.get(cell.name, {})
+        if metric in logged:
+            values.append(logged[metric])
     orders = {key: in_order(values) for key, values in results.grid.values.items()}
     ordered = sorted(found, key=lambda group: [orders[key].index(value) for key, value in group])
     return {group: Average(tuple(found[group]), len(results.grid.values.get(SEED, "1"))) for group in ordered}
@@ -165,9 +167,11 @@ def _summary(
     best_there = next((row for row in paper.rows if not row.cell), None) if paper else None
     label, text = (f"best cell ({_spelt(best)})", groups[best].text(metric)) if best is not None else ("best cell", "-")
     rows.append([label, text, _quoted(best_there, metric)])
-    rows += [_same_cell(row, metric, groups) for row in (paper.rows if paper else ()) if row.cell]
+    rows += [
+        _same_cell(row, metric, groups) for row in (paper.rows if paper else ()) if row.cell and metric in row.percent
+    ]
     head = ["", "here", *([f"paper, {paper.table}"] if paper and any(row[2] for row in rows) else [])]
-    return _markdown([head, *(row[: len(head)] for row in rows if row[0].startswith(("base", "best")) or row[2])])
+    return _markdown([head, *(row[: len(head)] for row in rows)])
 
 
 def _same_cell(row: PaperRow, metric: str, groups: Mapping[Group, Average]) -> list[str]:

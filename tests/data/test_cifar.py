@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import os
 import pickle
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -255,6 +256,15 @@ def test_no_folder(root):
     message = fault(root)
     assert message.startswith("Expected `root` to be a folder that holds cifar-10-batches-py/ with data_batch_1, ")
     assert message.endswith(f"got {root}: change `root`, or set `download` to true.")
+
+
+@pytest.mark.parametrize("part", ["datasets", "transforms.v2"])
+def test_without_torchvision(root, monkeypatch, part):
+    monkeypatch.setitem(sys.modules, f"torchvision.{part}", None)
+    with pytest.raises(
+        ConfigurationError, match=r"^Expected torchvision for image data, .* 'lightning-ire\[vision\]'\.$"
+    ):
+        ready(root).train_dataloader()
 
 
 def test_missing_file(root):
