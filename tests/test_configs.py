@@ -212,9 +212,8 @@ def test_digits_schedule_ends_with_the_run():
     (path,) = (path for path in CONFIGS if path.stem == "digits_resnet_sgd_ire")
     config = yaml.safe_load(path.read_text())
     assert {key: value(config, key) for key in COSINE} == COSINE  # `total` null: the length of the run
-    cli = IRECLI(
-        ["fit", "--config", str(path), *f"{QUIET} --trainer.max_epochs 1 --trainer.limit_train_batches 1".split()]
-    )
+    flags = f"{QUIET} {FROM_THE_FIRST_STEP} --trainer.max_epochs 1 --trainer.limit_train_batches 1"
+    cli = IRECLI(["fit", "--config", str(path), *flags.split()])
     (schedule,) = (config.scheduler for config in cli.trainer.lr_scheduler_configs)
     assert schedule.total == 1
     assert schedule.get_last_lr() == [0.0]
