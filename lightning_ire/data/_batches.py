@@ -29,7 +29,7 @@ class BatchPlan:
 
     def __str__(self) -> str:
         """What is multiplied with what."""
-        return f"{self.devices} device(s) x {self.accumulation} micro-batch(es) x {self.per_device} images"
+        return f"{self.devices} device(s) x {self.accumulation} micro-batch(es) of {self.per_device}"
 
 
 def plan_batches(global_batch_size: int, devices: int, accumulation: int, largest: int | None) -> BatchPlan:
@@ -114,7 +114,7 @@ class Share(DistributedSampler):
         self.mine = range(rank, len(dataset), devices)
         if len(dataset) < devices:
             raise ConfigurationError(
-                f"Expected at least one image per device for evaluation, got {len(dataset)} on {devices} devices."
+                f"Expected at least one sample per device for evaluation, got {len(dataset)} on {devices} devices."
             )
 
     def __iter__(self) -> Iterator[Any]:

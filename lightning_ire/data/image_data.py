@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
-from lightning_ire.data._batches import BatchPlan, Share, WholeBatches, plan_batches
+from lightning_ire.data._batches import WholeBatches
+from lightning_ire.data.global_batch import GlobalBatchData
 from lightning_ire.data.transforms import batch_mixing, evaluation_chain, torchvision_v2, training_chain
 
 __all__ = ["ImageData"]
@@ -23,7 +21,7 @@ __all__ = ["ImageData"]
 AUGMENTATIONS = ("none", "basic", "autoaugment", "randaugment")
 
 
-class ImageData(LightningDataModule, ABC):
+class ImageData(GlobalBatchData, ABC):
     """Images in classes, from files; subclasses say where they are.
 
     **Batches.** An optimizer step sees `global_batch_size` images: each of D devices gets batches of
@@ -89,11 +87,8 @@ class ImageData(LightningDataModule, ABC):
         Raises:
             ConfigurationError: If a value is out of range.
         """
-        super().__init__()
+        super().__init__(global_batch_size, max_batch_per_device, eval_batch_size, num_workers, pin_memory)
         self.root = Path(root).expanduser()
-        self.global_batch_size = check_whole("global_batch_size", global_batch_size, low=1)
-        self.max_batch_per_device = _optional("max_batch_per_device", max_batch_per_device)
-        self.eval_batch_size = _optional("eval_batch_size", eval_batch_size)
         self.val_size = _check_size(val_size)
         self.split_seed = check_whole("split_seed", split_seed, low=0)
         self.augmentation = check_choice("augmentation", augmentation, AUGMENTATIONS)
@@ -107,9 +102,6 @@ class ImageData(LightningDataModule, ABC):
         self.cutout_probability = check_number("cutout_probability", cutout_probability, high=1.0)
         self.mixup_alpha = check_number("mixup_alpha", mixup_alpha)
         self.cutmix_alpha = check_number("cutmix_alpha", cutmix_alpha)
-        self.num_workers = check_whole("num_workers", num_workers, low=0)
-        self.pin_memory = pin_memory
-        self._plan: BatchPlan | None = None
         self._sources: dict[str, Any] = {}
         self._held_out: Tensor = torch.empty(0, dtype=torch.long)
         self._kept: Tensor = torch.empty(0, dtype=torch.long)
@@ -161,33 +153,31 @@ class ImageData(LightningDataModule, ABC):
         needs_test = stage in (None, "test", "predict") or self.val_size == 0
         if needs_test and "test" not in self._sources:
             self._sources["test"] = self.read("test")
-        self._plan_batches(fitting=stage == "fit")
+        self.make_plan(fitting=stage == "fit")
         if self.num_classes is not None:
             self._mixing = batch_mixing(self.mixup_alpha, self.cutmix_alpha, self.num_classes)
 
     def train_dataloader(self) -> DataLoader:
         """Return the shuffled, augmented training images."""
         train = _Images(self._sources["train"], self._kept, self._training_transform())
-        assert self._plan is not None
-        sampler = WholeBatches(train, self.global_batch_size, self._plan.devices, self._rank, self._order_seed())
+        sampler = WholeBatches(train, self.global_batch_size, self.plan.devices, self.rank, self.order_seed())
         collate = _with_seed if self._mixing is not None else None
-        return self._loader(train, self._plan.per_device, sampler, collate)
+        return self.loader(train, self.plan.per_device, sampler, collate)
 
     def probe_dataloader(self) -> DataLoader:
         """Return the training images without augmentation: where SharpnessMonitor takes its probe from."""
-        assert self._plan is not None
         train = _Images(self._sources["train"], self._kept, self._evaluation_transform())
-        return DataLoader(train, self._plan.per_device, num_workers=self.num_workers)
+        return DataLoader(train, self.plan.per_device, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """Return the images held out of training, or the test images if there are none."""
         if self.val_size == 0:
             return self.test_dataloader()
-        return self._evaluation_loader(_Images(self._sources["train"], self._held_out, self._evaluation_transform()))
+        return self.evaluation_loader(_Images(self._sources["train"], self._held_out, self._evaluation_transform()))
 
     def test_dataloader(self) -> DataLoader:
         """Return the test images."""
-        return self._evaluation_loader(_Images(self._sources["test"], None, self._evaluation_transform()))
+        return self.evaluation_loader(_Images(self._sources["test"], None, self._evaluation_transform()))
 
     def predict_dataloader(self) -> DataLoader:
         """Return the test images."""
@@ -207,31 +197,10 @@ class ImageData(LightningDataModule, ABC):
             return batch
         images, labels, seed = batch
         with torch.random.fork_rng(devices=()):  # MixUp and CutMix draw on the CPU
-            torch.default_generator.manual_seed(seed + self._rank)
+            torch.default_generator.manual_seed(seed + self.rank)
             return list(self._mixing(images, labels))
 
     # Inner parts.
-
-    @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    def _plan_batches(self, fitting: bool) -> None:
-        if self.trainer is None:
-            self._plan = plan_batches(self.global_batch_size, 1, 1, self.max_batch_per_device)
-            return
-        trainer = self.trainer
-        asked = trainer.accumulate_grad_batches
-        self._plan = plan_batches(self.global_batch_size, trainer.world_size, asked, self.max_batch_per_device)
-        if not fitting or self._plan.accumulation == asked:
-            return
-        if not trainer.lightning_module.automatic_optimization:
-            raise ConfigurationError(
-                f"Expected `max_batch_per_device` to be null for a module in manual optimization (it accumulates by "
-                f"itself), got {self.max_batch_per_device}."
-            )
-        trainer.accumulate_grad_batches = self._plan.accumulation
-        rank_zero_info(f"Global batch of {self.global_batch_size} images: {self._plan}.")
 
     def _split(self, count: int) -> None:
         held_out = self.val_size if isinstance(self.val_size, int) else round(self.val_size * count)
@@ -242,11 +211,6 @@ class ImageData(LightningDataModule, ABC):
             )
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.split_seed))
         self._held_out, self._kept = order[:held_out].sort().values, order[held_out:].sort().values
-
-    def _order_seed(self) -> int:
-        """Seed of the training order: `seed_everything`, or else any (several devices: 0, as in Lightning)."""
-        alone = self._plan is None or self._plan.devices == 1
-        return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32 if alone else 0))
 
     def _training_transform(self) -> Callable[[Any], Tensor]:
         geometry = self.geometry(training=self.augmentation != "none")
@@ -262,22 +226,6 @@ class ImageData(LightningDataModule, ABC):
 
     def _evaluation_transform(self) -> Callable[[Any], Tensor]:
         return evaluation_chain(self.geometry(training=False), self.mean, self.std)
-
-    def _evaluation_loader(self, images: _Images) -> DataLoader:
-        assert self._plan is not None
-        size = self.eval_batch_size or self._plan.per_device
-        return self._loader(images, size, Share(images, self._plan.devices, self._rank))
-
-    def _loader(self, images: _Images, batch_size: int, sampler: Any, collate: Any = None) -> DataLoader:
-        return DataLoader(
-            images,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory and torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
 
 
 class _Images(Dataset):
@@ -299,10 +247,6 @@ class _Images(Dataset):
 def _with_seed(items: list[Any]) -> list[Any]:
     """A batch with a seed for what is drawn once the batch is on its device."""
     return [*default_collate(items), int(torch.randint(2**62, ()))]
-
-
-def _optional(name: str, value: int | None) -> int | None:
-    return None if value is None else check_whole(name, value, low=1)
 
 
 def _check_size(size: int | float) -> int | float:

@@ -29,7 +29,7 @@ def test_plan(asked, expected):
 
 
 def test_plan_in_words():
-    assert str(plan_batches(1024, 2, 1, 256)) == "2 device(s) x 2 micro-batch(es) x 256 images"
+    assert str(plan_batches(1024, 2, 1, 256)) == "2 device(s) x 2 micro-batch(es) of 256"
 
 
 @pytest.mark.parametrize(
@@ -89,5 +89,5 @@ def test_every_sample_is_evaluated_once(samples, devices):
 
 
 def test_fewer_samples_than_devices():
-    with pytest.raises(ConfigurationError, match="at least one image per device for evaluation, got 2 on 3 devices"):
+    with pytest.raises(ConfigurationError, match="at least one sample per device for evaluation, got 2 on 3 devices"):
         Share(range(2), 3, 0)

@@ -1,0 +1,451 @@
+"""Where text comes from: the standard library, local files, data sets of the hub. All of it is read in pieces."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import lzma
+import os
+import sysconfig
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
+
+from lightning_ire._checks import ConfigurationError
+
+__all__ = ["HUB", "FileSource", "HubSource", "Piece", "StandardLibrary", "TextSource", "make_source"]
+
+_BLOCK = 1 << 20
+"""Characters in a piece of a long document: what is tokenized at once."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of a long one.
+
+    Attributes:
+        text: Never empty.
+        first: Whether a document begins here.
+        progress: How much of `TextSource.size` was read for it.
+    """
+
+    text: str
+    first: bool
+    progress: int
+
+
+class TextSource(ABC):
+    """Documents in a fixed order.
+
+    Attributes:
+        name: Goes into the name of the cache's folder.
+        parts: The parts that the source has by itself, "train" and perhaps "val", "test".
+        unit: What `size` counts.
+    """
+
+    name: str
+    parts: Sequence[str] = ("train",)
+    unit: str = "B"
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, in JSON's types."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that are read; tokens are made anew when one of them changes."""
+
+    @abstractmethod
+    def size(self, part: str) -> int:
+        """How much there is to read of a part.
+
+        Args:
+            part: One of `parts`.
+        """
+
+    @abstractmethod
+    def pieces(self, part: str) -> Iterator[Piece]:
+        """Read a part.
+
+        Args:
+            part: One of `parts`.
+        """
+
+
+class StandardLibrary(TextSource):
+    """The source code of Python's own standard library: a document per file (about 30 MB with its tests).
+
+    Files that are not UTF-8 are left out (a dozen, which test encodings).
+    """
+
+    name = "stdlib"
+
+    def settings(self) -> dict[str, Any]:
+        """The folder is not named here: the same files in another place are the same text."""
+        return {"source": self.name}
+
+    def files(self) -> list[Path]:
+        """All `*.py` files of the library without those of installed packages."""
+        root = Path(sysconfig.get_path("stdlib"))
+        found = []
+        for folder, folders, names in os.walk(root):
+            folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "__pycache__"})
+            found += [Path(folder, name) for name in names if name.endswith(".py")]
+        if not found:
+            raise ConfigurationError(
+                f"Expected the standard library's source code in {root}, got no .py file: set `source` to 'files'."
+            )
+        return sorted(found)
+
+    def size(self, part: str) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.files())
+
+    def pieces(self, part: str) -> Iterator[Piece]:
+        """Each file is one piece."""
+        for path in self.files():
+            content = path.read_bytes()
+            try:
+                text = content.decode()
+            except UnicodeDecodeError:
+                continue
+            if text:
+                yield Piece(text, first=True, progress=len(content))
+
+
+class FileSource(TextSource):
+    """Local files, compressed or not (.gz, .bz2, .xz, .zst).
+
+    `.jsonl` has a document per line, `.parquet` one per row; any other file is a document of UTF-8 text.
+
+    Args:
+        patterns: Paths or glob patterns of each part; "train" is needed.
+        text_column: Key of the text in `.jsonl`, column in `.parquet`.
+
+    Raises:
+        ConfigurationError: If there are none, or a file is in two parts.
+    """
+
+    name = "files"
+    _keys = {"train": "files", "val": "val_files", "test": "test_files"}  # noqa: RUF012
+
+    def __init__(self, patterns: dict[str, list[str]], text_column: str) -> None:
+        self.patterns = {part: given for part, given in patterns.items() if given}
+        self.text_column = text_column
+        self.parts = tuple(self.patterns)
+        if "train" not in self.patterns:
+            raise ConfigurationError("Expected `files` to name at least one file, got none.")
+        self._found = {part: self._find(part) for part in self.parts}
+        seen: dict[Path, str] = {}
+        for part, paths in self._found.items():
+            for path in paths:
+                if seen.setdefault(path, part) != part:
+                    raise ConfigurationError(
+                        f"Expected `{self._keys[part]}` to have no file of `{self._keys[seen[path]]}`, got {path}."
+                    )
+
+    def settings(self) -> dict[str, Any]:
+        """Absolute paths: the same pattern in another folder is another text."""
+        patterns = {part: [_absolute(pattern) for pattern in given] for part, given in self.patterns.items()}
+        return {"source": self.name, "patterns": patterns, "text_column": self.text_column}
+
+    def files(self) -> list[Path]:
+        """All files of all parts."""
+        return [path for paths in self._found.values() for path in paths]
+
+    def size(self, part: str) -> int:
+        """Bytes of the part's files as they are on the disk."""
+        return sum(path.stat().st_size for path in self._found[part])
+
+    def pieces(self, part: str) -> Iterator[Piece]:
+        """Read file after file."""
+        for path in self._found[part]:
+            yield from self._read(path)
+
+    def _find(self, part: str) -> list[Path]:
+        found: dict[Path, None] = {}
+        for pattern in self.patterns[part]:
+            paths = sorted(glob.glob(_absolute(pattern), recursive=True))
+            files = [Path(path) for path in paths if not os.path.isdir(path)]
+            if not files:
+                hint = f": for all files in this folder give '{pattern}/**/*.txt'" if paths else ""
+                raise ConfigurationError(f"Expected `{self._keys[part]}` to match files, got {pattern!r}{hint}.")
+            found.update(dict.fromkeys(files))
+        return list(found)
+
+    def _read(self, path: Path) -> Iterator[Piece]:
+        kind, compression = path.suffixes[-1:], infer_compression(str(path))
+        if compression == "zip":
+            raise ConfigurationError(f"Expected .gz, .bz2, .xz or .zst for a compressed file, got {path}.")
+        if compression is not None:
+            kind = path.suffixes[-2:-1]
+        if compression == "zstd" and compression not in compr:
+            raise ConfigurationError(f"Expected the package zstandard to read {path}: pip install zstandard.")
+        with path.open("rb") as raw:
+            opened: Any = raw if compression is None else compr[compression](raw, mode="rb")
+            meter = _Meter(raw)
+            try:
+                if kind == [".jsonl"]:
+                    yield from meter.count(self._lines(path, opened))
+                elif kind == [".parquet"]:
+                    yield from self._rows(path, opened)
+                else:
+                    yield from meter.count(_blocks(path, opened))
+            except _broken() as error:
+                if compression is None:
+                    raise
+                raise ConfigurationError(
+                    f"Expected a whole {compression} file, got {type(error).__name__} ({error}) in {path}."
+                ) from error
+
+    def _lines(self, path: Path, stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+                raise ConfigurationError(f"Expected JSON in line {number} of {path}, got: {error}.") from error
+            yield self._text(row, f"line {number} of {path}"), True
+
+    def _rows(self, path: Path, stream: IO[bytes]) -> Iterator[Piece]:
+        try:
+            from pyarrow import ArrowInvalid
+            from pyarrow.parquet import ParquetFile
+        except ImportError as error:
+            raise ConfigurationError(
+                f"Expected pyarrow to read {path}, got an import error: pip install 'lightning-ire[text]'."
+            ) from error
+        try:
+            table = ParquetFile(stream)
+        except ArrowInvalid as error:
+            raise ConfigurationError(f"Expected a parquet file, got {path}: {error}.") from error
+        if self.text_column not in table.schema_arrow.names:
+            raise self._no_column(str(path), table.schema_arrow.names)
+        rows, size, done, told = max(table.metadata.num_rows, 1), path.stat().st_size, 0, 0
+        for batch in table.iter_batches(batch_size=1024, columns=[self.text_column]):
+            for text in batch.column(0).to_pylist():
+                done += 1
+                if text:
+                    yield Piece(self._text({self.text_column: text}, str(path)), True, size * done // rows - told)
+                    told = size * done // rows
+
+    def _text(self, row: Any, where: str) -> str:
+        if not isinstance(row, dict) or self.text_column not in row:
+            raise self._no_column(where, list(row) if isinstance(row, dict) else [])
+        text = row[self.text_column]
+        if text is not None and not isinstance(text, str):
+            raise ConfigurationError(f"Expected text under {self.text_column!r} in {where}, got {type(text).__name__}.")
+        return text or ""
+
+    def _no_column(self, where: str, names: list[str]) -> ConfigurationError:
+        has = ", ".join(map(repr, names)) or "none"
+        return ConfigurationError(
+            f"Expected `text_column` to be a column of {where} (it has: {has}), got {self.text_column!r}."
+        )
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set of the Hugging Face hub.
+
+    Attributes:
+        path: `OWNER/NAME`, or a local folder in the same layout.
+        config: Name of its configuration.
+        revision: Branch, tag or commit.
+        lines: Whether a row is a line of a text that runs on (else: a document).
+    """
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    lines: bool = False
+
+
+HUB = {
+    "wikitext-2": HubDataset("Salesforce/wikitext", "wikitext-2-v1", lines=True),
+    "wikitext-103": HubDataset("Salesforce/wikitext", "wikitext-103-raw-v1", lines=True),
+    "minipile": HubDataset("JeanKaddour/minipile"),
+    # a loading script, which `datasets` no longer runs: the hub's own conversion
+    "openwebtext": HubDataset("Skylion007/openwebtext", revision="refs/convert/parquet"),
+}
+"""The data sets of the paper. wikitext-2 is the word-level edition with `<unk>`, wikitext-103 the raw one."""
+
+_HUB_PARTS = {"train": "train", "validation": "val", "test": "test"}
+
+
+class HubSource(TextSource):
+    """A data set of the Hugging Face hub, read with `datasets` (which keeps a download in its own cache).
+
+    Args:
+        name: A name in `HUB`, or `hub:OWNER/NAME`, `hub:OWNER/NAME:CONFIG`.
+        text_column: Column of the text.
+    """
+
+    unit = " rows"
+
+    def __init__(self, name: str, text_column: str) -> None:
+        if name in HUB:
+            self.dataset = HUB[name]
+        else:
+            path, _, config = name.removeprefix("hub:").partition(":")
+            self.dataset = HubDataset(path, config or None)
+        self.name = name.removeprefix("hub:").strip("/").replace("/", "-").replace(":", "-")
+        self.text_column = text_column
+        self._loaded: Any = None
+
+    @property
+    def parts(self) -> Sequence[str]:  # type: ignore[override]
+        """The splits that the data set has."""
+        return tuple(_HUB_PARTS[split] for split in self._splits if split in _HUB_PARTS)
+
+    def settings(self) -> dict[str, Any]:
+        """Which data set."""
+        return {"source": "hub", **vars(self.dataset), "text_column": self.text_column}
+
+    def files(self) -> list[Path]:
+        """None: a data set is known by its name and revision."""
+        return []
+
+    def size(self, part: str) -> int:
+        """Rows."""
+        return len(self._split(part))
+
+    def pieces(self, part: str) -> Iterator[Piece]:
+        """Read row after row."""
+        begun = False
+        for row in self._split(part):
+            text = row[self.text_column]
+            if text:
+                yield Piece(text, first=not (self.dataset.lines and begun), progress=1)
+                begun = True
+
+    def _split(self, part: str) -> Any:
+        (split,) = (split for split, ours in _HUB_PARTS.items() if ours == part)
+        table = self._splits[split]
+        if self.text_column not in table.column_names:
+            raise ConfigurationError(
+                f"Expected `text_column` to be a column of {self.dataset.path} (it has: "
+                f"{', '.join(map(repr, table.column_names))}), got {self.text_column!r}."
+            )
+        return table
+
+    @property
+    def _splits(self) -> Any:
+        if self._loaded is None:
+            try:
+                from datasets import load_dataset
+            except ImportError as error:
+                raise ConfigurationError(
+                    "Expected the package datasets for data sets of the hub, got an import error: "
+                    "pip install 'lightning-ire[text]'."
+                ) from error
+            wanted = self.dataset
+            try:
+                self._loaded = load_dataset(wanted.path, wanted.config, revision=wanted.revision)
+            except Exception as error:  # no one class: of datasets, of the hub's client, of the network
+                raise ConfigurationError(
+                    f"Expected the data set {wanted.path!r} from the hub or its cache, got {type(error).__name__}: "
+                    f"{error} Without a network set `source` to 'stdlib' or 'files'."
+                ) from error
+            if "train" not in self._loaded:
+                raise ConfigurationError(
+                    f"Expected the data set {wanted.path!r} to have a split 'train', got {list(self._loaded)}."
+                )
+        return self._loaded
+
+
+def make_source(name: str, patterns: dict[str, list[str]], text_column: str) -> TextSource:
+    """Return the source of a name.
+
+    Args:
+        name: "stdlib", "files", a name in `HUB`, or "hub:OWNER/NAME[:CONFIG]".
+        patterns: Files of each part, for "files".
+        text_column: As in `FileSource` and `HubSource`.
+
+    Raises:
+        ConfigurationError: If the name is not known, or files were given and not asked for.
+    """
+    if name == "files":
+        return FileSource(patterns, text_column)
+    if any(patterns.values()):
+        raise ConfigurationError(f"Expected `source` to be 'files' where files are given, got {name!r}.")
+    if name == "stdlib":
+        return StandardLibrary()
+    if name in HUB or name.startswith("hub:"):
+        return HubSource(name, text_column)
+    raise ConfigurationError(
+        f"Expected `source` to be 'stdlib', 'files', {', '.join(map(repr, HUB))} or 'hub:OWNER/NAME', got {name!r}."
+    )
+
+
+class _Meter:
+    """Tells how far a file was read."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self.raw = raw
+        self.told = 0
+
+    def count(self, texts: Iterator[tuple[str, bool]]) -> Iterator[Piece]:
+        """Pieces with their progress, empty texts left out."""
+        for text, first in texts:
+            if text:
+                position = self.raw.tell()
+                yield Piece(text, first, position - self.told)
+                self.told = position
+
+
+def _blocks(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
+    """Cut a text at ends of lines into blocks; what they are put together again is the text."""
+    reader = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    rest, first = "", True
+    try:
+        while block := reader.read(_BLOCK):
+            rest += block
+            end = _end_of_a_line(rest)
+            if end:
+                yield rest[:end], first
+                rest, first = rest[end:], False
+        yield rest, first
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"Expected UTF-8 text in {path}, got byte 0x{error.object[error.start]:02x} ({error.reason}): convert the "
+            "file, or name a compressed, .jsonl or .parquet file by its suffix."
+        ) from error
+    finally:
+        reader.detach()
+
+
+def _end_of_a_line(text: str) -> int:
+    """Where a long text can be cut so that a tokenizer makes the same of both parts: after a line that is not blank.
+
+    0: nowhere yet. A text without such lines is cut anywhere once it has grown to several blocks.
+    """
+    if len(text) < _BLOCK:
+        return 0
+    end = len(text) - 1
+    while (end := text.rfind("\n", 0, end)) > 0:
+        if not text[end - 1].isspace() and not text[end + 1].isspace():
+            return end + 1
+    return len(text) if len(text) >= 4 * _BLOCK else 0
+
+
+def _absolute(pattern: str) -> str:
+    return os.path.abspath(os.path.expanduser(pattern))
+
+
+def _broken() -> tuple[type[Exception], ...]:
+    """What the readers of compressed files raise if one is cut short or damaged."""
+    errors: tuple[type[Exception], ...] = (EOFError, OSError, lzma.LZMAError, zlib.error)
+    try:
+        from zstandard import ZstdError
+    except ImportError:
+        return errors
+    return (*errors, ZstdError)

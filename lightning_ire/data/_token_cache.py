@@ -1,0 +1,392 @@
+"""Text becomes tokens once: in files that are mapped into memory, made in a way that a kill cannot break."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from tqdm import tqdm
+
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire.data._text_sources import Piece, TextSource
+from lightning_ire.data._text_tokenizers import TextTokenizer, TokenizerPlan, load_tokenizer
+
+__all__ = ["Split", "TokenCache", "TokenPart"]
+
+PARTS = ("train", "val", "test")
+_FORMAT = 1
+_AT_ONCE = 4 << 20
+"""Characters that are handed to the tokenizer together: enough for all cores, little memory."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is held out of the training text, where a source has no validation or test part of its own.
+
+    Attributes:
+        val_size: Share of the validation part, in [0, 1).
+        test_size: Share of the test part.
+        by: "document": documents drawn at random; "position": the end of the text.
+        seed: Seed of the draw.
+    """
+
+    val_size: float
+    test_size: float
+    by: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_number("val_size", self.val_size, high=1.0, high_open=True)
+        check_number("test_size", self.test_size, high=1.0, high_open=True)
+        check_choice("split_by", self.by, ("document", "position"))
+        check_whole("split_seed", self.seed, low=0)
+        if self.val_size + self.test_size >= 1:
+            raise ConfigurationError(
+                f"Expected `val_size` and `test_size` to leave text for training, got {self.val_size!r} and "
+                f"{self.test_size!r}."
+            )
+
+    def assign(self, source: TextSource) -> Iterator[tuple[str, Piece]]:
+        """Read a source with the part that each piece belongs to.
+
+        Args:
+            source: The source.
+        """
+        val, test = (0.0 if part in source.parts else size for part, size in self._sizes())
+        if self.by == "position" and val + test > 0:
+            yield from _by_position(source, val, test)
+        else:
+            yield from _by_document(source, val, test, self.seed)
+        for part in source.parts:
+            if part != "train":
+                yield from ((part, piece) for piece in source.pieces(part))
+
+    def expected(self, source: TextSource) -> list[str]:
+        """The parts that have to hold something.
+
+        Args:
+            source: The source.
+        """
+        return [*source.parts, *(part for part, size in self._sizes() if size and part not in source.parts)]
+
+    def _sizes(self) -> Iterator[tuple[str, float]]:
+        yield from (("val", self.val_size), ("test", self.test_size))
+
+
+@dataclass(frozen=True)
+class TokenPart:
+    """One part of the text as tokens.
+
+    Attributes:
+        tokens: Shape [number of tokens], uint16 or uint32, mapped from a file.
+        bytes: Length of the text in UTF-8.
+        documents: How many there are.
+    """
+
+    tokens: np.ndarray
+    bytes: int
+    documents: int
+
+
+class TokenCache:
+    """A folder with the tokens of one source, made by one tokenizer, split in one way.
+
+    `manifest.json` names the files that count; it is replaced in one go when they are complete. Whoever makes or opens
+    them holds a lock (of the operating system: a process that is killed lets go of it). A process that has opened
+    them keeps what it opened, also when another one makes them anew.
+
+    Args:
+        root: Where such folders are.
+        source: The text.
+        plan: The tokenizer.
+        split: What is held out.
+    """
+
+    def __init__(self, root: Path, source: TextSource, plan: TokenizerPlan, split: Split) -> None:
+        self.source, self.plan, self.split = source, plan, split
+        self.settings = {"format": _FORMAT, **source.settings(), **plan.settings(), "split": vars(split)}
+        name = hashlib.blake2b(_json(self.settings).encode(), digest_size=5).hexdigest()
+        self.folder = root / f"{source.name}-{plan.short_name}-{name}"
+
+    def prepare(self, progress: bool, verify: bool = False) -> None:
+        """Make the tokens if they are not there, or the text has changed since.
+
+        Args:
+            progress: Whether a bar is shown.
+            verify: Whether the checksums of tokens that are there are compared.
+
+        Raises:
+            ConfigurationError: If the text cannot be read, or a part of it is empty.
+        """
+        with self._locked():
+            manifest = self._manifest()
+            stamps = _stamps([*self.source.files(), *self.plan.files()], manifest.get("inputs", []))
+            if self._is_whole(manifest, verify) and _contents(stamps) == _contents(manifest["inputs"]):
+                if stamps != manifest["inputs"]:  # touched or moved: remembered, so that they are not read again
+                    self._write_manifest({**manifest, "inputs": stamps})
+                return
+            rank_zero_info(f"Making tokens of {self.source.name} in {self.folder}.")
+            self._remove_all_but(manifest)  # what a killed process left; the tokens of old stay until there are new
+            try:
+                made = self._make(stamps, progress)
+            except BaseException:
+                self._remove_all_but(manifest)
+                raise
+            self._write_manifest(made)
+            self._remove_all_but(made)
+
+    def open(self) -> tuple[dict[str, TokenPart], TextTokenizer, bool]:
+        """Return the parts that hold something, the tokenizer, and whether it gives back every text as it was.
+
+        Raises:
+            ConfigurationError: If there are none: `prepare` was not called here.
+        """
+        with self._locked():
+            manifest = self._manifest()
+            if not self._is_whole(manifest, verify=False):
+                raise ConfigurationError(f"Expected tokens in {self.folder}, got none: call `prepare_data` first.")
+            parts = {
+                part: TokenPart(
+                    np.memmap(self.folder / entry["file"], dtype=manifest["dtype"], mode="r"),
+                    entry["bytes"],
+                    entry["documents"],
+                )
+                for part, entry in manifest["parts"].items()
+            }
+            file = manifest["tokenizer"]["file"]
+            tokenizer = load_tokenizer(None if file is None else (self.folder / file).read_text(encoding="utf-8"))
+            return parts, tokenizer, manifest["tokenizer"]["lossless"]
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / "lock")
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            rank_zero_info(f"Waiting for another process that works on the tokens in {self.folder}.")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _manifest(self) -> dict[str, Any]:
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return manifest if isinstance(manifest, dict) and manifest.get("settings") == self.settings else {}
+
+    def _is_whole(self, manifest: dict[str, Any], verify: bool) -> bool:
+        for entry in manifest.get("parts", {}).values():
+            path = self.folder / entry["file"]
+            size = entry["tokens"] * np.dtype(manifest["dtype"]).itemsize
+            if not path.is_file() or path.stat().st_size != size:
+                return False
+            if verify and _digest(path) != entry["checksum"]:
+                return False
+        file = manifest.get("tokenizer", {}).get("file")
+        return bool(manifest) and (file is None or (self.folder / file).is_file())
+
+    def _make(self, stamps: list[dict[str, Any]], progress: bool) -> dict[str, Any]:
+        begun, build = time.time(), secrets.token_hex(4)
+        tokenizer = self.plan.make(lambda: self._training_texts(progress), progress)
+        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        with contextlib.ExitStack() as stack:
+            writers = {part: _Writer(self.folder / f"{part}.{build}.bin", dtype) for part in PARTS}
+            for writer in writers.values():
+                stack.enter_context(writer)
+            sample = ""
+            for batch in self._batches(progress, "Tokenizing"):
+                sample = sample or "".join(piece.text for _, piece in batch)[: 1 << 18]
+                encoded = tokenizer.encode([piece.text for _, piece in batch])
+                for (part, piece), tokens in zip(batch, encoded, strict=True):
+                    writers[part].write(piece, tokens, tokenizer.end_of_document)
+        empty = [part for part in self.split.expected(self.source) if not writers[part].tokens]
+        if empty:
+            raise self._nothing_for(empty[0], writers["train"].documents)
+        file, content = None, tokenizer.to_json()
+        if content is not None:
+            file = f"tokenizer.{build}.json"
+            (self.folder / file).write_text(content, encoding="utf-8")
+        return {
+            "settings": self.settings,
+            "inputs": stamps,
+            "tokenizer": {
+                "file": file,
+                "vocab_size": tokenizer.vocab_size,
+                "fingerprint": hashlib.blake2b((content or self.plan.name).encode(), digest_size=16).hexdigest(),
+                "lossless": tokenizer.is_lossless(sample),
+            },
+            "dtype": np.dtype(dtype).name,
+            "parts": {part: writer.entry() for part, writer in writers.items() if writer.tokens},
+            "seconds": round(time.time() - begun, 1),
+        }
+
+    def _training_texts(self, progress: bool) -> Iterator[str]:
+        for batch in self._batches(progress, "Learning the vocabulary"):
+            yield from (piece.text for part, piece in batch if part == "train")
+
+    def _batches(self, progress: bool, what: str) -> Iterator[list[tuple[str, Piece]]]:
+        """All pieces with their parts, as many together as are tokenized at once."""
+        total = sum(self.source.size(part) for part in self.source.parts) if progress else None
+        unit = self.source.unit
+        with tqdm(
+            total=total, unit=unit, unit_scale=True, desc=f"{what} ({self.source.name})", disable=not progress
+        ) as bar:
+            assigned, done = self.split.assign(self.source), False
+            while not done:
+                batch: list[tuple[str, Piece]] = []
+                size = 0
+                for part, piece in assigned:
+                    batch.append((part, piece))
+                    size += len(piece.text)
+                    if size >= _AT_ONCE:
+                        break
+                else:
+                    done = True
+                if batch:
+                    yield batch
+                    bar.update(sum(piece.progress for _, piece in batch))
+
+    def _nothing_for(self, part: str, documents: int) -> ConfigurationError:
+        if part in self.source.parts:
+            return ConfigurationError(f"Expected text in the {part} part of {self.source.name}, got none.")
+        held_out = {"val": self.split.val_size, "test": self.split.test_size}.get(part, 0.0)
+        return ConfigurationError(
+            f"Expected `{'val_size' if part == 'train' else part + '_size'}` to split {documents} documents so that "
+            f"every part has one, got {held_out!r}: set `split_by` to 'position' (the end of the text is held out), or "
+            "give `val_files`."
+        )
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        temporary = self.folder / "manifest.json.partial"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(_json(manifest, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / "manifest.json")
+
+    def _remove_all_but(self, manifest: dict[str, Any]) -> None:
+        """Remove every file of ours that the manifest does not name."""
+        named = {entry["file"] for entry in manifest.get("parts", {}).values()}
+        named.add(manifest.get("tokenizer", {}).get("file"))
+        for pattern in ("*.bin", "tokenizer.*.json", "*.partial"):
+            for path in self.folder.glob(pattern):
+                if path.name not in named:
+                    path.unlink()
+
+
+class _Writer:
+    """Writes the tokens of one part and counts them."""
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self.path, self.dtype = path, dtype
+        self.tokens = self.bytes = self.documents = 0
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def __enter__(self) -> None:
+        self._file = self.path.open("wb")
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if not self.tokens:
+            self.path.unlink()
+
+    def write(self, piece: Piece, tokens: np.ndarray, end_of_document: int | None) -> None:
+        """Append a piece, with the token between documents before it where there is one."""
+        if piece.first and self.documents and end_of_document is not None:
+            self._append(np.array([end_of_document]))
+        self.documents += piece.first
+        self.bytes += len(piece.text.encode())
+        self._append(tokens)
+
+    def entry(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "file": self.path.name,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "documents": self.documents,
+            "checksum": self._hash.hexdigest(),
+        }
+
+    def _append(self, tokens: np.ndarray) -> None:
+        content = tokens.astype(self.dtype).tobytes()
+        self._file.write(content)
+        self._hash.update(content)
+        self.tokens += len(tokens)
+
+
+def _by_document(source: TextSource, val: float, test: float, seed: int) -> Iterator[tuple[str, Piece]]:
+    draw, part = random.Random(seed), "train"
+    for piece in source.pieces("train"):
+        if piece.first:
+            number = draw.random()
+            part = "val" if number < val else "test" if number < val + test else "train"
+        yield part, piece
+
+
+def _by_position(source: TextSource, val: float, test: float) -> Iterator[tuple[str, Piece]]:
+    """The last characters of the text are the test part, those before them the validation part."""
+    total = sum(len(piece.text) for piece in source.pieces("train"))
+    ends = [("train", round(total * (1 - val - test))), ("val", round(total * (1 - test))), ("test", total)]
+    position = 0
+    for piece in source.pieces("train"):
+        for part, end in ends:
+            if position >= end or not piece.text:
+                continue
+            count = len(piece.text)
+            if position + count > end:  # cut after the line in which the part ends
+                count = piece.text.find("\n", end - position - 1) + 1 or end - position
+            yield part, Piece(piece.text[:count], piece.first, piece.progress)
+            position += count
+            piece = Piece(piece.text[count:], first=True, progress=0)
+
+
+def _stamps(paths: list[Path], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of each file; it is only read if its size or time of change is new."""
+    before = {entry["path"]: entry for entry in known}
+    stamps = []
+    for path in paths:
+        stat = path.stat()
+        stamp = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        old = before.get(str(path), {})
+        if any(old.get(key) != value for key, value in stamp.items()):
+            stamp["digest"] = _digest(path)
+        else:
+            stamp["digest"] = old["digest"]
+        stamps.append(stamp)
+    return stamps
+
+
+def _contents(stamps: list[dict[str, Any]]) -> list[str]:
+    return [stamp["digest"] for stamp in stamps]
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, sort_keys=True)

@@ -1,0 +1,158 @@
+"""Crops of a long row of tokens: which ones make a batch, on which device, and where a resumed run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lightning_ire._checks import ConfigurationError
+
+__all__ = ["CropOrder", "Crops", "ResumableLoader", "Windows"]
+
+IGNORED = -100
+"""Target that counts nowhere: the `ignore_index` of torch's cross entropy."""
+
+
+class Crops(Dataset):
+    """All crops of `length` tokens; the index is the first token's.
+
+    An item is a pair of inputs [length] and targets [length], int64, the targets one token later.
+
+    Args:
+        tokens: The tokens.
+        length: Tokens in a crop.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int) -> None:
+        self.tokens = tokens
+        self.length = length
+
+    def __len__(self) -> int:
+        return max(len(self.tokens) - self.length, 0)
+
+    def __getitem__(self, start: int) -> tuple[Tensor, Tensor]:
+        crop = torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
+        return crop[:-1], crop[1:]
+
+
+class Windows(Dataset):
+    """The row cut into crops of `length` tokens, in order: every token but the first is a target exactly once.
+
+    The last crop ends with the row; the targets that it shares with the one before are -100. A row that is shorter than
+    a crop is one shorter crop.
+
+    Args:
+        tokens: The tokens, at least two.
+        length: Tokens in a crop.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int) -> None:
+        self.crops = Crops(tokens, min(length, len(tokens) - 1))
+        self.targets = len(tokens) - 1
+
+    def __len__(self) -> int:
+        return -(-self.targets // self.crops.length)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        length = self.crops.length
+        overlap = max((index + 1) * length - self.targets, 0)
+        inputs, targets = self.crops[index * length - overlap]
+        if overlap:
+            targets = targets.clone()
+            targets[:overlap] = IGNORED
+        return inputs, targets
+
+
+class CropOrder(DistributedSampler):
+    """First tokens of one device's crops, in whole global batches.
+
+    "random": in each epoch the row is cut into crops one after another, from a random place within the first crop on,
+    and they come in random order; so each token is seen at most once per epoch, in other surroundings each time. The
+    order depends on (seed, epoch) alone. "contiguous": the row is cut into `batch` long rows of equal length, and the
+    n-th batch has the n-th crop of each: sequence b of a batch goes on where sequence b of the batch before has ended.
+
+    Device r takes every `devices`-th crop from r on, so the global batches are the same on any number of devices.
+
+    Args:
+        crops: The crops.
+        batch: Sequences per optimizer step, a multiple of `devices`.
+        devices: Number of devices.
+        rank: This device.
+        seed: Seed of the order.
+        shuffled: "random", else "contiguous".
+
+    Raises:
+        ConfigurationError: If there are too few tokens for a batch.
+    """
+
+    def __init__(self, crops: Crops, batch: int, devices: int, rank: int, seed: int, shuffled: bool) -> None:
+        super().__init__(crops, num_replicas=devices, rank=rank, seed=seed, drop_last=True)
+        self.length, self.shuffled, self.batch = crops.length, shuffled, batch
+        last = len(crops.tokens) - 1  # the last token is a target only
+        self.spare = self.length - 1 if shuffled else 0
+        self.batches = max(last - self.spare, 0) // self.length // batch
+        self.total_size = self.batches * batch
+        self.num_samples = self.total_size // devices
+        self.skipped = 0
+        if self.batches == 0:
+            raise ConfigurationError(
+                f"Expected `global_batch_size` (times `sequence_length` {self.length}) to be at most what the "
+                f"{len(crops.tokens)} tokens of the training part make, got {batch}."
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return the numbers, without the first `skipped` ones."""
+        starts = self._shuffled() if self.shuffled else self._side_by_side()
+        return iter(starts[self.rank :: self.num_replicas][self.skipped :].tolist())
+
+    def __len__(self) -> int:
+        """Return how many there are in a whole epoch."""
+        return self.num_samples
+
+    def _shuffled(self) -> np.ndarray:
+        draw = np.random.default_rng([self.seed, self.epoch])
+        first = draw.integers(self.length)
+        there = (len(self.dataset.tokens) - 1 - first) // self.length  # type: ignore[attr-defined]
+        return first + self.length * draw.permutation(there)[: self.total_size]
+
+    def _side_by_side(self) -> np.ndarray:
+        row = np.arange(self.batch) * self.batches
+        return self.length * (np.arange(self.batches)[:, None] + row).reshape(-1)
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader over a `CropOrder` that saves how many batches of the epoch it has given.
+
+    Lightning puts the number back when a run is resumed inside an epoch. It begins to iterate before it tells the
+    sampler the epoch, so that is looked at with the first batch.
+    """
+
+    given = 0
+    loaded: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Give the batches of the epoch, or those that are left of it if a state was loaded for this epoch."""
+        order: Any = self.sampler
+        state, self.loaded = self.loaded, None
+        self.given = state["batches"] if state is not None and state["epoch"] == order.epoch else 0
+        order.skipped = self.given * self.batch_size  # type: ignore[operator]
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where it is; part of Lightning's checkpoints."""
+        return {"epoch": self.sampler.epoch, "batches": self.given}  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on there.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        self.loaded = dict(state)

@@ -1,0 +1,236 @@
+"""Text for language models: tokens in a file that is mapped into memory, cut into sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_ire._checks import ConfigurationError, check_choice, check_whole
+from lightning_ire.data._text_sources import make_source
+from lightning_ire.data._text_tokenizers import TextTokenizer, TokenizerPlan
+from lightning_ire.data._token_cache import Split, TokenCache, TokenPart
+from lightning_ire.data._windows import CropOrder, Crops, ResumableLoader, Windows
+from lightning_ire.data.global_batch import GlobalBatchData
+
+__all__ = ["Text"]
+
+
+class Text(GlobalBatchData):
+    """Sequences of tokens from any text.
+
+    A batch is a pair of inputs and targets, int64 of shape [N, `sequence_length`]; targets are the inputs one token
+    later. There is no padding: a sequence runs on from one document into the next, over the token that stands between
+    them. Targets of -100 (in the last sequence of an evaluation) count nowhere.
+
+    **Sources.** `stdlib`: the source code of Python's own standard library, which is on every machine. `files`: local
+    files of text, `.jsonl` (a document per line) or `.parquet` (per row), also compressed (.gz, .bz2, .xz, .zst). Or
+    from the Hugging Face hub: `wikitext-2`, `wikitext-103`, `minipile`, `openwebtext`, and `hub:OWNER/NAME` or
+    `hub:OWNER/NAME:CONFIG`.
+
+    **Tokenizers.** `bytes`; `words` (between spaces, and `<eos>` for the end of a line); `bpe`, a byte-level byte-pair
+    encoding that is learnt from the training part; `gpt2`; or the path of a `tokenizer.json`.
+
+    **Tokens are made once**, in `cache_dir`, in a folder for each combination of source, tokenizer and split, and again
+    only when one of the files has changed (its size or time, and then its contents). 2 bytes each, 4 from 65,537
+    tokens on; what is read of them in training is not copied into memory as a whole.
+
+    **Batches.** An optimizer step sees `global_batch_size` sequences, over all devices and accumulated micro-batches
+    (`max_batch_per_device`); they are the same on any number of devices. With `order: random` an epoch is the text cut
+    into sequences from a random place on, in random order: every token once, which the authors' independent draws do
+    not give. With `contiguous` each of the `global_batch_size` rows of a batch goes on where it ended in the batch
+    before. A run that is resumed inside an epoch goes on with the next batch.
+
+    **Evaluation.** Every token is a target once, on any number of devices. A source's own validation and test parts
+    are used; where it has none, `val_size` and `test_size` are held out of its text.
+
+    Attributes:
+        vocab_size: Number of tokens; `None` until `setup`.
+    """
+
+    vocab_size: int | None = None
+
+    def __init__(
+        self,
+        source: str = "stdlib",
+        files: str | list[str] | None = None,
+        val_files: str | list[str] | None = None,
+        test_files: str | list[str] | None = None,
+        text_column: str = "text",
+        tokenizer: str = "bytes",
+        vocabulary_size: int | None = None,
+        sequence_length: int = 256,
+        global_batch_size: int = 32,
+        max_batch_per_device: int | None = None,
+        eval_batch_size: int | None = None,
+        order: Literal["random", "contiguous"] = "random",
+        val_size: float = 0.05,
+        test_size: float = 0.05,
+        split_by: Literal["document", "position"] = "document",
+        split_seed: int = 0,
+        cache_dir: str | Path = "data/text",
+        verify: bool = False,
+        prompts: list[str] | None = None,
+        prompt_length: int = 64,
+        num_workers: int = 0,
+        pin_memory: bool = True,
+    ) -> None:
+        """Check the settings; nothing is read yet.
+
+        Args:
+            source: Where the text comes from.
+            files: For the source `files`: paths or patterns of the training text.
+            val_files: Paths or patterns of the validation part; none: `val_size` of the training text.
+            test_files: Paths or patterns of the test part; none: `test_size` of the training text.
+            text_column: Key of the text in `.jsonl`, column in `.parquet` and on the hub.
+            tokenizer: What makes tokens of it.
+            vocabulary_size: Most tokens that `bpe` learns or `words` knows (none: all words).
+            sequence_length: Tokens in a sequence.
+            global_batch_size: Sequences per optimizer step, over all devices and micro-batches.
+            max_batch_per_device: Most sequences that a device takes at once; more are accumulated. `null`: no limit.
+            eval_batch_size: Sequences per batch and device in evaluation. `null`: as many as in training.
+            order: Order of the training text.
+            val_size: Share of the text that is held out for validation, if the source has no such part; 0: none.
+            test_size: Share that is held out for the test.
+            split_by: What is held out: documents drawn at random, or the end of the text (by `position`).
+            split_seed: Seed of that draw.
+            cache_dir: Folder of the tokens.
+            verify: Whether checksums are compared before tokens of an earlier run are used.
+            prompts: What `predict` lets the model continue; none: the beginnings of three validation sequences.
+            prompt_length: Tokens of those beginnings.
+            num_workers: Processes per device that load data; reading tokens needs none.
+            pin_memory: Whether batches are put in page-locked memory where there is a CUDA device.
+
+        Raises:
+            ConfigurationError: If a value is out of range.
+        """
+        super().__init__(global_batch_size, max_batch_per_device, eval_batch_size, num_workers, pin_memory)
+        given = {"train": files, "val": val_files, "test": test_files}
+        patterns = {part: [value] if isinstance(value, str) else value or [] for part, value in given.items()}
+        self.sequence_length = check_whole("sequence_length", sequence_length, low=1)
+        self.order = check_choice("order", order, ("random", "contiguous"))
+        self.verify = verify
+        self.prompts = prompts
+        self.prompt_length = check_whole("prompt_length", prompt_length, low=1)
+        self.source = make_source(source, patterns, text_column)
+        split = Split(val_size, test_size, split_by, split_seed)
+        plan = TokenizerPlan(tokenizer, vocabulary_size)
+        self.cache = TokenCache(Path(cache_dir).expanduser(), self.source, plan, split)
+        self._parts: dict[str, TokenPart] = {}
+        self._tokenizer: TextTokenizer | None = None
+        self._lossless = False
+
+    # What Lightning calls.
+
+    def prepare_data(self) -> None:
+        """Make the tokens, in one process per machine, unless they are there.
+
+        Raises:
+            ConfigurationError: If the text or the tokenizer is missing or broken.
+        """
+        bar = self.trainer is None or self.trainer.progress_bar_callback is not None
+        self.cache.prepare(progress=bar, verify=self.verify)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the tokens, and cut the global batch for the devices there are.
+
+        Args:
+            stage: Lightning's stage.
+
+        Raises:
+            ConfigurationError: If there are no tokens, or the batch cannot be cut.
+        """
+        self._parts, self._tokenizer, self._lossless = self.cache.open()
+        self.vocab_size = self._tokenizer.vocab_size
+        self.make_plan(fitting=stage == "fit")
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the training sequences; the loader saves its position in checkpoints."""
+        crops = Crops(self._part("train").tokens, self.sequence_length)
+        order = CropOrder(
+            crops, self.global_batch_size, self.plan.devices, self.rank, self.order_seed(), self.order == "random"
+        )
+        return self.loader(crops, self.plan.per_device, order, kind=ResumableLoader)
+
+    def probe_dataloader(self) -> DataLoader:
+        """Return the training sequences one after another: where SharpnessMonitor takes its probe from."""
+        windows = Windows(self._part("train").tokens, self.sequence_length)
+        return DataLoader(windows, self.plan.per_device)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Return the validation part, or no loader if there is none."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Return the test part, or no loader if there is none."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Return the prompts, each as tokens [1, T]; with several devices each has its share."""
+        if self.prompts is None:
+            part = self._parts.get("val", self._part("train"))
+            windows = Windows(part.tokens, self.prompt_length)
+            step = max(len(windows) // 3, 1)
+            prompts = [windows[index][0] for index in range(0, len(windows), step)[:3]]
+        else:
+            prompts = [self._encoded(prompt) for prompt in self.prompts]
+        return DataLoader(prompts, batch_size=1)  # type: ignore[arg-type]
+
+    # What a language model may ask.
+
+    @property
+    def train_tokens(self) -> int:
+        """Tokens of the training part."""
+        return len(self._part("train").tokens)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, over all devices and micro-batches."""
+        return self.global_batch_size * self.sequence_length
+
+    def bytes_per_token(self, part: str) -> float | None:
+        """Length in UTF-8 of the text of one token, on average; `None` if tokens do not give back the text.
+
+        Args:
+            part: "train", "val" or "test".
+        """
+        tokens = self._parts.get(part)
+        return tokens.bytes / len(tokens.tokens) if tokens is not None and self._lossless else None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens.
+
+        Args:
+            tokens: Tokens.
+        """
+        assert self._tokenizer is not None
+        return self._tokenizer.decode(tokens)
+
+    # Inner parts.
+
+    def _part(self, part: str) -> TokenPart:
+        if part not in self._parts:
+            raise ConfigurationError("Expected `prepare_data` and `setup` before the loaders, got neither.")
+        return self._parts[part]
+
+    def _evaluation(self, part: str) -> DataLoader | list[DataLoader]:
+        if part not in self._parts:
+            return []
+        tokens = self._part(part).tokens
+        if len(tokens) < 2:
+            raise ConfigurationError(
+                f"Expected `{part}_size` to hold out at least two tokens, got {len(tokens)}: make it larger, or give "
+                f"`{part}_files`."
+            )
+        return self.evaluation_loader(Windows(tokens, self.sequence_length))
+
+    def _encoded(self, prompt: str) -> Tensor:
+        assert self._tokenizer is not None
+        tokens = self._tokenizer.encode([prompt])[0]
+        if not len(tokens):
+            raise ConfigurationError(f"Expected `prompts` to have text in each, got {prompt!r}.")
+        return torch.from_numpy(tokens.astype("int64"))
