@@ -30,7 +30,7 @@ class Recipe:
     norm_only: bool = False
     scope: str = "global"
     exclude: Sequence[str] = ()
-    scale_weight_decay: bool = True
+    scale_weight_decay: bool | str = True
     kappa_schedule: str = "constant"
     beta: float = 0.0
     empirical: bool = False
@@ -190,8 +190,11 @@ def _boost(
         index = group_of[id(weight)]
         group = optimizer.param_groups[index]
         kappa = recipe.kappa * (group["lr"] / peaks[index] if recipe.kappa_schedule == "lr" else 1.0)
-        shrink = 0.0 if recipe.scale_weight_decay else group["lr"] * group["weight_decay"]
-        start = old * (1 - shrink)
+        decayed = old * (1 - group["lr"] * group["weight_decay"])
+        if recipe.scale_weight_decay == "only":
+            weight.copy_(weight - kappa * mask.to(weight) * (old - decayed))
+            continue
+        start = old if recipe.scale_weight_decay else decayed
         weight.copy_(start + (1 + kappa * mask.to(weight)) * (weight - start))
 
 

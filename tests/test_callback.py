@@ -104,6 +104,14 @@ def test_coupled_weight_decay_is_warned_about() -> None:
         cases.fit(Classifier(), [IRE(scale_weight_decay=False)])
 
 
+def test_nothing_but_weight_decay_needs_a_decay() -> None:
+    with pytest.raises(ConfigurationError, match=r"`scale_weight_decay=only`, got SGD without: set"):
+        cases.fit(Classifier(), [IRE(scale_weight_decay="only")])
+    with pytest.raises(ConfigurationError, match="`scale_weight_decay=only`, got AdamW without"):
+        no_decay = Classifier(optimizer=lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.0))
+        cases.fit(no_decay, [IRE(scale_weight_decay="only")])
+
+
 def test_fraction_of_a_run_without_end_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"known length for `start_step=0.5`.*set `trainer.max_steps`"):
         cases.fit(Classifier(), [IRE(start_step=0.5)], max_epochs=-1, max_time={"seconds": 5})

@@ -91,6 +91,9 @@ ROWS |= {
     "ire-decay-apart": Case(
         {**BOOST, "scale_weight_decay": False}, {**BOOST, "scale_weight_decay": False}, optimizer="adamw-groups"
     ),
+    "ire-decay-only": Case(
+        {**BOOST, "scale_weight_decay": "only"}, {**BOOST, "scale_weight_decay": "only"}, optimizer="adamw-groups"
+    ),
     "ire-empirical": Case({**BOOST, "curvature": EmpiricalFisher()}, {**BOOST, "empirical": True}),
     "sam-ire-empirical": Case(
         {**BOOST, "curvature": EmpiricalFisher(), "perturbation": SAM(0.05)}, {**BOOST, "empirical": True, "rho": 0.05}

@@ -75,7 +75,7 @@ def boost(
     weights: OldWeights,
     kappa: float,
     peak_lrs: list[float] | None,
-    scale_weight_decay: bool,
+    scale_weight_decay: bool | str,
     with_norms: bool,
 ) -> dict[str, Tensor | float]:
     """Lengthen the step that `optimizer` has just made along the flat coordinates.
@@ -85,7 +85,7 @@ def boost(
         weights: What :meth:`OldWeights.save` saved.
         kappa: Strength.
         peak_lrs: Highest learning rate of each group so far, for the "lr" schedule of kappa; else ``None``.
-        scale_weight_decay: Whether decoupled weight decay is boosted too.
+        scale_weight_decay: Whether decoupled weight decay is boosted too; "only": it alone is.
         with_norms: Whether the norms of the whole step are wanted.
 
     Returns:
@@ -94,8 +94,15 @@ def boost(
     kappas = [kappa] * len(optimizer.param_groups)
     if peak_lrs is not None:
         kappas = scheduled_kappas(kappa, learning_rates(optimizer), peak_lrs)
-    decay = None if scale_weight_decay else [decay_factors(optimizer)[group] for group in weights.groups]
-    boost_(weights.parameters, weights.old, weights.masks, [kappas[group] for group in weights.groups], decay=decay)
+    factors = None if scale_weight_decay is True else decay_factors(optimizer)
+    boost_(
+        weights.parameters,
+        weights.old,
+        weights.masks,
+        [kappas[group] for group in weights.groups],
+        decay=None if factors is None else [factors[group] for group in weights.groups],
+        decay_only=scale_weight_decay == "only",
+    )
     logs: dict[str, Tensor | float] = {tags.KAPPA: max(kappas)}
     if with_norms:
         flat, sharp = [], []
@@ -141,22 +148,28 @@ def _decoupled(optimizer: Optimizer, group: Mapping[str, object]) -> bool | None
     return False if known & _COUPLED else None
 
 
-def check_decoupled_decay(optimizer: Optimizer) -> None:
-    """For `scale_weight_decay=False`: refuse an optimizer whose decay is unknown, warn where the flag does nothing.
+def check_decoupled_decay(optimizer: Optimizer, scale_weight_decay: bool | str) -> None:
+    """Refuse an optimizer whose decay is unknown, and "only" where there is none; warn where `False` does nothing.
 
     Args:
         optimizer: The base optimizer.
+        scale_weight_decay: False or "only".
 
     Raises:
-        ConfigurationError: If it decays weights in a way that is not known.
+        ConfigurationError: If it decays weights in a way that is not known, or there is nothing to boost.
     """
     decaying = [group for group in optimizer.param_groups if group.get("weight_decay")]
     kinds = {_decoupled(optimizer, group) for group in decaying}
     name = type(optimizer).__name__
     if None in kinds:
         raise ConfigurationError(
-            "Expected an optimizer with decoupled weight decay for `scale_weight_decay=False` (torch's AdamW, or one "
-            f"whose parameter groups say `decoupled_weight_decay`), got {name}: set `scale_weight_decay` to true."
+            f"Expected an optimizer with decoupled weight decay for `scale_weight_decay={scale_weight_decay}` (torch's "
+            f"AdamW, or one whose parameter groups say `decoupled_weight_decay`), got {name}: set `scale_weight_decay` to true."
+        )
+    if scale_weight_decay == "only" and True not in kinds:
+        raise ConfigurationError(
+            f"Expected an optimizer with decoupled weight decay for `scale_weight_decay=only`, got {name} without: set "
+            "`scale_weight_decay` to true."
         )
     if kinds == {False}:
         rank_zero_warn(

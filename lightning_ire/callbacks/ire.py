@@ -71,7 +71,8 @@ class IRE(Callback):
         scope: Rank |h| over all parameters at once ("global", the paper) or in each tensor by itself ("tensor").
         exclude: Patterns (`fnmatch`, as in `"*.bias"`) of names of parameters that are never called flat and take no
             part in the ranking.
-        scale_weight_decay: Whether the boost lengthens decoupled weight decay too (as in the authors' code).
+        scale_weight_decay: Whether the boost lengthens decoupled weight decay too (as in the authors' code). "only": it
+            lengthens nothing else, a control that tells IRE's gain from that of more decay along flat directions.
         exclude_zero_curvature: Whether coordinates with h = 0 (pruned, never used) are left out of the ranking.
         kappa_schedule: "constant", or "lr": kappa * lr / (highest lr so far), per parameter group.
         beta: Weight of the past in a moving average of h over refreshes, in [0, 1).
@@ -100,7 +101,7 @@ class IRE(Callback):
         perturbation: Perturbation | None = None,
         scope: Literal["global", "tensor"] = "global",
         exclude: str | Sequence[str] | None = None,
-        scale_weight_decay: bool = True,
+        scale_weight_decay: bool | Literal["only"] = True,
         exclude_zero_curvature: bool = False,
         kappa_schedule: Literal["constant", "lr"] = "constant",
         beta: float = 0.0,
@@ -113,7 +114,7 @@ class IRE(Callback):
         self.perturbation = _instance("perturbation", perturbation, Perturbation, "SAM(rho=0.05)")
         self.scope = check_choice("scope", scope, ("global", "tensor"))
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
-        self.scale_weight_decay = bool(scale_weight_decay)
+        self.scale_weight_decay = scale_weight_decay if scale_weight_decay == "only" else bool(scale_weight_decay)
         self.exclude_zero_curvature = bool(exclude_zero_curvature)
         self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr"))
         self.beta = check_number("beta", beta, high=1.0, high_open=True)
@@ -215,9 +216,9 @@ class IRE(Callback):
             self.perturbation.selects(pl_module)
             local = self.perturbation.uses_gradient and not self.perturbation.sync
         check_supported(trainer, pl_module, local_gradients=local)
-        if self.kappa and not self.scale_weight_decay:
+        if self.kappa and self.scale_weight_decay is not True:
             for optimizer in trainer.optimizers:
-                check_decoupled_decay(optimizer)
+                check_decoupled_decay(optimizer, self.scale_weight_decay)
         names = [name for name, _ in pl_module.named_parameters(remove_duplicate=False)]
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):

@@ -18,6 +18,7 @@ def boost_(
     kappa: float | Sequence[float],
     *,
     decay: Sequence[float] | None = None,
+    decay_only: bool = False,
 ) -> None:
     """Lengthen the base optimizer's step along the flat coordinates, in place.
 
@@ -32,6 +33,7 @@ def boost_(
         kappa: Strength >= 0, one for all or one per parameter.
         decay: Per parameter, the factor lr * weight_decay by which the base step shrank the weights (decoupled weight
             decay). That part of the step, -decay * theta_old, is then not lengthened. Default: the whole step is.
+        decay_only: Lengthen that part and nothing else (a control for experiments).
 
     Raises:
         ValueError: If the lists differ in length.
@@ -53,10 +55,13 @@ def boost_(
             f"masks, {len(kappas)} kappas and {len(decays)} decays."
         )
     for weight, old, mask, strength, shrunk in zip(parameters, old_parameters, masks, kappas, decays, strict=True):
-        if mask is None or strength == 0:
+        if mask is None or strength == 0 or (decay_only and not shrunk):
             continue
-        step = weight - old
-        if shrunk:
-            step.add_(old, alpha=shrunk)
+        if decay_only:
+            step = old * -shrunk
+        else:
+            step = weight - old
+            if shrunk:
+                step.add_(old, alpha=shrunk)
         # -0.0 is the one number whose sum with x is x to the bit for every x, +0.0 and -0.0 included
         weight.add_(step.masked_fill_(~mask, -0.0), alpha=strength)

@@ -80,7 +80,7 @@ def test_a_step_sees_the_global_batch(root, monkeypatch, settings, accumulate, b
 def test_says_how_the_batch_is_cut(root, caplog):
     with caplog.at_level("INFO"):
         fit(root, max_batch_per_device=5)
-    assert "Global batch of 12 images: 1 device(s) x 3 micro-batch(es) x 4 images." in caplog.text
+    assert "Global batch of 12: 1 device(s) x 3 micro-batch(es) of 4." in caplog.text
 
 
 def test_a_second_fit_keeps_the_batch(root):

@@ -135,6 +135,13 @@ def test_decay_per_parameter():
     assert [weight.item() for weight in weights] == [0.5, 0.0]  # 1 + (1 - 2 + 0.25 * 2) and 1 + (1 - 2)
 
 
+def test_the_decay_alone_is_lengthened():
+    weights, old = [torch.tensor([0.5, 1.0])] * 2, [torch.tensor([1.0, 2.0])] * 2
+    weights = [weight.clone() for weight in weights]
+    boost_(weights, old, [torch.tensor([True, False])] * 2, 3.0, decay=[0.125, 0.0], decay_only=True)
+    assert [weight.tolist() for weight in weights] == [[0.5 - 3 * 0.125 * 1.0, 1.0], [0.5, 1.0]]
+
+
 @pytest.mark.parametrize("decay", [None, [0.1] * 4])
 def test_old_weights_and_masks_are_not_changed(decay):
     old, masks = drawn(1), drawn_masks(2)
