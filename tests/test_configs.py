@@ -3,32 +3,30 @@
 The configs of the vision experiments run on tiny data in the real on-disk formats, given by flags only.
 """
 
-import json
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import cases
 import pytest
 import torch
 import vision_data
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from config_files import (
+    CONFIGS,
+    EMBEDDED,
+    FROM_THE_FIRST_STEP,
+    QUIET,
+    TEXT,
+    VISION,
+    by_name,
+    in_two_processes,
+    scalars,
+    value,
+)
 
 from lightning_ire import IRE, SAM
 from lightning_ire.cli import IRECLI
-
-REPOSITORY = Path(__file__).parents[1]
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
-EMBEDDED = [path for path in CONFIGS if path.name.startswith(("digits_", "stdlib_"))]
-VISION = [path for path in CONFIGS if path.name.startswith(("cifar", "imagenet_"))]
-
-QUIET = "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false"
-FROM_THE_FIRST_STEP = "--ire.start_step null --ire.start_epoch null --ire.start_loss null"
-
 
 # What the paper's experiments are, typed from ../shared/ALGORITHM.md section 4 apart from the configs.
 CIFAR = {
@@ -148,18 +146,6 @@ PAPER: dict[str, dict[str, Any]] = {
 }
 
 
-def value(config: dict, key: str) -> Any:
-    """The value of a key as it is typed on the command line; `None` if it is not there."""
-    here: Any = config
-    for name in key.split("."):
-        here = here.get(name, here.get("init_args", {}).get(name)) if here else None
-    return here
-
-
-def by_name(paths: list[Path]) -> list:
-    return [pytest.param(path, id=path.stem) for path in paths]
-
-
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -167,9 +153,9 @@ def _own_folder(tmp_path, monkeypatch):
 
 
 def test_there_are_configs():
-    names = {path.stem for path in CONFIGS}
-    assert "digits_resnet_sgd_ire" in names
-    assert {name for name in names if not name.startswith("digits_")} == set(PAPER)
+    assert "digits_resnet_sgd_ire" in {path.stem for path in CONFIGS}
+    assert {path.stem for path in VISION} == set(PAPER)
+    assert len(CONFIGS) == 1 + len(VISION) + len(TEXT)
 
 
 @pytest.mark.parametrize("path", by_name(CONFIGS))
@@ -192,7 +178,8 @@ def test_logs_under_the_name_of_the_config(path):
 
 @pytest.mark.parametrize("path", by_name(EMBEDDED))
 def test_trains(path):
-    cli = IRECLI(["fit", "--config", str(path), *f"--trainer.fast_dev_run 2 {QUIET} {FROM_THE_FIRST_STEP}".split()])
+    flags = f"--trainer.fast_dev_run 2 {QUIET} {FROM_THE_FIRST_STEP}"
+    cli = IRECLI(["fit", "--config", str(path), *flags.split()])
     assert cli.trainer.global_step == 2
     assert [callback for callback in cli.trainer.callbacks if isinstance(callback, IRE)]
 
@@ -201,6 +188,7 @@ def test_trains(path):
 def test_ire_is_on_for_at_least_half_of_the_steps(path):
     config = yaml.safe_load(path.read_text())
     assert config["ire"].get("start_epoch", 0) <= config["trainer"]["max_epochs"] / 2
+    assert 0 <= config["ire"].get("start_step", 0) <= 0.5
 
 
 @pytest.mark.parametrize("path", by_name(EMBEDDED))
@@ -309,39 +297,6 @@ def test_vision_on_a_gpu(path, images):
     cli = IRECLI([*tiny(path, images), *flags.split()])
     assert cli.trainer.global_step == 1
     assert all(torch.isfinite(parameter).all() for parameter in cli.model.parameters())
-
-
-def in_two_processes(commands: list[list[str]], folder: Path) -> None:
-    """The command line in two CPU processes, begun at the same time as torchrun or Slurm would, once per command."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    (folder / "commands.json").write_text(json.dumps([[*arguments, *ddp] for arguments in commands]))
-    environment = {**cases.script_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "vision_ddp_script.py"), "commands.json"],
-            cwd=folder,
-            env={**environment, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"rank{rank}.txt").open("w"),
-        )
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(timeout=280) for process in processes]
-    finally:  # a process that failed leaves the other one waiting
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], [(folder / f"rank{rank}.txt").read_text()[-2000:] for rank in range(2)]
-
-
-def scalars(folder: Path) -> dict[str, float]:
-    """The last value of each tag that the run in this folder has logged."""
-    (version,) = folder.rglob("version_*")
-    log = EventAccumulator(str(version)).Reload()
-    return {tag: log.Scalars(tag)[-1].value for tag in log.Tags()["scalars"]}
 
 
 def one_step(path: Path, images: Path) -> list[str]:

@@ -35,8 +35,11 @@ THIRD_PARTY = {
     "curvature": {"torch"},
     "_lightning": {"torch", "lightning"},
     "callbacks": {"torch", "lightning", "torchmetrics", "lightning_utilities", "tqdm", "matplotlib"},
-    "data": {"torch", "lightning", "torchvision", "PIL", "sklearn"},
-    "models": {"torch", "lightning", "torchmetrics"},
+    "data": {
+        *("torch", "lightning", "numpy", "tqdm", "filelock", "torchvision", "PIL", "sklearn"),
+        *("tokenizers", "datasets", "huggingface_hub", "pyarrow", "zstandard"),
+    },
+    "models": {"torch", "lightning", "torchmetrics", "transformers"},
     "sweeps": {"optuna", "tensorboard", "tqdm", "yaml", "matplotlib"},
 }
 FILES = sorted(

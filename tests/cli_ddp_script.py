@@ -1,6 +1,6 @@
-"""Run by test_configs.py as each of two processes: several command lines after one another.
+"""Run by test_configs.py and test_text_configs.py as each of two processes: several command lines after one another.
 
-Usage: python vision_ddp_script.py FILE, a JSON list of the arguments of `cli.py`, one list each
+Usage: python cli_ddp_script.py FILE, a JSON list of the arguments of `cli.py`, one list each
 """
 
 import json

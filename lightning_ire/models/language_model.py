@@ -1,0 +1,285 @@
+"""A language model for any network that returns logits."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire.models._optimization import optimization
+from lightning_ire.models._throughput import Throughput
+from lightning_ire.models.llama import Llama
+from lightning_ire.models.transformer import Transformer
+
+__all__ = ["LanguageModel"]
+
+_IGNORED = -100  # what `cross_entropy` leaves out by default
+
+
+class LanguageModel(LightningModule):
+    """Trains a network to predict the next token, and continues prompts.
+
+    A batch is a pair of token ids [B, L] and the ids that follow them, [B, L], both int64. The loss is the cross
+    entropy, mean over the positions of the batch; those with target -100 count nowhere.
+
+    Logged in training:
+
+    - `train/loss`: nats per token, every step. `train/bits_per_byte`: loss / ln 2 / (bytes per token), every step.
+    - `train/tokens_per_second`: of all devices together, every `trainer.log_every_n_steps` optimizer steps, over the
+      time since the last such row. A token counts once however many passes a step makes; the time of validation is
+      left out, that of callbacks counts. For each row (not each step) a GPU finishes its work once.
+    - `data/passes`, with the same rows: how often the training part has been gone through, by the optimizer steps of
+      the whole run.
+
+    Logged in evaluation, exact also over devices with unequally many targets: `val/loss` and `test/loss` (nats per
+    token, mean over all targets that count), `val/perplexity` and `test/perplexity` (exp of that), `val/bits_per_byte`
+    and `test/bits_per_byte`.
+
+    What it asks the data module for, all of it optional: `vocab_size`, `bytes_per_token(part)` for "train", "val" or
+    "test" (``None``, as with a tokenizer that loses text: no bits per byte), `train_tokens` and `tokens_per_step` (of
+    all devices) for `data/passes`, and `decode(ids)`, to print what was predicted.
+
+    Prediction takes prompts [B, T] and returns them with `max_new_tokens` tokens more, each drawn from
+    `softmax(logits / temperature)` of the network at the last `context_length` tokens (the network's attribute, if it
+    has one), without tokens that the data do not have. It costs one forward pass per token. The draws depend on
+    `seed_everything` and the batch's index alone.
+
+    No hyper-parameters are saved in checkpoints, so that a resumed run takes every value from its config and flags.
+    Outside the command line: `LanguageModel.load_from_checkpoint(path, model=Llama(...))`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer | Llama | nn.Module,  # `Transformer |`: the short name in a config means ours, not torch's
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["epoch", "step"] = "step",
+        decay_norm_and_bias: bool = True,
+        compile: bool = False,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+    ) -> None:
+        """Keep the parts.
+
+        Args:
+            model: Network that maps token ids [B, L] to logits [B, L, vocabulary].
+            optimizer: Makes the optimizer from the parameters.
+            lr_scheduler: Makes the learning-rate schedule from the optimizer; none keeps the rate. A
+                `WarmupCosineLR` without `total` gets the length of the run.
+            lr_interval: When the schedule moves on: `epoch` or `step`.
+            decay_norm_and_bias: Whether weight decay acts on biases and normalisation weights (all parameters with
+                fewer than two dimensions), too.
+            compile: Whether the network is compiled (`torch.compile`), at its first batch: the same results up to
+                rounding. Checkpoints fit both. Prompts are continued without it, as their length changes.
+            max_new_tokens: Tokens that are added to a prompt.
+            temperature: Divides the logits before a draw; 0: always the likeliest token.
+            top_k: Draw from this many of the likeliest tokens only; none: from all.
+
+        Raises:
+            ConfigurationError: If a value is out of range.
+        """
+        super().__init__()
+        self.model = model
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = check_choice("lr_interval", lr_interval, ("epoch", "step"))
+        self.decay_norm_and_bias = decay_norm_and_bias
+        self.compile_network = compile
+        self.max_new_tokens = check_whole("max_new_tokens", max_new_tokens, low=1)
+        self.temperature = check_number("temperature", temperature)
+        self.top_k = None if top_k is None else check_whole("top_k", top_k, low=1)
+        self.throughput = Throughput()
+        self._last_row = 0  # optimizer steps at the last row of rates
+        self._samples = 0  # prompts continued so far
+        self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
+
+    def setup(self, stage: str) -> None:
+        """Compare the number of tokens with the data module's.
+
+        Args:
+            stage: Lightning's stage; not used.
+
+        Raises:
+            ConfigurationError: If the data have more than the network.
+        """
+        data = self._data
+        wanted, has = getattr(data, "vocab_size", None), getattr(self.model, "vocab_size", None)
+        if isinstance(wanted, int) and isinstance(has, int) and has < wanted:
+            raise ConfigurationError(
+                f"Expected `vocab_size` to be at least {wanted}, as the tokens of {type(data).__name__} have, got "
+                f"{has}."
+            )
+
+    def configure_model(self) -> None:
+        """Compile the network; doing it again changes nothing."""
+        if self.compile_network:
+            self.model.compile()  # in place: the names in checkpoints stay
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits [B, L, vocabulary] of token ids [B, L].
+
+        Raises:
+            ConfigurationError: If the network returns anything else.
+        """
+        logits = self.model(tokens)
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != tokens.shape:
+            got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ConfigurationError(
+                "Expected the network (`model`) to return logits of shape [batch, length, vocabulary], got "
+                f"{got} for tokens of shape {tuple(tokens.shape)}."
+            )
+        return logits
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Return the cross entropy, as `cross_entropy` gave it: curvature estimates look for that tensor."""
+        inputs, targets = batch
+        loss = F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten())
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        bits = self._bits_per_byte("train", loss.detach())
+        if bits is not None:
+            self.log("train/bits_per_byte", bits, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Add up the loss over the validation part."""
+        self._evaluate(batch, self.val_loss)
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Add up the loss over the test part."""
+        self._evaluate(batch, self.test_loss)
+
+    @torch.no_grad()
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return prompts [B, T] with their continuations, [B, T + max_new_tokens]."""
+        tokens, generator = batch, torch.Generator().manual_seed(_seed(batch_idx))
+        context_length = getattr(self.model, "context_length", None) or 0
+        vocab_size = getattr(self._data, "vocab_size", None)
+        with torch.compiler.set_stance("force_eager") if self.compile_network else nullcontext():
+            for _ in range(self.max_new_tokens):
+                logits = self(tokens[:, -context_length:])[:, -1, :vocab_size]
+                tokens = torch.cat([tokens, self._draw(logits, generator)], dim=1)
+        return tokens
+
+    def on_train_start(self) -> None:
+        """Start the clock."""
+        self._last_row = self.trainer.global_step
+        self.throughput.start(self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Count the tokens, once for all passes of a step; where Lightning writes a row, log the rates."""
+        self.throughput.samples += batch[0].numel()
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every == 0 and step != self._last_row:  # equal: between the batches of one step
+            self._last_row = step
+            self._log_rates(step)
+
+    def on_validation_start(self) -> None:
+        """Hold the clock: validation may come in the middle of an epoch."""
+        self.throughput.pause(self.device)
+
+    def on_validation_end(self) -> None:
+        """Let the clock go on."""
+        self.throughput.resume(self.device)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation has left."""
+        self.val_loss.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss over the validation part and what follows from it."""
+        self._log_evaluation("val", self.val_loss, prog_bar=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted test has left."""
+        self.test_loss.reset()
+
+    def on_test_epoch_end(self) -> None:
+        """Log the loss over the test part and what follows from it."""
+        self._log_evaluation("test", self.test_loss, prog_bar=False)
+
+    def on_predict_start(self) -> None:
+        """Number the samples from 1."""
+        self._samples = 0
+
+    def on_predict_batch_end(self, outputs: Any, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Print the texts, if the data module can decode them; of several devices the first one's."""
+        decode = getattr(self._data, "decode", None)
+        if decode is None:
+            return
+        for prompt, tokens in zip(batch.tolist(), outputs.tolist(), strict=True):
+            self._samples += 1
+            header = f"--- Sample {self._samples} (the first {len(decode(prompt))} characters are the prompt) ---"
+            self.print(f"{header}\n{decode(tokens)}\n")
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and, if there is one, its schedule in Lightning's form.
+
+        Raises:
+            ConfigurationError: If the optimizer refuses its arguments, or the schedule does not fit the run.
+        """
+        return optimization(self, self.optimizer, self.lr_scheduler, self.lr_interval, self.decay_norm_and_bias)
+
+    @property
+    def _data(self) -> Any:
+        """The data module, if there is one."""
+        try:
+            return getattr(self.trainer, "datamodule", None)
+        except RuntimeError:  # Lightning's word for a module that is used by itself
+            return None
+
+    def _evaluate(self, batch: Sequence[Tensor], mean: MeanMetric) -> None:
+        inputs, targets = batch
+        total = F.cross_entropy(self(inputs).flatten(0, 1), targets.flatten(), reduction="sum")
+        count = targets.ne(_IGNORED).sum()
+        mean.update(total / count.clamp(min=1), weight=count)
+
+    def _log_evaluation(self, part: str, mean: MeanMetric, prog_bar: bool) -> None:
+        # Not logged step by step: Lightning averages wrongly where devices have unequally many targets.
+        loss = mean.compute()
+        self.log(f"{part}/loss", loss, prog_bar=prog_bar, sync_dist=True)  # the same on all devices by now
+        self.log(f"{part}/perplexity", loss.exp(), sync_dist=True)
+        bits = self._bits_per_byte(part, loss)
+        if bits is not None:
+            self.log(f"{part}/bits_per_byte", bits, prog_bar=prog_bar, sync_dist=True)
+
+    def _bits_per_byte(self, part: str, loss: Tensor) -> Tensor | None:
+        bytes_per_token = getattr(self._data, "bytes_per_token", None)
+        length = None if bytes_per_token is None else bytes_per_token(part)
+        return None if length is None else loss / (math.log(2) * length)
+
+    def _log_rates(self, step: int) -> None:
+        self.throughput.stop(self.device)
+        rate = self.throughput.rate()
+        if rate is not None:
+            self.log("train/tokens_per_second", rate * self.trainer.world_size)
+        self.throughput.start(self.device)
+        total, per_step = getattr(self._data, "train_tokens", None), getattr(self._data, "tokens_per_step", None)
+        if total and per_step:
+            self.log("data/passes", step * per_step / total)
+
+    def _draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """One token [B, 1] from the logits [B, vocabulary] of each row, drawn on the CPU: the same on all devices."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1, keepdim=True)
+        scores = logits.cpu().double() / self.temperature  # in double precision no temperature is too low
+        kept, ids = scores.topk(min(self.top_k or scores.shape[-1], scores.shape[-1]))
+        drawn = torch.multinomial(kept.softmax(dim=-1), 1, generator=generator)
+        return ids.gather(1, drawn).to(logits.device)
+
+
+def _seed(batch_idx: int) -> int:
+    """A seed for the draws of a batch; torch's generators look at 32 bits only, so the parts are mixed."""
+    parts = f"{os.environ.get('PL_GLOBAL_SEED', 0)} {batch_idx}"
+    return int.from_bytes(hashlib.blake2b(parts.encode(), digest_size=4).digest(), "little")
