@@ -29,6 +29,10 @@ class Start:
         given = [f"`start_{name}`" for name in ("step", "epoch", "loss") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigurationError(f"Expected at most one of the start_* arguments, got {' and '.join(given)}.")
+        if isinstance(self.step, float) and self.step.is_integer():
+            # what a command line makes of "3000" where `float | int` was imported before `int | float`: typing's cache
+            # takes the two for the same
+            object.__setattr__(self, "step", int(self.step))
         if isinstance(self.step, float) and not 0 < self.step < 1:
             raise ConfigurationError(
                 "Expected `start_step` to be a whole number of steps >= 0 or a fraction of the run strictly between 0 "

@@ -22,7 +22,13 @@ def test_at_most_one_start(settings, names):
         Start(**settings)
 
 
-@pytest.mark.parametrize("step", [0.0, 1.0, 5.0, -0.5, math.nan, math.inf])
+@pytest.mark.parametrize("step", [0.0, 1.0, 3000.0])
+def test_a_whole_number_of_steps_may_come_as_a_float(step):
+    assert Start(step=step) == Start(step=int(step))
+    assert type(Start(step=step).step) is int
+
+
+@pytest.mark.parametrize("step", [1.5, -0.5, math.nan, math.inf])
 def test_a_fraction_is_strictly_between_0_and_1(step):
     with pytest.raises(
         ConfigurationError, match=f"`start_step` .* fraction of the run strictly between 0 and 1, got {step}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import io
 import json
 import lzma
@@ -10,17 +12,14 @@ import os
 import sysconfig
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fsspec.compression import compr
-from fsspec.utils import infer_compression
-
 from lightning_ire._checks import ConfigurationError
 
-__all__ = ["HUB", "FileSource", "HubSource", "Piece", "StandardLibrary", "TextSource", "make_source"]
+__all__ = ["HUB", "FileSource", "HubSource", "Piece", "StandardLibrary", "TextSource", "is_unicode", "make_source"]
 
 _BLOCK = 1 << 20
 """Characters in a piece of a long document: what is tokenized at once."""
@@ -59,8 +58,8 @@ class TextSource(ABC):
         """What was asked for, in JSON's types."""
 
     @abstractmethod
-    def files(self) -> list[Path]:
-        """The files that are read; tokens are made anew when one of them changes."""
+    def files(self) -> dict[str, list[Path]]:
+        """The files that each part is read from; tokens are made anew when one of them changes."""
 
     @abstractmethod
     def size(self, part: str) -> int:
@@ -91,7 +90,7 @@ class StandardLibrary(TextSource):
         """The folder is not named here: the same files in another place are the same text."""
         return {"source": self.name}
 
-    def files(self) -> list[Path]:
+    def files(self) -> dict[str, list[Path]]:
         """All `*.py` files of the library without those of installed packages."""
         root = Path(sysconfig.get_path("stdlib"))
         found = []
@@ -102,22 +101,25 @@ class StandardLibrary(TextSource):
             raise ConfigurationError(
                 f"Expected the standard library's source code in {root}, got no .py file: set `source` to 'files'."
             )
-        return sorted(found)
+        return {"train": sorted(found)}
 
     def size(self, part: str) -> int:
         """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.files())
+        return sum(path.stat().st_size for path in self.files()[part])
 
     def pieces(self, part: str) -> Iterator[Piece]:
         """Each file is one piece."""
-        for path in self.files():
+        skipped = 0
+        for path in self.files()[part]:
             content = path.read_bytes()
+            skipped += len(content)
             try:
                 text = content.decode()
             except UnicodeDecodeError:
                 continue
             if text:
-                yield Piece(text, first=True, progress=len(content))
+                yield Piece(text, first=True, progress=skipped)
+                skipped = 0
 
 
 class FileSource(TextSource):
@@ -156,9 +158,9 @@ class FileSource(TextSource):
         patterns = {part: [_absolute(pattern) for pattern in given] for part, given in self.patterns.items()}
         return {"source": self.name, "patterns": patterns, "text_column": self.text_column}
 
-    def files(self) -> list[Path]:
-        """All files of all parts."""
-        return [path for paths in self._found.values() for path in paths]
+    def files(self) -> dict[str, list[Path]]:
+        """What the patterns match, each file once: pattern after pattern, each in alphabetical order."""
+        return self._found
 
     def size(self, part: str) -> int:
         """Bytes of the part's files as they are on the disk."""
@@ -172,7 +174,8 @@ class FileSource(TextSource):
     def _find(self, part: str) -> list[Path]:
         found: dict[Path, None] = {}
         for pattern in self.patterns[part]:
-            paths = sorted(glob.glob(_absolute(pattern), recursive=True))
+            path = _absolute(pattern)
+            paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
             files = [Path(path) for path in paths if not os.path.isdir(path)]
             if not files:
                 hint = f": for all files in this folder give '{pattern}/**/*.txt'" if paths else ""
@@ -181,25 +184,23 @@ class FileSource(TextSource):
         return list(found)
 
     def _read(self, path: Path) -> Iterator[Piece]:
-        kind, compression = path.suffixes[-1:], infer_compression(str(path))
-        if compression == "zip":
+        *_, kind, compression = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+        if compression == ".zip":
             raise ConfigurationError(f"Expected .gz, .bz2, .xz or .zst for a compressed file, got {path}.")
-        if compression is not None:
-            kind = path.suffixes[-2:-1]
-        if compression == "zstd" and compression not in compr:
-            raise ConfigurationError(f"Expected the package zstandard to read {path}: pip install zstandard.")
+        if compression not in _READERS:
+            kind, compression = compression, ""
         with path.open("rb") as raw:
-            opened: Any = raw if compression is None else compr[compression](raw, mode="rb")
+            opened: Any = _READERS[compression](raw) if compression else raw
             meter = _Meter(raw)
             try:
-                if kind == [".jsonl"]:
+                if kind == ".jsonl":
                     yield from meter.count(self._lines(path, opened))
-                elif kind == [".parquet"]:
-                    yield from self._rows(path, opened)
+                elif kind == ".parquet":  # it is not read from the beginning to the end
+                    yield from self._rows(path, io.BytesIO(opened.read()) if compression else raw)
                 else:
                     yield from meter.count(_blocks(path, opened))
             except _broken() as error:
-                if compression is None:
+                if not compression:
                     raise
                 raise ConfigurationError(
                     f"Expected a whole {compression} file, got {type(error).__name__} ({error}) in {path}."
@@ -211,13 +212,13 @@ class FileSource(TextSource):
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError and UnicodeDecodeError
                 raise ConfigurationError(f"Expected JSON in line {number} of {path}, got: {error}.") from error
             yield self._text(row, f"line {number} of {path}"), True
 
     def _rows(self, path: Path, stream: IO[bytes]) -> Iterator[Piece]:
         try:
-            from pyarrow import ArrowInvalid
+            from pyarrow import ArrowException
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
             raise ConfigurationError(
@@ -225,17 +226,18 @@ class FileSource(TextSource):
             ) from error
         try:
             table = ParquetFile(stream)
-        except ArrowInvalid as error:
-            raise ConfigurationError(f"Expected a parquet file, got {path}: {error}.") from error
-        if self.text_column not in table.schema_arrow.names:
-            raise self._no_column(str(path), table.schema_arrow.names)
-        rows, size, done, told = max(table.metadata.num_rows, 1), path.stat().st_size, 0, 0
-        for batch in table.iter_batches(batch_size=1024, columns=[self.text_column]):
-            for text in batch.column(0).to_pylist():
-                done += 1
-                if text:
-                    yield Piece(self._text({self.text_column: text}, str(path)), True, size * done // rows - told)
-                    told = size * done // rows
+            if self.text_column not in table.schema_arrow.names:
+                raise self._no_column(str(path), table.schema_arrow.names)
+            rows, size, done, told = max(table.metadata.num_rows, 1), path.stat().st_size, 0, 0
+            for batch in table.iter_batches(batch_size=1024, columns=[self.text_column]):
+                for row in batch.to_pylist():
+                    done += 1
+                    text = self._text(row, f"row {done} of {path}")
+                    if text:
+                        yield Piece(text, True, size * done // rows - told)
+                        told = size * done // rows
+        except (ArrowException, OSError) as error:
+            raise ConfigurationError(f"Expected a parquet file, got {path}: {_one_line(error)}.") from error
 
     def _text(self, row: Any, where: str) -> str:
         if not isinstance(row, dict) or self.text_column not in row:
@@ -243,6 +245,8 @@ class FileSource(TextSource):
         text = row[self.text_column]
         if text is not None and not isinstance(text, str):
             raise ConfigurationError(f"Expected text under {self.text_column!r} in {where}, got {type(text).__name__}.")
+        if text and not is_unicode(text):
+            raise ConfigurationError(f"Expected Unicode text in {where}, got half of a surrogate pair.")
         return text or ""
 
     def _no_column(self, where: str, names: list[str]) -> ConfigurationError:
@@ -310,9 +314,9 @@ class HubSource(TextSource):
         """Which data set."""
         return {"source": "hub", **vars(self.dataset), "text_column": self.text_column}
 
-    def files(self) -> list[Path]:
+    def files(self) -> dict[str, list[Path]]:
         """None: a data set is known by its name and revision."""
-        return []
+        return {}
 
     def size(self, part: str) -> int:
         """Rows."""
@@ -320,12 +324,17 @@ class HubSource(TextSource):
 
     def pieces(self, part: str) -> Iterator[Piece]:
         """Read row after row."""
-        begun = False
-        for row in self._split(part):
+        told = 0
+        for number, row in enumerate(self._split(part), start=1):
             text = row[self.text_column]
+            if text is not None and not isinstance(text, str):
+                raise ConfigurationError(
+                    f"Expected `text_column` to be a column of text in {self.dataset.path}, got "
+                    f"{type(text).__name__} in {self.text_column!r}."
+                )
             if text:
-                yield Piece(text, first=not (self.dataset.lines and begun), progress=1)
-                begun = True
+                yield Piece(text, first=not (self.dataset.lines and told), progress=number - told)
+                told = number
 
     def _split(self, part: str) -> Any:
         (split,) = (split for split, ours in _HUB_PARTS.items() if ours == part)
@@ -353,7 +362,7 @@ class HubSource(TextSource):
             except Exception as error:  # no one class: of datasets, of the hub's client, of the network
                 raise ConfigurationError(
                     f"Expected the data set {wanted.path!r} from the hub or its cache, got {type(error).__name__}: "
-                    f"{error} Without a network set `source` to 'stdlib' or 'files'."
+                    f"{_one_line(error)}. Without a network set `source` to 'stdlib' or 'files'."
                 ) from error
             if "train" not in self._loaded:
                 raise ConfigurationError(
@@ -384,6 +393,19 @@ def make_source(name: str, patterns: dict[str, list[str]], text_column: str) -> 
     raise ConfigurationError(
         f"Expected `source` to be 'stdlib', 'files', {', '.join(map(repr, HUB))} or 'hub:OWNER/NAME', got {name!r}."
     )
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether a text can be encoded: JSON and command lines may bring half of a surrogate pair.
+
+    Args:
+        text: The text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Meter:
@@ -432,9 +454,56 @@ def _end_of_a_line(text: str) -> int:
         return 0
     end = len(text) - 1
     while (end := text.rfind("\n", 0, end)) > 0:
-        if not text[end - 1].isspace() and not text[end + 1].isspace():
+        before = text[max(end - 2, 0) : end].removesuffix("\r")
+        if before and not before[-1].isspace() and not text[end + 1].isspace():
             return end + 1
     return len(text) if len(text) >= 4 * _BLOCK else 0
+
+
+class _Zstandard(io.RawIOBase):
+    """A .zst file of any number of frames. The package's own reader takes a file that is cut short for a whole one."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        try:
+            from zstandard import ZstdDecompressor
+        except ImportError as error:
+            raise ConfigurationError(
+                f"Expected the package zstandard to read {raw.name}, got an import error: pip install zstandard."
+            ) from error
+        self._raw, self._decompressor = raw, ZstdDecompressor(max_window_size=1 << 31)  # as of `zstd --long=31`
+        self._frame: Any = None
+        self._packed, self._text = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            self._packed = self._packed or self._raw.read(1 << 16)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("it ends inside a frame")
+                break
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._text = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._text))
+        buffer[:count], self._text = self._text[:count], self._text[count:]
+        return count
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda raw: io.BufferedReader(_Zstandard(raw)),
+}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _absolute(pattern: str) -> str:

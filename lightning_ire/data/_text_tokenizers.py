@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,6 +22,9 @@ _ENDS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 """Tokens that stand between documents; a tokenizer file is searched for them in this order."""
 
 GPT2 = "openai-community/gpt2"
+
+_WORD = re.compile(r"[^\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+"""What WhitespaceSplit leaves whole: Unicode's white space, which is not quite Python's (`str.split`, `\\s`)."""
 
 
 class TextTokenizer(ABC):
@@ -100,8 +104,11 @@ class LibraryTokenizer(TextTokenizer):
         self.tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1  # not their number: there may be gaps
-        self.end_of_document = next((vocabulary[token] for token in _ENDS if token in vocabulary), None)
         self.newline = "<eos>" if type(tokenizer.model).__name__ == "WordLevel" else None
+        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        # a word of the text may look like one of them
+        ends = [self.newline, *(token for token in _ENDS if token in added), *_ENDS]
+        self.end_of_document = next((vocabulary[token] for token in ends if token in vocabulary), None)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As the tokenizer does, without the tokens that it may put at the ends."""
@@ -134,7 +141,8 @@ class TokenizerPlan:
 
     def __init__(self, name: str, vocabulary_size: int | None) -> None:
         path = Path(name).expanduser()
-        if name not in ("bytes", "words", "bpe", "gpt2") and not path.is_file():
+        named = name in ("bytes", "words", "bpe", "gpt2")
+        if not named and not os.path.isfile(path):  # unlike Path.is_file it takes a name of any length
             raise ConfigurationError(
                 f"Expected `tokenizer` to be 'bytes', 'words', 'bpe', 'gpt2' or a tokenizer.json, got {name!r}."
             )
@@ -149,7 +157,7 @@ class TokenizerPlan:
             raise ConfigurationError("Expected `vocabulary_size` to be given for the tokenizer 'bpe', got None.")
         self.name = name
         self.vocabulary_size = vocabulary_size
-        self.path = path.resolve() if path.is_file() and name not in ("bytes", "words", "bpe", "gpt2") else None
+        self.path = None if named else path.resolve()
 
     @property
     def short_name(self) -> str:
@@ -204,9 +212,7 @@ def load_tokenizer(json: str | None) -> TextTokenizer:
 def _word_level(library: Any, texts: Iterator[str], size: int | None) -> Any:
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(text.split())
-        counts["<eos>"] += text.count("\n")
-    del counts["<eos>"]
+        counts.update(_WORD.findall(text))
     specials = ["<unk>", "<eos>"]
     # not by the library's trainer: it gives a special token that is also in the text a second number
     words = sorted(counts.keys() - set(specials), key=lambda word: (-counts[word], word))
@@ -249,7 +255,8 @@ def _download_gpt2() -> Path:
 
         return Path(hf_hub_download(GPT2, "tokenizer.json"))
     except Exception as error:  # no package, no network, no such file: several families of classes
+        said = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(
-            f"Expected GPT-2's tokenizer ({GPT2}) from the hub or its cache, got {type(error).__name__}: {error} "
+            f"Expected GPT-2's tokenizer ({GPT2}) from the hub or its cache, got {type(error).__name__}: {said}. "
             "Without a network set `tokenizer` to the path of its tokenizer.json, or to 'bpe' or 'bytes'."
         ) from error

@@ -48,9 +48,9 @@ class Split:
     seed: int
 
     def __post_init__(self) -> None:
-        """Check the values."""
-        check_number("val_size", self.val_size, high=1.0, high_open=True)
-        check_number("test_size", self.test_size, high=1.0, high_open=True)
+        """Check the values; 0 and 0.0 are one."""
+        for name in ("val_size", "test_size"):
+            object.__setattr__(self, name, check_number(name, getattr(self, name), high=1.0, high_open=True))
         check_choice("split_by", self.by, ("document", "position"))
         check_whole("split_seed", self.seed, low=0)
         if self.val_size + self.test_size >= 1:
@@ -133,13 +133,14 @@ class TokenCache:
         """
         with self._locked():
             manifest = self._manifest()
-            stamps = _stamps([*self.source.files(), *self.plan.files()], manifest.get("inputs", []))
+            self._remove_all_but(manifest)  # what a killed process left; the tokens of old stay until there are new
+            inputs = {**self.source.files(), "tokenizer": self.plan.files()}
+            stamps = _stamps(inputs, manifest.get("inputs", []))
             if self._is_whole(manifest, verify) and _contents(stamps) == _contents(manifest["inputs"]):
                 if stamps != manifest["inputs"]:  # touched or moved: remembered, so that they are not read again
                     self._write_manifest({**manifest, "inputs": stamps})
                 return
             rank_zero_info(f"Making tokens of {self.source.name} in {self.folder}.")
-            self._remove_all_but(manifest)  # what a killed process left; the tokens of old stay until there are new
             try:
                 made = self._make(stamps, progress)
             except BaseException:
@@ -199,8 +200,10 @@ class TokenCache:
                 return False
             if verify and _digest(path) != entry["checksum"]:
                 return False
-        file = manifest.get("tokenizer", {}).get("file")
-        return bool(manifest) and (file is None or (self.folder / file).is_file())
+        if not manifest or manifest["tokenizer"]["file"] is None:
+            return bool(manifest)
+        path = self.folder / manifest["tokenizer"]["file"]
+        return path.is_file() and (not verify or _digest(path) == manifest["tokenizer"]["fingerprint"])
 
     def _make(self, stamps: list[dict[str, Any]], progress: bool) -> dict[str, Any]:
         begun, build = time.time(), secrets.token_hex(4)
@@ -216,9 +219,10 @@ class TokenCache:
                 encoded = tokenizer.encode([piece.text for _, piece in batch])
                 for (part, piece), tokens in zip(batch, encoded, strict=True):
                     writers[part].write(piece, tokens, tokenizer.end_of_document)
+        documents = {part: writer.documents for part, writer in writers.items()}
         empty = [part for part in self.split.expected(self.source) if not writers[part].tokens]
         if empty:
-            raise self._nothing_for(empty[0], writers["train"].documents)
+            raise self._nothing_for(empty[0], documents)
         file, content = None, tokenizer.to_json()
         if content is not None:
             file = f"tokenizer.{build}.json"
@@ -263,14 +267,17 @@ class TokenCache:
                     yield batch
                     bar.update(sum(piece.progress for _, piece in batch))
 
-    def _nothing_for(self, part: str, documents: int) -> ConfigurationError:
-        if part in self.source.parts:
+    def _nothing_for(self, part: str, documents: dict[str, int]) -> ConfigurationError:
+        held_out = [other for other in self.split.expected(self.source) if other not in self.source.parts]
+        total = sum(documents[other] for other in ("train", *held_out))
+        if not held_out or total == 0 or part in set(self.source.parts) - {"train"}:
             return ConfigurationError(f"Expected text in the {part} part of {self.source.name}, got none.")
-        held_out = {"val": self.split.val_size, "test": self.split.test_size}.get(part, 0.0)
+        if part == "train":  # all of it was held out
+            part = max(held_out, key=documents.__getitem__)
+        cut = "set `split_by` to 'position' (the end of the text is held out), " if self.split.by == "document" else ""
         return ConfigurationError(
-            f"Expected `{'val_size' if part == 'train' else part + '_size'}` to split {documents} documents so that "
-            f"every part has one, got {held_out!r}: set `split_by` to 'position' (the end of the text is held out), or "
-            "give `val_files`."
+            f"Expected `{part}_size` to split {total} document(s) so that every part has text, got "
+            f"{getattr(self.split, part + '_size')!r}: {cut}change it, or give `{part}_files`."
         )
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
@@ -285,7 +292,9 @@ class TokenCache:
         """Remove every file of ours that the manifest does not name."""
         named = {entry["file"] for entry in manifest.get("parts", {}).values()}
         named.add(manifest.get("tokenizer", {}).get("file"))
-        for pattern in ("*.bin", "tokenizer.*.json", "*.partial"):
+        build = "?" * 8
+        ours = (*(f"{part}.{build}.bin" for part in PARTS), f"tokenizer.{build}.json", "manifest.json.partial")
+        for pattern in ours:
             for path in self.folder.glob(pattern):
                 if path.name not in named:
                     path.unlink()
@@ -347,7 +356,7 @@ def _by_position(source: TextSource, val: float, test: float) -> Iterator[tuple[
     """The last characters of the text are the test part, those before them the validation part."""
     total = sum(len(piece.text) for piece in source.pieces("train"))
     ends = [("train", round(total * (1 - val - test))), ("val", round(total * (1 - test))), ("test", total)]
-    position = 0
+    position, before = 0, ""
     for piece in source.pieces("train"):
         for part, end in ends:
             if position >= end or not piece.text:
@@ -355,16 +364,16 @@ def _by_position(source: TextSource, val: float, test: float) -> Iterator[tuple[
             count = len(piece.text)
             if position + count > end:  # cut after the line in which the part ends
                 count = piece.text.find("\n", end - position - 1) + 1 or end - position
-            yield part, Piece(piece.text[:count], piece.first, piece.progress)
-            position += count
-            piece = Piece(piece.text[count:], first=True, progress=0)
+            yield part, Piece(piece.text[:count], piece.first or part != before, piece.progress)
+            position, before = position + count, part
+            piece = Piece(piece.text[count:], first=False, progress=0)
 
 
-def _stamps(paths: list[Path], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _stamps(inputs: dict[str, list[Path]], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is known of each file; it is only read if its size or time of change is new."""
     before = {entry["path"]: entry for entry in known}
     stamps = []
-    for path in paths:
+    for part, path in ((part, path) for part, paths in inputs.items() for path in paths):
         stat = path.stat()
         stamp = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         old = before.get(str(path), {})
@@ -372,12 +381,13 @@ def _stamps(paths: list[Path], known: list[dict[str, Any]]) -> list[dict[str, An
             stamp["digest"] = _digest(path)
         else:
             stamp["digest"] = old["digest"]
-        stamps.append(stamp)
+        stamps.append({**stamp, "part": part})
     return stamps
 
 
-def _contents(stamps: list[dict[str, Any]]) -> list[str]:
-    return [stamp["digest"] for stamp in stamps]
+def _contents(stamps: list[dict[str, Any]]) -> list[Any]:
+    """What tokens depend on: of each file the part, the end of the name (it says how to read it) and the contents."""
+    return [(stamp["part"], Path(stamp["path"]).suffixes[-2:], stamp["digest"]) for stamp in stamps]
 
 
 def _digest(path: Path) -> str:

@@ -36,8 +36,22 @@ class Crops(Dataset):
         return max(len(self.tokens) - self.length, 0)
 
     def __getitem__(self, start: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= start < len(self):
+            raise IndexError(start)
         crop = torch.from_numpy(self.tokens[start : start + self.length + 1].astype(np.int64))
         return crop[:-1], crop[1:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A process that is not forked maps the file by itself, instead of getting a copy of all tokens."""
+        if isinstance(self.tokens, np.memmap):
+            return {**vars(self), "tokens": (self.tokens.filename, self.tokens.dtype)}
+        return vars(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if isinstance(self.tokens, tuple):
+            path, dtype = self.tokens
+            self.tokens = np.memmap(path, dtype=dtype, mode="r")
 
 
 class Windows(Dataset):
@@ -59,6 +73,8 @@ class Windows(Dataset):
         return -(-self.targets // self.crops.length)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         length = self.crops.length
         overlap = max((index + 1) * length - self.targets, 0)
         inputs, targets = self.crops[index * length - overlap]
@@ -129,25 +145,29 @@ class ResumableLoader(DataLoader):
     """A DataLoader over a `CropOrder` that saves how many batches of the epoch it has given.
 
     Lightning puts the number back when a run is resumed inside an epoch. It begins to iterate before it tells the
-    sampler the epoch, so that is looked at with the first batch.
+    sampler the epoch, so that is looked at with the first batch. With `Trainer(overfit_batches=...)` it puts another
+    sampler here, which has no epochs: then every pass begins with the first batch.
     """
 
+    epoch = 0
     given = 0
     loaded: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Give the batches of the epoch, or those that are left of it if a state was loaded for this epoch."""
-        order: Any = self.sampler
-        state, self.loaded = self.loaded, None
-        self.given = state["batches"] if state is not None and state["epoch"] == order.epoch else 0
-        order.skipped = self.given * self.batch_size  # type: ignore[operator]
+        order, state, self.loaded = self.sampler, self.loaded, None
+        self.epoch, self.given = getattr(order, "epoch", 0), 0
+        if isinstance(order, CropOrder):
+            if state is not None and state["epoch"] == self.epoch:
+                self.given = state["batches"]
+            order.skipped = self.given * (self.batch_size or 1)
         for batch in super().__iter__():
             self.given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Where it is; part of Lightning's checkpoints."""
-        return {"epoch": self.sampler.epoch, "batches": self.given}  # type: ignore[attr-defined]
+        return dict(self.loaded) if self.loaded is not None else {"epoch": self.epoch, "batches": self.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on there.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_whole
-from lightning_ire.data._text_sources import make_source
+from lightning_ire.data._text_sources import is_unicode, make_source
 from lightning_ire.data._text_tokenizers import TextTokenizer, TokenizerPlan
 from lightning_ire.data._token_cache import Split, TokenCache, TokenPart
 from lightning_ire.data._windows import CropOrder, Crops, ResumableLoader, Windows
@@ -110,7 +110,9 @@ class Text(GlobalBatchData):
         """
         super().__init__(global_batch_size, max_batch_per_device, eval_batch_size, num_workers, pin_memory)
         given = {"train": files, "val": val_files, "test": test_files}
-        patterns = {part: [value] if isinstance(value, str) else value or [] for part, value in given.items()}
+        patterns = {
+            part: [str(value)] if isinstance(value, (str, Path)) else value or [] for part, value in given.items()
+        }
         self.sequence_length = check_whole("sequence_length", sequence_length, low=1)
         self.order = check_choice("order", order, ("random", "contiguous"))
         self.verify = verify
@@ -158,8 +160,7 @@ class Text(GlobalBatchData):
 
     def probe_dataloader(self) -> DataLoader:
         """Return the training sequences one after another: where SharpnessMonitor takes its probe from."""
-        windows = Windows(self._part("train").tokens, self.sequence_length)
-        return DataLoader(windows, self.plan.per_device)
+        return DataLoader(self._windows("train", self.sequence_length), self.plan.per_device)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the validation part, or no loader if there is none."""
@@ -172,8 +173,7 @@ class Text(GlobalBatchData):
     def predict_dataloader(self) -> DataLoader:
         """Return the prompts, each as tokens [1, T]; with several devices each has its share."""
         if self.prompts is None:
-            part = self._parts.get("val", self._part("train"))
-            windows = Windows(part.tokens, self.prompt_length)
+            windows = self._windows("val" if "val" in self._parts else "train", self.prompt_length)
             step = max(len(windows) // 3, 1)
             prompts = [windows[index][0] for index in range(0, len(windows), step)[:3]]
         else:
@@ -207,30 +207,31 @@ class Text(GlobalBatchData):
         Args:
             tokens: Tokens.
         """
-        assert self._tokenizer is not None
-        return self._tokenizer.decode(tokens)
+        return self._made().decode(tokens)
 
     # Inner parts.
 
+    def _made(self) -> TextTokenizer:
+        if self._tokenizer is None:
+            raise ConfigurationError("Expected `prepare_data` and `setup` before tokens are used, got neither.")
+        return self._tokenizer
+
     def _part(self, part: str) -> TokenPart:
-        if part not in self._parts:
-            raise ConfigurationError("Expected `prepare_data` and `setup` before the loaders, got neither.")
+        self._made()
         return self._parts[part]
 
-    def _evaluation(self, part: str) -> DataLoader | list[DataLoader]:
-        if part not in self._parts:
-            return []
+    def _windows(self, part: str, length: int) -> Windows:
         tokens = self._part(part).tokens
         if len(tokens) < 2:
-            raise ConfigurationError(
-                f"Expected `{part}_size` to hold out at least two tokens, got {len(tokens)}: make it larger, or give "
-                f"`{part}_files`."
-            )
-        return self.evaluation_loader(Windows(tokens, self.sequence_length))
+            more = "give more text" if part == "train" else f"make `{part}_size` larger, or give `{part}_files`"
+            raise ConfigurationError(f"Expected at least two tokens in the {part} part, got {len(tokens)}: {more}.")
+        return Windows(tokens, length)
+
+    def _evaluation(self, part: str) -> DataLoader | list[DataLoader]:
+        self._made()
+        return self.evaluation_loader(self._windows(part, self.sequence_length)) if part in self._parts else []
 
     def _encoded(self, prompt: str) -> Tensor:
-        assert self._tokenizer is not None
-        tokens = self._tokenizer.encode([prompt])[0]
-        if not len(tokens):
+        if not is_unicode(prompt) or not len(tokens := self._made().encode([prompt])[0]):
             raise ConfigurationError(f"Expected `prompts` to have text in each, got {prompt!r}.")
         return torch.from_numpy(tokens.astype("int64"))

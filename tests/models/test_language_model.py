@@ -53,7 +53,7 @@ def mean_loss(model, data, ignored: bool = False) -> float:
     return losses[targets.flatten() >= 0].mean().item()
 
 
-class Text(LightningDataModule):
+class FakeText(LightningDataModule):
     """Says what it is told to say."""
 
     def __init__(self, bytes_per_token=None, ignored=False, prompts=(), **known):
@@ -116,7 +116,7 @@ def test_evaluation_is_over_all_targets_that_count(part, ignored, tmp_path):
     evaluate = "validate" if part == "val" else "test"
     (result,) = getattr(trainer(tmp_path), evaluate)(model, data, verbose=False)
     assert result == {f"{part}/loss": pytest.approx(loss), f"{part}/perplexity": pytest.approx(math.exp(loss))}
-    text = Text({"val": 3.5, "test": 4.5}, ignored)
+    text = FakeText({"val": 3.5, "test": 4.5}, ignored)
     getattr(trainer(tmp_path), evaluate)(model, loader(8, ignored=not ignored), verbose=False)  # leaves nothing behind
     (result,) = getattr(trainer(tmp_path), evaluate)(model, datamodule=text, verbose=False)
     assert result[f"{part}/loss"] == pytest.approx(loss)
@@ -141,7 +141,7 @@ def test_perplexity_that_overflows_is_infinite(tmp_path):
 
 def test_fit_logs_and_shows(tmp_path):
     model, run = language_model(optimizer=STILL), trainer(tmp_path)
-    run.fit(model, datamodule=Text({"train": 3.0, "val": 4.0}))
+    run.fit(model, datamodule=FakeText({"train": 3.0, "val": 4.0}))
     losses, bits = rows(run, "train/loss"), rows(run, "train/bits_per_byte")
     assert [step for step, _ in losses] == [step for step, _ in bits] == [0, 1, 2]
     assert [b for _, b in bits] == pytest.approx([loss / math.log(2) / 3 for _, loss in losses])
@@ -151,7 +151,7 @@ def test_fit_logs_and_shows(tmp_path):
     assert run.callback_metrics["val/bits_per_byte"].item() == pytest.approx(loss / math.log(2) / 4)
     assert set(run.progress_bar_metrics) == {"train/loss", "train/bits_per_byte", "val/loss", "val/bits_per_byte"}
     run = trainer(tmp_path)
-    run.fit(model, datamodule=Text())
+    run.fit(model, datamodule=FakeText())
     assert not [name for name in run.callback_metrics if name.endswith("bits_per_byte")]
 
 
@@ -171,15 +171,17 @@ def test_callbacks_watch_the_validation_loss(tmp_path):
 @pytest.mark.parametrize(("stage", "wanted"), [("fit", 12), ("test", 12), ("predict", 99)])
 def test_vocabulary_of_the_data_must_fit(stage, wanted, tmp_path):
     model = language_model(NETWORKS["Transformer"])
-    message = rf"^Expected `vocab_size` to be at least {wanted}, as the tokens of Text have, got 11\.$"
+    message = rf"^Expected `vocab_size` to be at least {wanted}, as the tokens of FakeText have, got 11\.$"
     with pytest.raises(ConfigurationError, match=message):
-        getattr(trainer(tmp_path), stage)(model, datamodule=Text(vocab_size=wanted))
+        getattr(trainer(tmp_path), stage)(model, datamodule=FakeText(vocab_size=wanted))
 
 
 @pytest.mark.parametrize("vocab_size", [11, 9, None])
 def test_vocabulary_that_fits(vocab_size, tmp_path):
-    trainer(tmp_path).test(language_model(NETWORKS["Llama"]), datamodule=Text(vocab_size=vocab_size), verbose=False)
-    trainer(tmp_path).test(language_model(), datamodule=Text(vocab_size=99), verbose=False)  # the table does not say
+    trainer(tmp_path).test(language_model(NETWORKS["Llama"]), datamodule=FakeText(vocab_size=vocab_size), verbose=False)
+    trainer(tmp_path).test(
+        language_model(), datamodule=FakeText(vocab_size=99), verbose=False
+    )  # the table does not say
 
 
 class Output(nn.Module):
@@ -270,10 +272,10 @@ def test_passes_go_on_after_a_resume(tmp_path):
     keep = ModelCheckpoint(tmp_path, "middle", every_n_train_steps=2)
     settings = {"log_every_n_steps": 2, "enable_checkpointing": True}
     run = trainer(tmp_path, max_steps=2, callbacks=[keep], **settings)
-    run.fit(language_model(), datamodule=Text(**known))
+    run.fit(language_model(), datamodule=FakeText(**known))
     assert rows(run, "data/passes") == [(1, pytest.approx(2 / 3))]
     run = trainer(tmp_path / "second", max_steps=6, max_epochs=2, **settings)
-    run.fit(language_model(), datamodule=Text(**known), ckpt_path=tmp_path / "middle.ckpt")
+    run.fit(language_model(), datamodule=FakeText(**known), ckpt_path=tmp_path / "middle.ckpt")
     assert rows(run, "data/passes") == [(3, pytest.approx(4 / 3)), (5, pytest.approx(2))]
     assert [step for step, _ in rows(run, "train/tokens_per_second")] == [3, 5]
     run = trainer(tmp_path / "third")
@@ -348,7 +350,7 @@ def test_tokens_that_the_data_lack_are_never_drawn(temperature):
 
 
 def test_prints_what_the_data_can_decode(tmp_path, capsys):
-    text = Text(prompts=[PROMPT, torch.tensor([[0, 1], [1, 2]])])
+    text = FakeText(prompts=[PROMPT, torch.tensor([[0, 1], [1, 2]])])
     text.decode = lambda ids: "".join("abcdefghijk"[i] for i in ids)
     model = language_model(temperature=0, max_new_tokens=4)
     for _ in range(2):  # counted from 1 each time
