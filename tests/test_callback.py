@@ -107,8 +107,8 @@ def test_coupled_weight_decay_is_warned_about() -> None:
 def test_nothing_but_weight_decay_needs_a_decay() -> None:
     with pytest.raises(ConfigurationError, match=r"`scale_weight_decay=only`, got SGD without: set"):
         cases.fit(Classifier(), [IRE(scale_weight_decay="only")])
+    no_decay = Classifier(optimizer=lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.0))
     with pytest.raises(ConfigurationError, match="`scale_weight_decay=only`, got AdamW without"):
-        no_decay = Classifier(optimizer=lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.0))
         cases.fit(no_decay, [IRE(scale_weight_decay="only")])
 
 

@@ -164,7 +164,8 @@ def check_decoupled_decay(optimizer: Optimizer, scale_weight_decay: bool | str) 
     if None in kinds:
         raise ConfigurationError(
             f"Expected an optimizer with decoupled weight decay for `scale_weight_decay={scale_weight_decay}` (torch's "
-            f"AdamW, or one whose parameter groups say `decoupled_weight_decay`), got {name}: set `scale_weight_decay` to true."
+            f"AdamW, or one whose parameter groups say `decoupled_weight_decay`), got {name}: set `scale_weight_decay` "
+            "to true."
         )
     if scale_weight_decay == "only" and True not in kinds:
         raise ConfigurationError(

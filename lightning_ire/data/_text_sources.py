@@ -264,7 +264,7 @@ class HubDataset:
         path: `OWNER/NAME`, or a local folder in the same layout.
         config: Name of its configuration.
         revision: Branch, tag or commit.
-        lines: Whether a row is a line of a text that runs on (else: a document).
+        lines: Whether a row is a line of a text that runs on, an empty row an empty line (else: a document).
     """
 
     path: str
@@ -332,6 +332,8 @@ class HubSource(TextSource):
                     f"Expected `text_column` to be a column of text in {self.dataset.path}, got "
                     f"{type(text).__name__} in {self.text_column!r}."
                 )
+            if self.dataset.lines and not (text or "").endswith("\n"):
+                text = (text or "") + "\n"  # an empty row is an empty line
             if text:
                 yield Piece(text, first=not (self.dataset.lines and told), progress=number - told)
                 told = number

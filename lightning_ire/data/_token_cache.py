@@ -387,7 +387,7 @@ def _stamps(inputs: dict[str, list[Path]], known: list[dict[str, Any]]) -> list[
 
 def _contents(stamps: list[dict[str, Any]]) -> list[Any]:
     """What tokens depend on: of each file the part, the end of the name (it says how to read it) and the contents."""
-    return [(stamp["part"], Path(stamp["path"]).suffixes[-2:], stamp["digest"]) for stamp in stamps]
+    return [(stamp.get("part"), Path(stamp["path"]).suffixes[-2:], stamp["digest"]) for stamp in stamps]
 
 
 def _digest(path: Path) -> str:

@@ -428,8 +428,9 @@ def test_hub_rows_are_documents(hub):
 def test_hub_rows_are_lines_of_one_text(hub, monkeypatch):
     monkeypatch.setitem(HUB, "wikitext-2", HubDataset(str(hub), "lines", lines=True))
     text = make_source("wikitext-2", {}, "text")
-    assert documents(text.pieces("train")) == [" = Title = \n one <unk> line \n another \n"]
-    assert documents(text.pieces("test")) == [" for the test \n"]
+    assert documents(text.pieces("train")) == ["\n = Title = \n\n one <unk> line \n\n another \n"]
+    assert documents(text.pieces("val")) == [" held out \n\n"]
+    assert documents(text.pieces("test")) == ["\n for the test \n"]
     assert text.settings() == {
         "source": "hub", "path": str(hub), "config": "lines", "revision": None, "lines": True, "text_column": "text",
     }  # fmt: skip
