@@ -1,5 +1,6 @@
 """The configs of the text experiments: the paper's settings, one step offline by flags only, the networks' sizes."""
 
+import json
 import math
 import re
 import sys
@@ -261,3 +262,21 @@ def test_the_same_command_again_and_resuming(tokens, tmp_path, capsys):
     assert "def main(" in printed
     assert main([*predict, "--data.prompts", "null"]) == 0
     assert capsys.readouterr().out.count("--- Sample") == 3
+
+
+@pytest.mark.parametrize("flags", ["", "--data.order contiguous --ire.perturbation SAM --ire.perturbation.rho 0.1"])
+def test_a_resumed_run_goes_on_bit_for_bit(flags, tokens, tmp_path):
+    """With dropout, accumulation, IRE and a learning-rate schedule; from the middle of an epoch and from its end."""
+    flags += " --trainer.max_epochs 2 --trainer.limit_train_batches 6 --trainer.limit_val_batches 1"
+    flags += " --ire.interval 2 --model.model.position_dropout 0.5 --test_after_fit false"
+
+    def weights(name: str, *more: str) -> dict[str, torch.Tensor]:
+        checkpoints = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": name, "filename": "{step}"}}
+        checkpoints["init_args"] |= {"every_n_train_steps": 1, "save_top_k": -1}
+        IRECLI([*tiny(stdlib(), tokens, flags), "--trainer.callbacks", json.dumps([checkpoints]), *more])
+        return torch.load(tmp_path / name / "step=6.ckpt", weights_only=True)["state_dict"]
+
+    whole = weights("whole")
+    for step in (2, 3, 5):  # of 3 in an epoch
+        resumed = weights(f"from_{step}", "--ckpt_path", f"whole/step={step}.ckpt")
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), step

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -125,6 +126,8 @@ class Text(GlobalBatchData):
         self._parts: dict[str, TokenPart] = {}
         self._tokenizer: TextTokenizer | None = None
         self._lossless = False
+        self._training: ResumableLoader | None = None
+        self._resumed: dict[str, int] | None = None
 
     # What Lightning calls.
 
@@ -156,7 +159,12 @@ class Text(GlobalBatchData):
         order = CropOrder(
             crops, self.global_batch_size, self.plan.devices, self.rank, self.order_seed(), self.order == "random"
         )
-        return self.loader(crops, self.plan.per_device, order, kind=ResumableLoader)
+        loader = self.loader(crops, self.plan.per_device, order, kind=ResumableLoader)
+        assert isinstance(loader, ResumableLoader)
+        if self._resumed is not None:
+            loader.load_state_dict(self._resumed)
+        self._resumed, self._training = None, loader
+        return loader
 
     def probe_dataloader(self) -> DataLoader:
         """Return the training sequences one after another: where SharpnessMonitor takes its probe from."""
@@ -179,6 +187,22 @@ class Text(GlobalBatchData):
         else:
             prompts = [self._encoded(prompt) for prompt in self.prompts]
         return DataLoader(prompts, batch_size=1)  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training text is; part of Lightning's checkpoints."""
+        return {} if self._training is None else self._training.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on there, if this is a fit.
+
+        The loader has a state of its own, but Lightning 2.6 does not give it back if the loader was made early, for
+        the length of the run (`estimated_stepping_batches`, which schedules ask for).
+
+        Args:
+            state_dict: What `state_dict` returned.
+        """
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = state_dict
 
     # What a language model may ask.
 

@@ -55,6 +55,9 @@ class LanguageModel(LightningModule):
     has one), without tokens that the data do not have. It costs one forward pass per token. The draws depend on
     `seed_everything` and the batch's index alone.
 
+    With a seed (`seed_everything`) dropout is drawn from it, the epoch, the batch and the device alone. So a run that is
+    resumed in the middle of an epoch goes on bit for bit, if the loader does (that of `Text` does).
+
     No hyper-parameters are saved in checkpoints, so that a resumed run takes every value from its config and flags.
     Outside the command line: `LanguageModel.load_from_checkpoint(path, model=Llama(...))`.
     """
@@ -163,7 +166,7 @@ class LanguageModel(LightningModule):
     @torch.no_grad()
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Return prompts [B, T] with their continuations, [B, T + max_new_tokens]."""
-        tokens, generator = batch, torch.Generator().manual_seed(_seed(batch_idx))
+        tokens, generator = batch, torch.Generator().manual_seed(_seed("predict", batch_idx))
         context_length = getattr(self.model, "context_length", None) or 0
         vocab_size = getattr(self._data, "vocab_size", None)
         with torch.compiler.set_stance("force_eager") if self.compile_network else nullcontext():
@@ -176,6 +179,14 @@ class LanguageModel(LightningModule):
         """Start the clock."""
         self._last_row = self.trainer.global_step
         self.throughput.start(self.device)
+
+    def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Seed what is random in the network by (`seed_everything`, epoch, batch, device), if there is such a seed.
+
+        Lightning's checkpoints do not hold the state of random streams: so a resumed run has the same dropout.
+        """
+        if "PL_GLOBAL_SEED" in os.environ:
+            torch.manual_seed(_seed("train", self.current_epoch, batch_idx, self.global_rank))
 
     def on_train_batch_end(self, outputs: Any, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Count the tokens, once for all passes of a step; where Lightning writes a row, log the rates."""
@@ -279,7 +290,7 @@ class LanguageModel(LightningModule):
         return ids.gather(1, drawn).to(logits.device)
 
 
-def _seed(batch_idx: int) -> int:
-    """A seed for the draws of a batch; torch's generators look at 32 bits only, so the parts are mixed."""
-    parts = f"{os.environ.get('PL_GLOBAL_SEED', 0)} {batch_idx}"
-    return int.from_bytes(hashlib.blake2b(parts.encode(), digest_size=4).digest(), "little")
+def _seed(*parts: Any) -> int:
+    """A seed from `seed_everything` and more; mixed, as torch's generators look at 32 bits only."""
+    text = " ".join(map(str, (os.environ.get("PL_GLOBAL_SEED", 0), *parts)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
