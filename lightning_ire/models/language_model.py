@@ -55,8 +55,8 @@ class LanguageModel(LightningModule):
     has one), without tokens that the data do not have. It costs one forward pass per token. The draws depend on
     `seed_everything` and the batch's index alone.
 
-    With a seed (`seed_everything`) dropout is drawn from it, the epoch, the batch and the device alone. So a run that is
-    resumed in the middle of an epoch goes on bit for bit, if the loader does (that of `Text` does).
+    With a seed (`seed_everything`) dropout is drawn from it, the epoch, the batch and the device alone. So a run that
+    is resumed in the middle of an epoch goes on bit for bit, if the loader does (that of `Text` does).
 
     No hyper-parameters are saved in checkpoints, so that a resumed run takes every value from its config and flags.
     Outside the command line: `LanguageModel.load_from_checkpoint(path, model=Llama(...))`.
