@@ -180,24 +180,9 @@ def test_without_transformers(monkeypatch):
         Llama(**SMALL)
 
 
-def test_sequence_that_is_too_long():
-    assert network()(tokens(length=9)).shape == (3, 9, 11)
-    message = (
-        r"^Expected `context_length` to be at least 10, the length of the sequences \(`data.sequence_length`\), got 9"
-    )
-    with pytest.raises(ConfigurationError, match=message):
-        network()(tokens(length=10))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vocab_size": 0}, "Expected `vocab_size` to be a whole number >= 1, got 0."),
-        ({"width": 0}, "Expected `width` to be a whole number >= 1, got 0."),
-        ({"num_layers": 0}, "Expected `num_layers` to be a whole number >= 1, got 0."),
-        ({"num_heads": 0}, "Expected `num_heads` to be a whole number >= 1, got 0."),
-        ({"feed_forward": 0}, "Expected `feed_forward` to be a whole number >= 1, got 0."),
-        ({"context_length": 0}, "Expected `context_length` to be a whole number >= 1, got 0."),
         ({"norm_eps": -1.0}, "Expected `norm_eps` to be a number >= 0, got -1.0."),
         ({"rope_theta": 0.0}, "Expected `rope_theta` to be a number > 0, got 0.0."),
         ({"head_dim": 0}, "Expected `head_dim` to be a whole number >= 1, got 0."),

@@ -164,24 +164,9 @@ def test_half_precision():
         assert model.eval()(tokens()).dtype == torch.bfloat16
 
 
-def test_sequence_that_is_too_long():
-    assert network()(tokens(length=9)).shape == (3, 9, 11)
-    message = (
-        r"^Expected `context_length` to be at least 10, the length of the sequences \(`data.sequence_length`\), got 9"
-    )
-    with pytest.raises(ConfigurationError, match=message):
-        network()(tokens(length=10))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"vocab_size": 0}, "Expected `vocab_size` to be a whole number >= 1, got 0."),
-        ({"width": 0}, "Expected `width` to be a whole number >= 1, got 0."),
-        ({"num_layers": 0}, "Expected `num_layers` to be a whole number >= 1, got 0."),
-        ({"num_heads": 0}, "Expected `num_heads` to be a whole number >= 1, got 0."),
-        ({"feed_forward": 0}, "Expected `feed_forward` to be a whole number >= 1, got 0."),
-        ({"context_length": 0}, "Expected `context_length` to be a whole number >= 1, got 0."),
         ({"dropout": 1.0}, "Expected `dropout` to be a number in [0, 1), got 1.0."),
         ({"position_dropout": -0.1}, "Expected `position_dropout` to be a number in [0, 1), got -0.1."),
         ({"num_heads": 3}, "Expected `width` to be a multiple of `num_heads` = 3, got 8."),
