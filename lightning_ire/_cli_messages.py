@@ -14,6 +14,8 @@ _BESIDE_THE_POINT = re.compile(
     r"Problem with given|Does not validate|Subtypes: |Errors:|Given value|Expected a path but|Not a valid subclass|"
     r"Expected a <class 'NoneType'>|Subclass types expect|a class path|a dict with"
 )
+_OTHER_CLASS = re.compile(r"Import path \S+ does not correspond to a subclass of")
+"""What the other classes say where an argument takes several: only worth telling if it is all there is."""
 _WORKER = re.compile(r"^Caught \w+ in DataLoader worker.*\n(?:\w+\.)*\w+: ", re.DOTALL)
 """What torch puts before the message of an error in a process that loads data: the whole traceback."""
 _PLAINER = (
@@ -50,6 +52,7 @@ def one_line(message: str) -> str:
             depth = len(indent)
     lines = [line.strip(" -") for line in message.splitlines()]
     lines = [_plainer(line) for line in lines if not _BESIDE_THE_POINT.match(line)]
+    lines = [line for line in lines if not _OTHER_CLASS.match(line)] or lines
     text, key = "; ".join(dict.fromkeys(filter(None, lines))), ".".join(keys)
     given = _GIVEN.search(message)
     if given and "got " not in text:

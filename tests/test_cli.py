@@ -188,6 +188,9 @@ def test_errors_of_processes_that_load_data_are_one_line(workers):
 
 def test_messages_that_are_not_understood_are_kept():
     assert one_line("first\n  second\n") == "first; second"
+    other = "Import path a.B does not correspond to a subclass of C"  # of an argument that takes several classes
+    assert one_line(f"first\n  - {other}\n") == "first"
+    assert one_line(other) == other
     assert with_full_key("no name here", {"ire": {"gamma": 1.5}}) == "no name here"
     assert (
         with_full_key("Expected `delta` to be 1, got 2.", {"ire": {"gamma": 1.5}}) == "Expected `delta` to be 1, got 2."
