@@ -131,15 +131,18 @@ class TokenCache:
         Raises:
             ConfigurationError: If the text cannot be read, or a part of it is empty.
         """
-        with self._locked():
+        with self._locked() as writable:
             manifest = self._manifest()
-            self._remove_all_but(manifest)  # what a killed process left; the tokens of old stay until there are new
+            if writable:
+                self._remove_all_but(manifest)  # what a killed process left; the tokens of old stay until there are new
             inputs = {**self.source.files(), "tokenizer": self.plan.files()}
             stamps = _stamps(inputs, manifest.get("inputs", []))
             if self._is_whole(manifest, verify) and _contents(stamps) == _contents(manifest["inputs"]):
-                if stamps != manifest["inputs"]:  # touched or moved: remembered, so that they are not read again
+                if writable and stamps != manifest["inputs"]:  # touched or moved: remembered, not read again
                     self._write_manifest({**manifest, "inputs": stamps})
                 return
+            if not writable:
+                raise self._not_writable("the tokens there are of another text")
             rank_zero_info(f"Making tokens of {self.source.name} in {self.folder}.")
             try:
                 made = self._make(stamps, progress)
@@ -172,18 +175,27 @@ class TokenCache:
             return parts, tokenizer, manifest["tokenizer"]["lossless"]
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def _locked(self) -> Iterator[bool]:
+        """Hold the lock; the value is whether the folder can be written in."""
         lock = FileLock(self.folder / "lock")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0.5)
         except Timeout:
             rank_zero_info(f"Waiting for another process that works on the tokens in {self.folder}.")
             lock.acquire()
+        except OSError as error:
+            if not self._is_whole(self._manifest(), verify=False):
+                raise self._not_writable(error) from error
         try:
-            yield
+            yield lock.is_locked
         finally:
             lock.release()
+
+    def _not_writable(self, why: object) -> ConfigurationError:
+        return ConfigurationError(
+            f"Expected `cache_dir` to be a folder that can be written in, got {self.folder.parent}: {why}."
+        )
 
     def _manifest(self) -> dict[str, Any]:
         try:

@@ -44,7 +44,7 @@ class Text(GlobalBatchData):
     (`max_batch_per_device`); they are the same on any number of devices. With `order: random` an epoch is the text cut
     into sequences from a random place on, in random order: every token once, which the authors' independent draws do
     not give. With `contiguous` each of the `global_batch_size` rows of a batch goes on where it ended in the batch
-    before. A run that is resumed inside an epoch goes on with the next batch.
+    before. A run that is resumed inside an epoch, with as many devices and micro-batches, goes on with the next batch.
 
     **Evaluation.** Every token is a target once, on any number of devices. A source's own validation and test parts
     are used; where it has none, `val_size` and `test_size` are held out of its text.

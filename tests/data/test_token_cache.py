@@ -732,3 +732,27 @@ def test_waiting_is_told(corpus, caplog):
     assert time.monotonic() - begun > 0.5
     assert status(process) == 0
     assert any("Waiting for another process that works on the tokens" in record.message for record in caplog.records)
+
+
+def test_a_folder_that_cannot_be_written_in(corpus, monkeypatch):
+    """The tokens that are there can be used; others cannot be made."""
+    cache = prepared(corpus)
+    before, known = files(cache), manifest(cache)
+    os.utime(next(corpus.iterdir()))
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(_token_cache.FileLock, "acquire", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    cache.prepare(progress=False)
+    assert (files(cache), manifest(cache)) == (before, known)
+    assert {part: len(found) for part, found in texts(cache).items()} == {"train": 34, "val": 2, "test": 4}
+    message = (
+        r"^Expected `cache_dir` to be a folder that can be written in, got .*cache: \[Errno 13\] Permission denied\.$"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        make(corpus, seed=1).prepare(progress=False)
+    replace_one_byte(corpus)
+    with pytest.raises(ConfigurationError, match=r"got .*cache: the tokens there are of another text"):
+        cache.prepare(progress=False)
