@@ -17,7 +17,10 @@ import tempfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lightning_ire
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "stdlib_transformer_admire.yaml"
@@ -35,7 +38,7 @@ RUNS = {
 
 
 def curve(flags: str) -> list[tuple[int, float]]:
-    """Train once; return optimizer steps and bits per byte of each validation, and last those of the test."""
+    """Train once; return optimizer steps and bits per byte of each validation."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(CONFIG), *flags.split()]
         command += ["--trainer.logger.save_dir", folder, "--trainer.enable_progress_bar", "false"]
@@ -57,13 +60,15 @@ def draw(results: dict[str, list[tuple[int, float]]]) -> None:
 
 
 def main() -> None:
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
+    known |= {"python": sys.version.split()[0], "torch": torch.__version__, "lightning_ire": lightning_ire.__version__}
+    results = known["runs"]
     for number, (name, flags) in enumerate(RUNS.items(), start=1):
         if name not in results:
             print(f"run {number} of {len(RUNS)}: {name}", flush=True)
             results[name] = curve(flags)
             RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         print(f"{results[name][-1][1]:.4f}  {name}", flush=True)
     draw(results)
 
