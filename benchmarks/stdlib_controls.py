@@ -30,10 +30,10 @@ TAG = "val/bits_per_byte"
 RUNS = {
     "AdamW": "--ire.kappa 0",
     "AdmIRE": "",
+    "AdamW, learning rate x 3": "--ire.kappa 0 --model.optimizer.lr 7.2e-3",
     "AdmIRE, decay not boosted": "--ire.scale_weight_decay false",
     "AdamW, decay alone boosted": "--ire.scale_weight_decay only",
     "AdamW, decay x 2.6": "--ire.kappa 0 --model.optimizer.weight_decay 0.26",
-    "AdamW, learning rate x 3": "--ire.kappa 0 --model.optimizer.lr 7.2e-3",
 }
 
 
