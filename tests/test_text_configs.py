@@ -264,19 +264,35 @@ def test_the_same_command_again_and_resuming(tokens, tmp_path, capsys):
     assert capsys.readouterr().out.count("--- Sample") == 3
 
 
+RESUMABLE = "--trainer.max_epochs 2 --trainer.limit_train_batches 6 --trainer.limit_val_batches 1 --ire.interval 2"
+RESUMABLE += " --model.model.position_dropout 0.5 --test_after_fit false"
+
+
+def keeping_every_step(tokens: Path, flags: str, name: str, *more: str) -> list[str]:
+    """A run of 6 steps, 3 in an epoch, with a checkpoint `name/step=N.ckpt` after each."""
+    kept = {"dirpath": name, "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
+    callbacks = json.dumps([{"class_path": "ModelCheckpoint", "init_args": kept}])
+    return [*tiny(stdlib(), tokens, f"{RESUMABLE} {flags}"), "--trainer.callbacks", callbacks, *more]
+
+
+def assert_same_weights(folder: Path, first: str, second: str) -> None:
+    one, two = (torch.load(folder / name / "step=6.ckpt", weights_only=True)["state_dict"] for name in (first, second))
+    assert all(torch.equal(one[name], two[name]) for name in one), second
+
+
 @pytest.mark.parametrize("flags", ["", "--data.order contiguous --ire.perturbation SAM --ire.perturbation.rho 0.1"])
 def test_a_resumed_run_goes_on_bit_for_bit(flags, tokens, tmp_path):
     """With dropout, accumulation, IRE and a learning-rate schedule; from the middle of an epoch and from its end."""
-    flags += " --trainer.max_epochs 2 --trainer.limit_train_batches 6 --trainer.limit_val_batches 1"
-    flags += " --ire.interval 2 --model.model.position_dropout 0.5 --test_after_fit false"
+    IRECLI(keeping_every_step(tokens, flags, "whole"))
+    for step in (2, 3, 5):
+        IRECLI(keeping_every_step(tokens, flags, f"from_{step}", "--ckpt_path", f"whole/step={step}.ckpt"))
+        assert_same_weights(tmp_path, "whole", f"from_{step}")
 
-    def weights(name: str, *more: str) -> dict[str, torch.Tensor]:
-        checkpoints = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": name, "filename": "{step}"}}
-        checkpoints["init_args"] |= {"every_n_train_steps": 1, "save_top_k": -1}
-        IRECLI([*tiny(stdlib(), tokens, flags), "--trainer.callbacks", json.dumps([checkpoints]), *more])
-        return torch.load(tmp_path / name / "step=6.ckpt", weights_only=True)["state_dict"]
 
-    whole = weights("whole")
-    for step in (2, 3, 5):  # of 3 in an epoch
-        resumed = weights(f"from_{step}", "--ckpt_path", f"whole/step={step}.ckpt")
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole), step
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_bit_for_bit_in_two_processes(tokens, tmp_path):
+    flags = "--data.max_batch_per_device 1"
+    whole = keeping_every_step(tokens, flags, "whole")
+    resumed = keeping_every_step(tokens, flags, "resumed", "--ckpt_path", "whole/step=2.ckpt")
+    in_two_processes([whole, resumed], tmp_path)
+    assert_same_weights(tmp_path, "whole", "resumed")
