@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_whole
-from lightning_ire.data._text_sources import is_unicode, make_source
+from lightning_ire.data._text_files import FileSource
+from lightning_ire.data._text_hub import HUB, HubSource
+from lightning_ire.data._text_sources import StandardLibrary, TextSource, is_unicode
+from lightning_ire.data._text_split import Split
 from lightning_ire.data._text_tokenizers import TextTokenizer, TokenizerPlan
-from lightning_ire.data._token_cache import Split, TokenCache, TokenPart
+from lightning_ire.data._token_cache import TokenCache, TokenPart
 from lightning_ire.data._windows import CropOrder, Crops, ResumableLoader, Windows
 from lightning_ire.data.global_batch import GlobalBatchData
 
@@ -259,3 +262,27 @@ class Text(GlobalBatchData):
         if not is_unicode(prompt) or not len(tokens := self._made().encode([prompt])[0]):
             raise ConfigurationError(f"Expected `prompts` to have text in each, got {prompt!r}.")
         return torch.from_numpy(tokens.astype("int64"))
+
+
+def make_source(name: str, patterns: dict[str, list[str]], text_column: str) -> TextSource:
+    """Return the source of a name.
+
+    Args:
+        name: "stdlib", "files", a name in `HUB`, or "hub:OWNER/NAME[:CONFIG]".
+        patterns: Files of each part, for "files".
+        text_column: As in `FileSource` and `HubSource`.
+
+    Raises:
+        ConfigurationError: If the name is not known, or files were given and not asked for.
+    """
+    if name == "files":
+        return FileSource(patterns, text_column)
+    if any(patterns.values()):
+        raise ConfigurationError(f"Expected `source` to be 'files' where files are given, got {name!r}.")
+    if name == "stdlib":
+        return StandardLibrary()
+    if name in HUB or name.startswith("hub:"):
+        return HubSource(name, text_column)
+    raise ConfigurationError(
+        f"Expected `source` to be 'stdlib', 'files', {', '.join(map(repr, HUB))} or 'hub:OWNER/NAME', got {name!r}."
+    )

@@ -12,8 +12,11 @@ import zstandard
 from text_data import COMPRESS, documents, jsonl, parquet, write, write_hub
 
 from lightning_ire import ConfigurationError
-from lightning_ire.data import _text_sources
-from lightning_ire.data._text_sources import HUB, FileSource, HubDataset, HubSource, StandardLibrary, make_source
+from lightning_ire.data import _text_files
+from lightning_ire.data._text_files import FileSource
+from lightning_ire.data._text_hub import HUB, HubDataset, HubSource
+from lightning_ire.data._text_sources import StandardLibrary
+from lightning_ire.data.text import make_source
 
 
 def source(*patterns: Path | str, text_column: str = "text", **parts: list[str]) -> FileSource:
@@ -32,7 +35,7 @@ def fault(*patterns: Path | str, **settings) -> str:
 
 
 def blocks(monkeypatch, size: int) -> None:
-    monkeypatch.setattr(_text_sources, "_BLOCK", size)
+    monkeypatch.setattr(_text_files, "_BLOCK", size)
 
 
 # The standard library.

@@ -17,10 +17,13 @@ import tokenizers
 from text_data import prose, write
 
 from lightning_ire import ConfigurationError
-from lightning_ire.data import _text_sources, _token_cache
-from lightning_ire.data._text_sources import FileSource, HubSource, TextSource
+from lightning_ire.data import _text_files, _token_cache
+from lightning_ire.data._text_files import FileSource
+from lightning_ire.data._text_hub import HubSource
+from lightning_ire.data._text_sources import Piece, TextSource
+from lightning_ire.data._text_split import Split
 from lightning_ire.data._text_tokenizers import TokenizerPlan
-from lightning_ire.data._token_cache import PARTS, Split, TokenCache, TokenPart
+from lightning_ire.data._token_cache import PARTS, TokenCache, TokenPart
 
 DOCUMENTS = prose(40)
 END = "<|endoftext|>"
@@ -125,7 +128,7 @@ def test_nothing_is_lost(corpus, tokenizer, size, by):
 def test_tokens_do_not_depend_on_how_the_text_is_read(corpus, monkeypatch, tokenizer, size):
     whole = contents(prepared(corpus, tokenizer, size).open()[0])
     for block, at_once in ((64, 1), (1 << 20, 100), (32, 1000)):
-        monkeypatch.setattr(_text_sources, "_BLOCK", block)
+        monkeypatch.setattr(_text_files, "_BLOCK", block)
         monkeypatch.setattr(_token_cache, "_AT_ONCE", at_once)
         other = make(corpus, tokenizer, size)
         other.folder = other.folder.with_name(f"{block}-{at_once}")
@@ -213,7 +216,7 @@ def test_shares(tmp_path, val, test):
 @pytest.mark.parametrize("block", [32, 1 << 20])
 @pytest.mark.parametrize(("val", "test"), [(0.05, 0.05), (0.3, 0.2), (0.5, 0.0), (0.0, 0.1)])
 def test_the_end_of_the_text_is_held_out(tmp_path, monkeypatch, newline, block, val, test):
-    monkeypatch.setattr(_text_sources, "_BLOCK", block)
+    monkeypatch.setattr(_text_files, "_BLOCK", block)
     text = "".join(DOCUMENTS).replace("\n", newline)
     write(tmp_path / "text" / "a.txt", text)
     cache = prepared(tmp_path / "text", by="position", val_size=val, test_size=test)
@@ -256,9 +259,9 @@ class Lines(TextSource):
 
     def pieces(self, part):
         for number in range(100):
-            yield _text_sources.Piece(f"line {number}\n", number == 0, 1)
+            yield Piece(f"line {number}\n", number == 0, 1)
         if self.last:
-            yield _text_sources.Piece(self.last, True, 0)
+            yield Piece(self.last, True, 0)
 
 
 def test_a_part_begins_a_document(tmp_path):
