@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire.data._text_sources import Piece, TextSource, in_one_line, is_unicode
+from lightning_ire.data._text_sources import Piece, TextSource, in_one_line, is_unicode, no_column
 
 __all__ = ["FileSource"]
 
@@ -62,10 +62,6 @@ class FileSource(TextSource):
     def files(self) -> dict[str, list[Path]]:
         """What the patterns match, each file once: pattern after pattern, each in alphabetical order."""
         return self._found
-
-    def size(self, part: str) -> int:
-        """Bytes of the part's files as they are on the disk."""
-        return sum(path.stat().st_size for path in self._found[part])
 
     def pieces(self, part: str) -> Iterator[Piece]:
         """Read file after file."""
@@ -128,7 +124,7 @@ class FileSource(TextSource):
         try:
             table = ParquetFile(stream)
             if self.text_column not in table.schema_arrow.names:
-                raise self._no_column(str(path), table.schema_arrow.names)
+                raise no_column(self.text_column, path, table.schema_arrow.names)
             rows, size, done, told = max(table.metadata.num_rows, 1), path.stat().st_size, 0, 0
             for batch in table.iter_batches(batch_size=1024, columns=[self.text_column]):
                 for row in batch.to_pylist():
@@ -142,19 +138,13 @@ class FileSource(TextSource):
 
     def _text(self, row: Any, where: str) -> str:
         if not isinstance(row, dict) or self.text_column not in row:
-            raise self._no_column(where, list(row) if isinstance(row, dict) else [])
+            raise no_column(self.text_column, where, list(row) if isinstance(row, dict) else [])
         text = row[self.text_column]
         if text is not None and not isinstance(text, str):
             raise ConfigurationError(f"Expected text under {self.text_column!r} in {where}, got {type(text).__name__}.")
         if text and not is_unicode(text):
             raise ConfigurationError(f"Expected Unicode text in {where}, got half of a surrogate pair.")
         return text or ""
-
-    def _no_column(self, where: str, names: list[str]) -> ConfigurationError:
-        has = ", ".join(map(repr, names)) or "none"
-        return ConfigurationError(
-            f"Expected `text_column` to be a column of {where} (it has: {has}), got {self.text_column!r}."
-        )
 
 
 class _Meter:

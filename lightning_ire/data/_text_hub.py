@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire.data._text_sources import Piece, TextSource, in_one_line
+from lightning_ire.data._text_sources import Piece, TextSource, in_one_line, no_column
 
 __all__ = ["HUB", "HubDataset", "HubSource"]
 
@@ -99,10 +99,7 @@ class HubSource(TextSource):
         (split,) = (split for split, ours in _HUB_PARTS.items() if ours == part)
         table = self._splits[split]
         if self.text_column not in table.column_names:
-            raise ConfigurationError(
-                f"Expected `text_column` to be a column of {self.dataset.path} (it has: "
-                f"{', '.join(map(repr, table.column_names))}), got {self.text_column!r}."
-            )
+            raise no_column(self.text_column, self.dataset.path, table.column_names)
         return table
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_ire._checks import ConfigurationError
 
-__all__ = ["Piece", "StandardLibrary", "TextSource", "in_one_line", "is_unicode"]
+__all__ = ["Piece", "StandardLibrary", "TextSource", "in_one_line", "is_unicode", "no_column"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class TextSource(ABC):
     def files(self) -> dict[str, list[Path]]:
         """The files that each part is read from; tokens are made anew when one of them changes."""
 
-    @abstractmethod
     def size(self, part: str) -> int:
-        """How much there is to read of a part.
+        """How much there is to read of a part: here the bytes of its files as they are on the disk.
 
         Args:
             part: One of `parts`.
         """
+        return sum(path.stat().st_size for path in self.files()[part])
 
     @abstractmethod
     def pieces(self, part: str) -> Iterator[Piece]:
@@ -93,10 +93,6 @@ class StandardLibrary(TextSource):
             )
         return {"train": sorted(found)}
 
-    def size(self, part: str) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.files()[part])
-
     def pieces(self, part: str) -> Iterator[Piece]:
         """Each file is one piece."""
         skipped = 0
@@ -123,6 +119,18 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def no_column(text_column: str, where: object, names: Sequence[str]) -> ConfigurationError:
+    """Return the error of a table without the column of the text.
+
+    Args:
+        text_column: The column that was asked for.
+        where: What has no such column.
+        names: The columns that it has.
+    """
+    has = ", ".join(map(repr, names)) or "none"
+    return ConfigurationError(f"Expected `text_column` to be a column of {where} (it has: {has}), got {text_column!r}.")
 
 
 def in_one_line(error: Exception) -> str:

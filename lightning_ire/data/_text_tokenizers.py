@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lightning_ire._checks import ConfigurationError, check_whole
+from lightning_ire.data._text_sources import in_one_line
 
 __all__ = ["Bytes", "LibraryTokenizer", "TextTokenizer", "TokenizerPlan", "load_tokenizer"]
 
@@ -255,8 +256,8 @@ def _download_gpt2() -> Path:
 
         return Path(hf_hub_download(GPT2, "tokenizer.json"))
     except Exception as error:  # no package, no network, no such file: several families of classes
-        said = " ".join(str(error).split()).rstrip(".")
         raise ConfigurationError(
-            f"Expected GPT-2's tokenizer ({GPT2}) from the hub or its cache, got {type(error).__name__}: {said}. "
+            f"Expected GPT-2's tokenizer ({GPT2}) from the hub or its cache, got {type(error).__name__}: "
+            f"{in_one_line(error)}. "
             "Without a network set `tokenizer` to the path of its tokenizer.json, or to 'bpe' or 'bytes'."
         ) from error

@@ -209,20 +209,9 @@ class TokenCache:
         with tqdm(
             total=total, unit=unit, unit_scale=True, desc=f"{what} ({self.source.name})", disable=not progress
         ) as bar:
-            assigned, done = self.split.assign(self.source), False
-            while not done:
-                batch: list[tuple[str, Piece]] = []
-                size = 0
-                for part, piece in assigned:
-                    batch.append((part, piece))
-                    size += len(piece.text)
-                    if size >= _AT_ONCE:
-                        break
-                else:
-                    done = True
-                if batch:
-                    yield batch
-                    bar.update(sum(piece.progress for _, piece in batch))
+            for batch in _together(self.split.assign(self.source)):
+                yield batch
+                bar.update(sum(piece.progress for _, piece in batch))
 
     def _nothing_for(self, part: str, documents: dict[str, int]) -> ConfigurationError:
         held_out = [other for other in self.split.expected(self.source) if other not in self.source.parts]
@@ -298,6 +287,19 @@ class _Writer:
         self._file.write(content)
         self._hash.update(content)
         self.tokens += len(tokens)
+
+
+def _together(pieces: Iterator[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
+    """Collect pieces until there is enough to tokenize."""
+    batch, size = [], 0
+    for part, piece in pieces:
+        batch.append((part, piece))
+        size += len(piece.text)
+        if size >= _AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _stamps(inputs: dict[str, list[Path]], known: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -110,8 +110,8 @@ class CropOrder(DistributedSampler):
         super().__init__(crops, num_replicas=devices, rank=rank, seed=seed, drop_last=True)
         self.length, self.shuffled, self.batch = crops.length, shuffled, batch
         last = len(crops.tokens) - 1  # the last token is a target only
-        self.spare = self.length - 1 if shuffled else 0
-        self.batches = max(last - self.spare, 0) // self.length // batch
+        spare = self.length - 1 if shuffled else 0  # the random first place may be so far in
+        self.batches = max(last - spare, 0) // self.length // batch
         self.total_size = self.batches * batch
         self.num_samples = self.total_size // devices
         self.skipped = 0
