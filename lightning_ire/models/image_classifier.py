@@ -7,23 +7,21 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
-from lightning_ire.models._optimization import optimization
-from lightning_ire.models._throughput import Throughput
+from lightning_ire._checks import ConfigurationError, check_number, check_whole
+from lightning_ire.models._task import Task
 from lightning_ire.models.resnet import ResNet
 from lightning_ire.models.wide_resnet import WideResNet
 
 __all__ = ["ImageClassifier"]
 
 
-class ImageClassifier(LightningModule):
+class ImageClassifier(Task):
     """Trains a network with cross entropy and logs loss and accuracy.
 
     A batch is a pair of images [N, C, H, W] and class indices [N]. With label smoothing eps the target q has 1 - eps on
@@ -80,17 +78,10 @@ class ImageClassifier(LightningModule):
         Raises:
             ConfigurationError: If a value is out of range.
         """
-        super().__init__()
-        self.model = model
+        super().__init__(model, optimizer, lr_scheduler, lr_interval, decay_norm_and_bias, compile)
         self.num_classes = check_whole("num_classes", num_classes, low=2)
         self.label_smoothing = check_number("label_smoothing", label_smoothing, high=1 - 1 / num_classes)
-        self.lr_interval = check_choice("lr_interval", lr_interval, ("epoch", "step"))
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.decay_norm_and_bias = decay_norm_and_bias
         self.channels_last = channels_last
-        self.compile_network = compile
-        self.throughput = Throughput()
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
         self.val_metrics = _metrics(num_classes, prefix="val/")
@@ -124,8 +115,7 @@ class ImageClassifier(LightningModule):
         """Bring the weights into their memory format and compile the network; doing it again changes nothing."""
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        if self.compile_network:
-            self.model.compile()  # in place: the names in checkpoints stay
+        super().configure_model()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [N, num_classes] of images [N, C, H, W]."""
@@ -169,28 +159,12 @@ class ImageClassifier(LightningModule):
         if self.trainer.is_last_batch:
             self.throughput.stop(self.device)
 
-    def on_validation_start(self) -> None:
-        """Hold the clock: validation may come in the middle of an epoch."""
-        self.throughput.pause(self.device)
-
-    def on_validation_end(self) -> None:
-        """Let the clock go on."""
-        self.throughput.resume(self.device)
-
     def on_train_epoch_end(self) -> None:
         """Log the rate of this epoch."""
         self.throughput.stop(self.device)
         rate = self.throughput.rate()
         if rate is not None:
             self.log("train/images_per_second", rate, reduce_fx="sum", sync_dist=True)
-
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer and, if there is one, its schedule in Lightning's form.
-
-        Raises:
-            ConfigurationError: If the optimizer refuses its arguments, or the schedule does not fit the run.
-        """
-        return optimization(self, self.optimizer, self.lr_scheduler, self.lr_interval, self.decay_norm_and_bias)
 
     def _evaluate(
         self, batch: Sequence[Tensor], loss_name: str, mean: MeanMetric, metrics: MetricCollection, prog_bar: bool

@@ -10,15 +10,13 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
-from lightning_ire.models._optimization import optimization
-from lightning_ire.models._throughput import Throughput
+from lightning_ire._checks import ConfigurationError, check_number, check_whole
+from lightning_ire.models._task import Task
 from lightning_ire.models.llama import Llama
 from lightning_ire.models.transformer import Transformer
 
@@ -27,7 +25,7 @@ __all__ = ["LanguageModel"]
 _IGNORED = -100  # what `cross_entropy` leaves out by default
 
 
-class LanguageModel(LightningModule):
+class LanguageModel(Task):
     """Trains a network to predict the next token, and continues prompts.
 
     A batch is a pair of token ids [B, L] and the ids that follow them, [B, L], both int64. The loss is the cross
@@ -93,17 +91,10 @@ class LanguageModel(LightningModule):
         Raises:
             ConfigurationError: If a value is out of range.
         """
-        super().__init__()
-        self.model = model
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.lr_interval = check_choice("lr_interval", lr_interval, ("epoch", "step"))
-        self.decay_norm_and_bias = decay_norm_and_bias
-        self.compile_network = compile
+        super().__init__(model, optimizer, lr_scheduler, lr_interval, decay_norm_and_bias, compile)
         self.max_new_tokens = check_whole("max_new_tokens", max_new_tokens, low=1)
         self.temperature = check_number("temperature", temperature)
         self.top_k = None if top_k is None else check_whole("top_k", top_k, low=1)
-        self.throughput = Throughput()
         self._last_row = 0  # optimizer steps at the last row of rates
         self._samples = 0  # prompts continued so far
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
@@ -124,11 +115,6 @@ class LanguageModel(LightningModule):
                 f"Expected `vocab_size` to be at least {wanted}, as the tokens of {type(data).__name__} have, got "
                 f"{has}."
             )
-
-    def configure_model(self) -> None:
-        """Compile the network; doing it again changes nothing."""
-        if self.compile_network:
-            self.model.compile()  # in place: the names in checkpoints stay
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits [B, L, vocabulary] of token ids [B, L].
@@ -196,14 +182,6 @@ class LanguageModel(LightningModule):
             self._last_row = step
             self._log_rates(step)
 
-    def on_validation_start(self) -> None:
-        """Hold the clock: validation may come in the middle of an epoch."""
-        self.throughput.pause(self.device)
-
-    def on_validation_end(self) -> None:
-        """Let the clock go on."""
-        self.throughput.resume(self.device)
-
     def on_validation_epoch_start(self) -> None:
         """Forget what an interrupted validation has left."""
         self.val_loss.reset()
@@ -233,14 +211,6 @@ class LanguageModel(LightningModule):
             self._samples += 1
             header = f"--- Sample {self._samples} (the first {len(decode(prompt))} characters are the prompt) ---"
             self.print(f"{header}\n{decode(tokens)}\n")
-
-    def configure_optimizers(self) -> Any:
-        """Return the optimizer and, if there is one, its schedule in Lightning's form.
-
-        Raises:
-            ConfigurationError: If the optimizer refuses its arguments, or the schedule does not fit the run.
-        """
-        return optimization(self, self.optimizer, self.lr_scheduler, self.lr_interval, self.decay_norm_and_bias)
 
     @property
     def _data(self) -> Any:
