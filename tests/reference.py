@@ -28,12 +28,14 @@ class Recipe:
     average: bool = False
     sam_interval: int = 1
     norm_only: bool = False
+    only: str = "*"
+    ball: tuple[float, float, int, str] | None = None  # zeta, epsilon, ascents, scope
     scope: str = "global"
     exclude: Sequence[str] = ()
     scale_weight_decay: bool | str = True
     kappa_schedule: str = "constant"
     beta: float = 0.0
-    empirical: bool = False
+    curvature: str = "sampled"
     exclude_zero: bool = False
     clip: float | None = None
     masks: list[Tensor] = field(default_factory=list)
@@ -59,7 +61,7 @@ def train(
         on = recipe.kappa > 0 and step >= recipe.start
         buffers = [buffer.clone() for buffer in module.buffers()]
         base = [weight.detach().clone() for weight in weights]
-        perturbs = recipe.rho is not None and step % recipe.sam_interval == 0
+        perturbs = (recipe.rho is not None or recipe.ball is not None) and step % recipe.sam_interval == 0
 
         if perturbs and recipe.average:
             gradient = _gradient_at(module, weights, base, _random_step(weights, recipe.rho, seed), window)
@@ -70,11 +72,16 @@ def train(
         if on and (step - recipe.start) % recipe.interval == 0:
             _copy(module.buffers(), buffers)
             plain = gradient
-            h = [g * g for g in plain] if recipe.empirical else _sampled_fisher(module, weights, window, seed)
-            _remake_masks(recipe, module, h)
-        if perturbs and not recipe.average:
+            _remake_masks(recipe, module, _curvature(recipe, module, optimizer, plain, window, seed))
+        if perturbs and recipe.ball is not None:
+            ascent = [torch.zeros_like(weight) for weight in weights]
+            for _ in range(recipe.ball[2]):
+                _copy(module.buffers(), buffers)
+                ascent = _climb_in_ball(recipe.ball, ascent, gradient)
+                gradient = _gradient_at(module, weights, base, ascent, window)
+        elif perturbs and not recipe.average:
             _copy(module.buffers(), buffers)
-            ascent = _ascent(recipe, module, weights, gradient)
+            ascent = _ascent(recipe, module, optimizer, gradient)
             gradient = _gradient_at(module, weights, base, ascent, window)
         _copy(module.buffers(), after_forward)
 
@@ -111,19 +118,33 @@ def _gradient_at(
     return gradient
 
 
-def _ascent(recipe: Recipe, module: nn.Module, weights: list[Tensor], gradient: list[Tensor]) -> list[Tensor]:
+def _climb_in_ball(ball: tuple[float, float, int, str], ascent: list[Tensor], gradient: list[Tensor]) -> list[Tensor]:
+    zeta, epsilon, _, scope = ball
+    longer = [move + zeta * g for move, g in zip(ascent, gradient, strict=True)]
+    lengths = [float(move.square().sum()) ** 0.5 for move in longer]
+    if scope == "global":
+        lengths = [sum(length**2 for length in lengths) ** 0.5] * len(longer)
+    return [move * epsilon / length if length > epsilon else move for move, length in zip(longer, lengths, strict=True)]
+
+
+def _ascent(
+    recipe: Recipe, module: nn.Module, optimizer: torch.optim.Optimizer, gradient: list[Tensor]
+) -> list[Tensor]:
+    weights = list(module.parameters())
+    rho = {id(p): group.get("sam_rho", recipe.rho) for group in optimizer.param_groups for p in group["params"]}
     norms = {
         f"{prefix}.{name}"
         for prefix, layer in module.named_modules()
         if isinstance(layer, (nn.BatchNorm1d, nn.LayerNorm))
         for name, _ in layer.named_parameters(recurse=False)
     }
-    chosen = [not recipe.norm_only or name in norms for name, _ in module.named_parameters()]
+    names = [name for name, _ in module.named_parameters()]
+    chosen = [(not recipe.norm_only or name in norms) and fnmatchcase(name, recipe.only) for name in names]
     size = [w.detach().abs() if recipe.adaptive else torch.ones_like(w) for w in weights]
     norm = sum(float((t * g).square().sum()) for t, g, c in zip(size, gradient, chosen, strict=True) if c) ** 0.5
     return [
-        recipe.rho * t * t * g / norm if c else torch.zeros_like(g)
-        for t, g, c in zip(size, gradient, chosen, strict=True)
+        rho[id(w)] * t * t * g / norm if c else torch.zeros_like(g)
+        for w, t, g, c in zip(weights, size, gradient, chosen, strict=True)
     ]
 
 
@@ -132,6 +153,44 @@ def _random_step(weights: list[Tensor], rho: float, seed: int) -> list[Tensor]:
     noise = [torch.randn(w.shape, generator=generator, dtype=w.dtype) for w in weights]
     norm = sum(float(xi.square().sum()) for xi in noise) ** 0.5
     return [rho * xi / norm for xi in noise]
+
+
+def _curvature(
+    recipe: Recipe,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    gradient: list[Tensor],
+    window: Sequence[tuple[Tensor, Tensor]],
+    seed: int,
+) -> list[Tensor]:
+    weights = list(module.parameters())
+    shared = torch.Generator().manual_seed(mixed_seed(seed, "shared"))
+    if recipe.curvature == "empirical":
+        return [g * g for g in gradient]
+    if recipe.curvature == "second-moment":
+        decay = optimizer.param_groups[0]["betas"][1]
+        states = [optimizer.state[weight] for weight in weights]
+        return [state["exp_avg_sq"] / (1 - decay ** float(state["step"])) for state in states]
+    if recipe.curvature == "random":
+        return [torch.rand(weight.shape, generator=shared) for weight in weights]
+    if recipe.curvature == "hessian":
+        return _signed_rows(module, weights, window, shared)
+    return _sampled_fisher(module, weights, window, seed)
+
+
+def _signed_rows(
+    module: nn.Module, weights: list[Tensor], window: Sequence[tuple[Tensor, Tensor]], source: torch.Generator
+) -> list[Tensor]:
+    """v * (H v) with the Hessian written out row by row."""
+    loss = sum(F.cross_entropy(module(x), y) / len(window) for x, y in window)
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, weights, create_graph=True)])
+    rows = []
+    for one in gradient:
+        rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(one, weights, retain_graph=True)]))
+    bits = [torch.empty(w.numel(), dtype=torch.int8).random_(0, 2, generator=source) for w in weights]
+    signs = torch.cat(bits).to(gradient) * 2 - 1
+    product = signs * (torch.stack(rows) @ signs)
+    return [part.view(w.shape) for part, w in zip(product.split([w.numel() for w in weights]), weights, strict=True)]
 
 
 def _sampled_fisher(module: nn.Module, weights: list[Tensor], window: Any, seed: int) -> list[Tensor]:
@@ -155,6 +214,7 @@ def _remake_masks(recipe: Recipe, module: nn.Module, h: list[Tensor]) -> None:
     if recipe.beta and recipe.average_h:
         h = [recipe.beta * old + (1 - recipe.beta) * new for old, new in zip(recipe.average_h, h, strict=True)]
     recipe.average_h = h
+    h = [v.abs() for v in h]
     names = [name for name, _ in module.named_parameters()]
     takes_part = [not any(fnmatchcase(name, pattern) for pattern in recipe.exclude) for name in names]
     pools = [[v for v, t in zip(h, takes_part, strict=True) if t]] if recipe.scope == "global" else [[v] for v in h]

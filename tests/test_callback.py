@@ -494,15 +494,15 @@ def test_a_checkpoint_of_another_module_drops_its_masks_and_says_so(tmp_path: An
 
 
 def test_a_new_perturbation_is_one_class() -> None:
-    class Ascent(Perturbation):
+    class Unnormalized(Perturbation):
         """Un-normalized SAM."""
 
-        def displacement(self, parameters: Any, gradients: Any, generators: Any) -> Any:
-            return [None if g is None else 0.1 * g for g in gradients], None
+        def displacement(self, ascent: Any) -> Any:
+            return [None if g is None else 0.1 * g for g in ascent.gradients], None
 
     module = Classifier()
     plain = cases.clone(module)
-    cases.fit(module, [IRE(kappa=0, perturbation=Ascent())])
+    cases.fit(module, [IRE(kappa=0, perturbation=Unnormalized())])
     cases.fit(plain)
     assert module.calls == 2 * plain.calls
     assert cases.moved(module, plain) > 1e-6

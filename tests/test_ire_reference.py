@@ -10,7 +10,16 @@ import torch
 from cases import Classifier, Net
 from torch import nn
 
-from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher
+from lightning_ire import (
+    IRE,
+    SAM,
+    AdversarialModelPerturbation,
+    AverageSAM,
+    EmpiricalFisher,
+    HutchinsonHessian,
+    RandomMask,
+    SecondMoment,
+)
 
 STEPS, EPOCHS = 8, 4
 
@@ -39,6 +48,14 @@ OPTIMIZERS = {
     "adamw": one_group(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
     "adamw-fused": one_group(torch.optim.AdamW, lr=0.01, weight_decay=0.1, fused=True),
     "adamw-groups": two_groups(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+    "sgd-radii": lambda module: torch.optim.SGD(
+        [
+            {"params": list(module.parameters())[:2], "sam_rho": 0.3},
+            {"params": list(module.parameters())[2:3], "sam_rho": 0.0},
+            {"params": list(module.parameters())[3:]},
+        ],
+        lr=0.1,
+    ),
     "rmsprop": one_group(torch.optim.RMSprop, lr=0.003),
 }
 
@@ -66,6 +83,7 @@ ROWS = {
     f"{method}-{name}": Case(case.ire, case.recipe, optimizer=name)
     for method, case in METHODS.items()
     for name in OPTIMIZERS
+    if name != "sgd-radii"
 }
 ROWS |= {
     "ire-batchnorm": Case(BOOST, BOOST, batch_norm=True),
@@ -94,13 +112,13 @@ ROWS |= {
     "ire-decay-only": Case(
         {**BOOST, "scale_weight_decay": "only"}, {**BOOST, "scale_weight_decay": "only"}, optimizer="adamw-groups"
     ),
-    "ire-empirical": Case({**BOOST, "curvature": EmpiricalFisher()}, {**BOOST, "empirical": True}),
+    "ire-empirical": Case({**BOOST, "curvature": EmpiricalFisher()}, {**BOOST, "curvature": "empirical"}),
     "sam-ire-empirical": Case(
-        {**BOOST, "curvature": EmpiricalFisher(), "perturbation": SAM(0.05)}, {**BOOST, "empirical": True, "rho": 0.05}
+        {**BOOST, "curvature": EmpiricalFisher(), "perturbation": SAM(0.05)}, {**BOOST, "curvature": "empirical", "rho": 0.05}
     ),
     "ire-empirical-clipped": Case(
         {**BOOST, "curvature": EmpiricalFisher()},
-        {**BOOST, "empirical": True, "clip": 0.05},
+        {**BOOST, "curvature": "empirical", "clip": 0.05},
         fit={"gradient_clip_val": 0.05},
     ),
     "sam-ire-clipped": Case(
@@ -116,6 +134,35 @@ ROWS |= {
         {**BOOST, "perturbation": SAM(0.1, interval=3)}, {**BOOST, "rho": 0.1, "sam_interval": 3}
     ),
     "sam-sync": Case({"kappa": 0.0, "perturbation": SAM(0.1, sync=True)}, {"rho": 0.1}),
+    "sam-pattern": Case(
+        {**BOOST, "perturbation": SAM(0.1, parameters=["*.weight", "nothing"])}, {**BOOST, "rho": 0.1, "only": "*.weight"}
+    ),
+    "sam-radii": Case({"kappa": 0.0, "perturbation": SAM(0.1)}, {"rho": 0.1}, optimizer="sgd-radii"),
+    "asam-radii": Case(
+        {"kappa": 0.0, "perturbation": SAM(0.1, adaptive=True)}, {"rho": 0.1, "adaptive": True}, optimizer="sgd-radii"
+    ),
+    "amp": Case(
+        {**BOOST, "perturbation": AdversarialModelPerturbation(0.1)}, {**BOOST, "ball": (1.0, 0.1, 1, "tensor")},
+        batch_norm=True,
+    ),
+    "amp-three-ascents": Case(
+        {"kappa": 0.0, "perturbation": AdversarialModelPerturbation(0.2, zeta=0.5, ascents=3, scope="global")},
+        {"ball": (0.5, 0.2, 3, "global")}, micro_batches=2, batch_norm=True,
+    ),
+    "amp-inside-the-ball": Case(
+        {**BOOST, "perturbation": AdversarialModelPerturbation(9.0, zeta=0.3, ascents=2)},
+        {**BOOST, "ball": (0.3, 9.0, 2, "tensor")},
+    ),
+    "ire-second-moment": Case(
+        {**BOOST, "curvature": SecondMoment(), "start_step": 4},
+        {**BOOST, "curvature": "second-moment", "start": 4}, optimizer="adamw",
+    ),
+    "ire-random": Case({**BOOST, "curvature": RandomMask()}, {**BOOST, "curvature": "random"}),
+    "ire-hessian": Case({**BOOST, "curvature": HutchinsonHessian()}, {**BOOST, "curvature": "hessian"}),
+    "sam-ire-hessian-accumulated": Case(
+        {**BOOST, "curvature": HutchinsonHessian(), "perturbation": SAM(0.1), "beta": 0.5},
+        {**BOOST, "curvature": "hessian", "rho": 0.1, "beta": 0.5}, micro_batches=4,
+    ),
     "average-sam": Case({"kappa": 0.0, "perturbation": AverageSAM(0.1)}, {"rho": 0.1, "average": True}),
     "average-sam-ire": Case(
         {**BOOST, "perturbation": AverageSAM(0.1)}, {**BOOST, "rho": 0.1, "average": True}, micro_batches=2,

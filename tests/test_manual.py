@@ -202,6 +202,20 @@ class Accumulates(Manual):
     divide = False
 
 
+def test_the_mean_by_hand_has_the_masks_of_the_sum() -> None:
+    """Half of each loss is back-propagated: half of h, the same ranking."""
+    whole = Accumulates()
+    half = cases.clone(whole)
+    half.divide = True
+    masks = []
+    for module in (whole, half):
+        ire = IRE(kappa=1.0, gamma=0.7, exclude="*.bias")
+        cases.fit(module, [ire], limit_train_batches=2, max_epochs=1)
+        masks.append(ire._progress.masks.masks)
+    assert masks[0].keys() == masks[1].keys() == {"net.0.weight", "net.2.weight"}
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+
+
 @pytest.mark.parametrize("curvature", [None, EmpiricalFisher()])
 def test_accumulation_by_hand_is_one_estimate(curvature: Any) -> None:
     """The sum of two means: half the learning rate of what Lightning does with the mean of two."""
@@ -215,13 +229,18 @@ def test_accumulation_by_hand_is_one_estimate(curvature: Any) -> None:
         torch.testing.assert_close(manual.state_dict()[name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_a_loss_that_is_no_cross_entropy_names_the_ways_out() -> None:
-    module = Accumulates()
-    module.divide = True
-    with pytest.raises(ConfigurationError, match=r"Accumulates` \(manual optimization\).*fisher_loss.*EmpiricalFisher"):
+class Unseen(Accumulates):
+    """No loss that targets could be drawn for."""
+
+    def loss(self, batch: Any) -> Any:
+        return self.net(batch[0]).square().mean()
+
+
+def test_a_loss_without_a_likelihood_names_the_ways_out() -> None:
+    module = Unseen()
+    with pytest.raises(ConfigurationError, match=r"Unseen` \(manual optimization\).*fisher_loss.*EmpiricalFisher"):
         cases.fit(module, [IRE()])
-    module = Accumulates()
-    module.divide = True
+    module = Unseen()
     module.fisher_loss = lambda batch, batch_idx: (F.cross_entropy(module.net(batch[0]), batch[1]), len(batch[0]))
     ire = IRE()
     cases.fit(module, [ire])

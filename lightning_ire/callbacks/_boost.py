@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire import tags
-from lightning_ire._checks import ConfigurationError
+from lightning_ire._checks import ConfigurationError, check_number
 from lightning_ire.functional import boost_, global_norm
+from lightning_ire.perturbation import GROUP_RADIUS
 from lightning_ire.schedule import scheduled_kappas
 
-__all__ = ["OldWeights", "boost", "check_decoupled_decay", "decay_factors", "learning_rates"]
+__all__ = ["OldWeights", "boost", "check_decoupled_decay", "check_groups", "decay_factors", "learning_rates"]
 
 _COUPLED = {"SGD", "ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam"}
 _DECOUPLED = {"Adafactor", "AdamW", "Muon"}
@@ -80,6 +83,9 @@ def boost(
 ) -> dict[str, Tensor | float]:
     """Lengthen the step that `optimizer` has just made along the flat coordinates.
 
+    An optimizer that keeps its weights on a constraint (a sphere, say) is asked to put them back there: its method
+    `project()` is called afterwards, if it has one.
+
     Args:
         optimizer: The base optimizer, with the learning rates of this step.
         weights: What :meth:`OldWeights.save` saved.
@@ -103,6 +109,8 @@ def boost(
         decay=None if factors is None else [factors[group] for group in weights.groups],
         decay_only=scale_weight_decay == "only",
     )
+    if _projects(type(optimizer)):  # type: ignore[arg-type]
+        optimizer.project()  # type: ignore[attr-defined]
     logs: dict[str, Tensor | float] = {tags.KAPPA: max(kappas)}
     if with_norms:
         flat, sharp = [], []
@@ -114,6 +122,15 @@ def boost(
     return logs
 
 
+@functools.cache
+def _projects(kind: type[Optimizer]) -> bool:
+    """Whether there is a `project()` without arguments (SOAP has one for gradients, with arguments)."""
+    project = getattr(kind, "project", None)
+    if project is None:
+        return False
+    return all(one.default is not one.empty for one in list(inspect.signature(project).parameters.values())[1:])
+
+
 def learning_rates(optimizer: Optimizer) -> list[float]:
     """Learning rate of each parameter group at this moment.
 
@@ -121,6 +138,26 @@ def learning_rates(optimizer: Optimizer) -> list[float]:
         optimizer: Any optimizer with "lr" in its parameter groups.
     """
     return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def check_groups(optimizer: Optimizer, with_lrs: bool) -> None:
+    """Refuse radii that are none, and groups without a learning rate where that is asked for.
+
+    Args:
+        optimizer: The base optimizer.
+        with_lrs: Whether kappa follows the learning rate.
+
+    Raises:
+        ConfigurationError: With the key to change.
+    """
+    for group in optimizer.param_groups:
+        if GROUP_RADIUS in group:
+            check_number(GROUP_RADIUS, group[GROUP_RADIUS])
+        if with_lrs and group.get("lr") is None:
+            raise ConfigurationError(
+                "Expected an optimizer with a learning rate in every parameter group for `kappa_schedule='lr'`, got "
+                f"{type(optimizer).__name__} without: set `kappa_schedule` to 'constant'."
+            )
 
 
 def decay_factors(optimizer: Optimizer) -> list[float]:
@@ -137,11 +174,9 @@ def decay_factors(optimizer: Optimizer) -> list[float]:
 
 def _decoupled(optimizer: Optimizer, group: Mapping[str, object]) -> bool | None:
     """Whether the group's decay is a shrinking by lr * weight_decay of its own; ``None``: nobody knows."""
-    if group.get("fixed_decay"):  # some packages' decay without lr
-        return None
-    for key in ("decoupled_weight_decay", "weight_decouple"):
-        if key in group:
-            return bool(group[key])
+    # not `weight_decouple`, as other packages call it: what their optimizers really take off is often another amount
+    if "decoupled_weight_decay" in group:
+        return bool(group["decoupled_weight_decay"])
     known = {base.__name__ for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim")}
     if known & _DECOUPLED:
         return True

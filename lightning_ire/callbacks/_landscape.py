@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from lightning_ire._lightning import (
     differentiable_once,
@@ -24,7 +23,7 @@ from lightning_ire._lightning import (
 from lightning_ire.callbacks._no_trace import devices_of, no_trace, without_inference_tensors
 from lightning_ire.callbacks._probe import Probe
 from lightning_ire.callbacks._window import mixed_seed
-from lightning_ire.curvature.tap import CrossEntropyTap, factors_in
+from lightning_ire.curvature.tap import LossTap, factors_in, weighted
 from lightning_ire.functional import (
     BufferState,
     finite_difference_product,
@@ -35,6 +34,7 @@ from lightning_ire.functional import (
     sam_displacement,
     seeded,
     split_like,
+    twice_differentiable,
     widest_dtype,
 )
 
@@ -73,12 +73,7 @@ def measuring(module: pl.LightningModule) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         without_inference_tensors(module)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
-            cudnn = torch.backends.cudnn
-            flags = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
-            stack.enter_context(cudnn.flags(enabled=False, **flags))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(twice_differentiable(module))
         yield
 
 
@@ -278,7 +273,7 @@ class Landscape:
     # Fisher
 
     def fisher_trace(self, draw: int) -> float:
-        """One draw of B ||G||^2 (eq. 6), each batch and device with labels of its own; unbiased for Tr F.
+        """One draw of B ||G||^2 (eq. 6), each batch and device with targets of its own; unbiased for Tr F.
 
         The trace is linear, so that the mean over batches and devices is that of the whole probe.
 
@@ -368,30 +363,30 @@ class Landscape:
         if step is not None:
             returned = self._output(index, step, seed=labels)
             loss, count = returned if isinstance(returned, tuple) else (returned, 1.0)
-            outputs, starts, squares = [loss], [torch.ones_like(loss)], 1 / float(count)
+            outputs, starts = [loss], [torch.ones_like(loss) * float(count) ** 0.5]
         else:
             source = torch.Generator().manual_seed(labels)
-            used = self._sampled_terms(index)
-            drawn = [(call.draw(source), factor) for call, factor in used]
-            outputs, starts = [sampled.loss for sampled, _ in drawn], [factor for _, factor in drawn]
-            squares = sum(float((sampled.weights * factor).square().sum()) for sampled, factor in drawn)
+            drawn = [weighted(call.draw(source), factor) for call, factor in self._sampled_terms(index)]
+            outputs = [term.losses for term in drawn]
+            starts = [term.weights.sqrt().to(term.losses) for term in drawn]
         gradients = self._gradients(outputs, starts, keep=self._sampled is not None)
         self.tick()
         wide = self.dtype
         norms = [float(g.detach().to_dense().to(wide).square().sum()) for g in gradients if g is not None]
-        return torch.tensor(sum(norms) / float(squares), dtype=wide)
+        return torch.tensor(sum(norms), dtype=wide)
 
     def _sampled_terms(self, index: int) -> list[Any]:
-        """The `cross_entropy` calls behind the loss, with their factors; kept if there is only one batch."""
+        """The losses that targets can be drawn for, with their factors; kept if there is only one batch."""
         if self._sampled is not None:
             return self._sampled
-        tap = CrossEntropyTap(None)
+        tap = LossTap(None)
         with tap:
             loss = self._loss(index)
-        used = factors_in(loss, [call for call in tap.calls if call.result.requires_grad])
+        used = factors_in(loss, tap.calls)
         if not used:
             raise ValueError(
-                f"the loss of {type(self.module).__name__} is not made with `cross_entropy`: give it a method "
+                f"the loss of {type(self.module).__name__} is not made with `cross_entropy`, `nll_loss`, "
+                "`binary_cross_entropy(_with_logits)` or `mse_loss`: give it a method "
                 "`fisher_loss(batch, batch_idx)` that returns its loss against labels sampled from its predictions"
             )
         if len(self.probe) == 1:

@@ -145,8 +145,8 @@ class ManualSession:
         """In place of `training_step` for extra passes: it would step the optimizers."""
         name = type(self.module).__name__
         raise ConfigurationError(
-            f"Expected `{name}` (manual optimization) to back-propagate what one call of `cross_entropy` returned, for "
-            f"SampledFisher to draw labels for it, got another loss: give {name} a method "
+            f"Expected `{name}` (manual optimization) to back-propagate a loss whose graph an estimate can use (for "
+            f"SampledFisher one made with `cross_entropy`, `mse_loss`, ...), got another loss: give {name} a method "
             "`fisher_loss(batch, batch_idx)`, or set `curvature` to EmpiricalFisher()."
         )
 
@@ -239,12 +239,17 @@ class ManualSession:
         return result
 
     def _second_pass(
-        self, window: AccumulationWindow, closure: Callable[[], Any], state: tuple[RandomState, BufferState]
+        self,
+        window: AccumulationWindow,
+        closure: Callable[[], Any],
+        state: tuple[RandomState, BufferState],
+        final: bool,
     ) -> Tensor | None:
         """The closure once more, as it ran the first time; the loss it returned, if any."""
         self._extra_pass = True
+        around = nullcontext() if final or window.synchronized else unsynchronized(self.trainer.strategy)
         try:
-            with torch.enable_grad(), no_trace(self.module), window.fresh_gradients():
+            with torch.enable_grad(), no_trace(self.module), window.fresh_gradients(final), around:
                 for part in state:
                     part.restore()
                 loss = closure()

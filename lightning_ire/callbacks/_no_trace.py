@@ -13,7 +13,24 @@ from torchmetrics import Metric
 from lightning_ire._lightning import kept_for_the_graph, muted_logging
 from lightning_ire.functional import BufferState, RandomState, kept_buffers
 
-__all__ = ["devices_of", "no_trace", "no_trace_on_the_graph", "without_inference_tensors"]
+__all__ = ["devices_of", "in_extra_pass", "no_trace", "no_trace_on_the_graph", "without_inference_tensors"]
+
+
+_extra_passes = 0
+
+
+def in_extra_pass() -> bool:
+    """Whether `training_step` is being run in a pass that Lightning knows nothing of.
+
+    That is the second pass of SAM, one of a curvature estimate's own, or one of the monitor's. Such passes put back
+    buffers, metrics, logged values and random numbers, but not a module's Python attributes: a step that counts, or
+    that keeps what it has seen in a list, asks here first.
+
+    Example:
+        >>> in_extra_pass()
+        False
+    """
+    return _extra_passes > 0
 
 
 @contextmanager
@@ -29,11 +46,14 @@ def no_trace(module: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
+    global _extra_passes
     streams = RandomState.capture(devices_of(module))
+    _extra_passes += 1
     try:
         with kept_buffers(module), _kept_metrics(module), muted_logging(module):
             yield
     finally:
+        _extra_passes -= 1
         streams.restore()
 
 

@@ -153,10 +153,17 @@ class AutomaticSession:
         window = self.window
         if window is None:
             return closure()
+        if window.stepped:
+            raise ConfigurationError(
+                "Expected an optimizer that runs its closure once per step, got "
+                f"{type(self.stepper.optimizer).__name__}, which runs it again at weights that it moved itself: use "
+                "another optimizer or remove the callback."
+            )
         with nullcontext() if window.synchronized else unsynchronized(self.trainer.strategy):
             result = closure()
         if not window.back_propagated:
             return result
+        window.stepped = True
         self._refuse_edited_gradients(window)
         self.stepper.logs = {}
         if window.estimate is not None:

@@ -23,7 +23,7 @@ from lightning_ire.functional import (
     split_like,
     stability_edge,
 )
-from lightning_ire.perturbation import SAM
+from lightning_ire.perturbation import GROUP_RADIUS
 
 __all__ = ["StepGeometry", "UnknownStep", "find_ire"]
 
@@ -179,14 +179,18 @@ def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -
     perturbation = ire.perturbation if ire is not None else None
     if perturbation is None or not perturbation.uses_gradient:  # the mean of random moves is none
         return 0.0, None
-    if type(perturbation) is not SAM:
-        raise UnknownStep(f"{type(perturbation).__name__} is not SAM")
+    if perturbation.effective_radius(1.0) is None:
+        raise UnknownStep(f"the displacement of {perturbation!r} is not a number times the gradient")
     if perturbation.interval != 1:
         raise UnknownStep(f"SAM works at every {perturbation.interval}th step only")
+    optimizers = module.trainer.optimizers
+    if any(GROUP_RADIUS in group for optimizer in optimizers for group in optimizer.param_groups):
+        raise UnknownStep("parameter groups have radii of their own")
     chosen = perturbation.selects(module)
+    adaptive = getattr(perturbation, "adaptive", False)
     moves = {name for name, _ in module.named_parameters()} if chosen is None else chosen
     scales = [
-        (p.detach().abs() if perturbation.adaptive else torch.ones_like(p)) if name in moves else torch.zeros_like(p)
+        (p.detach().abs() if adaptive else torch.ones_like(p)) if name in moves else torch.zeros_like(p)
         for name, p in zip(landscape.names, landscape.parameters, strict=True)
     ]
     norm = ire.ascent_norm if ire is not None else None
@@ -195,11 +199,11 @@ def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -
         moved = [i for i, scale in enumerate(scales) if bool(scale.any())]
         weights = [landscape.parameters[i] for i in moved]
         ascents = [gradients[i] for i in moved]
-        norm = float(sam_displacement(weights, ascents, perturbation.rho, adaptive=perturbation.adaptive)[1])
-    ascent = perturbation.rho / norm if norm else 0.0
+        norm = float(sam_displacement(weights, ascents, 1.0, adaptive=adaptive)[1])
+    ascent = perturbation.effective_radius(norm) or 0.0
     # a zero gradient gives a zero displacement; with `sync=False` each device has a norm of its own
     ascent = landscape.average(ascent if math.isfinite(ascent) else 0.0)
     if ascent == 0:
         return 0.0, None
-    plain = chosen is None and not perturbation.adaptive
+    plain = chosen is None and not adaptive
     return ascent, None if plain else flatten_like(scales, landscape.parameters)

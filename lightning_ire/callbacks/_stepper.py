@@ -105,9 +105,12 @@ class Stepper:
             self.trainer,
             self.module,
             training_step,
+            self.optimizer,
             self.parameters(),
+            step=progress.step,
             seed=mixed_seed(progress.seed, progress.step),
-            replays=self.refreshes or (perturbation is not None and perturbation.uses_gradient),
+            replays=(self.refreshes and self.settings.curvature.reruns)
+            or (perturbation is not None and perturbation.uses_gradient),
             perturbation=perturbation,
         )
         if self.refreshes:
@@ -133,30 +136,36 @@ class Stepper:
         self.progress.masks.refresh(names, taking_part)
 
     def climb(
-        self, window: AccumulationWindow, moved: ExitStack, second_pass: Callable[[], Tensor | None]
+        self, window: AccumulationWindow, moved: ExitStack, second_pass: Callable[[bool], Tensor | None]
     ) -> dict[int, Tensor]:
         """Replace the gradients by those at the moved weights.
 
         Args:
             window: A window whose perturbation uses the gradients that are in `.grad` now.
             moved: Holds the moved weights; its owner closes it with the window too, whatever line a Ctrl-C hits.
-            second_pass: Makes the gradients at the moved weights and returns the loss there, if any.
+            second_pass: Makes the gradients at the moved weights and returns the loss there, if any; it is told
+                whether these are the step's.
 
         Returns:
             The copies of the weights that this made, by `id` of the parameter.
         """
-        movable, moves, norm = window.displacement([parameter.grad for parameter in window.movable])
-        block = perturbed(movable, moves)
-        del moves  # the block frees them once the weights are moved
-        saved = moved.enter_context(block)
-        try:
-            loss = second_pass()
-        finally:
-            moved.close()
+        assert window.perturbation is not None
+        moves: Sequence[Tensor | None] | None = None
+        rounds = window.perturbation.ascents
+        for round in range(1, rounds + 1):
+            movable, moves, norm = window.displacement([parameter.grad for parameter in window.movable], moves)
+            block = perturbed(movable, moves)
+            if round == rounds:
+                moves = None  # the block frees them once the weights are moved
+            saved = moved.enter_context(block)
+            try:
+                loss = second_pass(round == rounds)
+            finally:
+                moved.close()
+            if norm is not None and round == 1:
+                self.logs[tags.GRAD_NORM] = self.progress.ascent_norm = norm
         if loss is not None:
             self.logs[tags.PERTURBED_LOSS] = loss
-        if norm is not None:
-            self.logs[tags.GRAD_NORM] = self.progress.ascent_norm = norm / window.scale
         return {id(parameter): copy for parameter, copy in zip(movable, saved, strict=True)}
 
     def save_old(self, copies: Mapping[int, Tensor]) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import loss_of, loss_scale, scaled, unsynchronized
+from lightning_ire._lightning import differentiable_once, loss_of, loss_scale, scaled, unsynchronized
 from lightning_ire.callbacks._no_trace import devices_of, no_trace
 from lightning_ire.curvature import Estimate, MicroBatch
 from lightning_ire.functional import BufferState, RandomState, perturbed
-from lightning_ire.perturbation import Perturbation
+from lightning_ire.perturbation import Ascent, Perturbation
 
 __all__ = ["AccumulationWindow", "mixed_seed"]
 
@@ -30,7 +31,9 @@ class AccumulationWindow:
         trainer: The trainer.
         module: The module being trained.
         training_step: The module's own `training_step`, without our wrapper.
-        parameters: The optimizer's parameters.
+        optimizer: The optimizer that is about to step.
+        parameters: Its parameters.
+        step: Its real steps so far.
         seed: Seed of this window's draws: the same on all ranks.
         replays: Whether extra passes may be asked for, so that random number states have to be kept.
         perturbation: How this step's gradient is perturbed; ``None``: not at all.
@@ -39,6 +42,7 @@ class AccumulationWindow:
         unmoved: Whether Lightning's own forward passes run at the unmoved weights.
         synchronized: Whether Lightning's own backward passes leave averaged gradients on all devices.
         estimate: The curvature estimate that watches this window, if the mask is to be made.
+        stepped: Whether the optimizer's closure has run.
     """
 
     def __init__(
@@ -46,22 +50,27 @@ class AccumulationWindow:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         training_step: Callable[..., Any],
+        optimizer: Optimizer,
         parameters: list[nn.Parameter],
         *,
+        step: int,
         seed: int,
         replays: bool,
         perturbation: Perturbation | None,
     ) -> None:
         self.trainer = trainer
         self.module = module
+        self.training_step = training_step
+        self.optimizer = optimizer
         self.parameters = parameters
+        self.step = step
         self.perturbation = perturbation
         self.unmoved = perturbation is None or perturbation.uses_gradient
         self.synchronized = perturbation is None or not perturbation.uses_gradient or perturbation.sync
         self.micro_batches: list[MicroBatch] = []
         self.estimate: Estimate | None = None
+        self.stepped = False
         self.world_size = trainer.world_size
-        self._training_step = training_step
         self._seed = seed
         self._replays = replays
         self._buffers: BufferState | None = None
@@ -112,6 +121,11 @@ class AccumulationWindow:
         return self._labels
 
     @property
+    def shared_seed(self) -> int:
+        """See :class:`~lightning_ire.curvature.Window`."""
+        return mixed_seed(self._seed, "shared")
+
+    @property
     def movable(self) -> list[nn.Parameter]:
         """The parameters that the perturbation may move."""
         chosen = self.perturbation.selects(self.module) if self.perturbation is not None else None
@@ -121,26 +135,40 @@ class AccumulationWindow:
         return [parameter for parameter in self.parameters if id(parameter) in ids]
 
     def displacement(
-        self, gradients: Sequence[Tensor | None] | None = None
+        self, gradients: Sequence[Tensor | None] | None = None, moves: Sequence[Tensor | None] | None = None
     ) -> tuple[list[nn.Parameter], Sequence[Tensor | None], Tensor | None]:
         """Ask the perturbation how far to move; random ones draw the same in every micro-batch and on all ranks.
 
         Args:
-            gradients: Gradients of :attr:`movable`, for a perturbation that uses them.
+            gradients: Gradients of :attr:`movable` as they are in `.grad`, for a perturbation that uses them.
+            moves: The displacements that they were taken at; ``None``: none.
 
         Returns:
             The movable parameters, their displacements, and the norm to be logged.
         """
         assert self.perturbation is not None
         movable = self.movable
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         seed = mixed_seed(self._seed, "noise")
         generators = {
             device: torch.Generator(device).manual_seed(seed) for device in {weight.device for weight in movable}
         }
-        moves, norm = self.perturbation.displacement(
-            movable, gradients or [None] * len(movable), [generators[weight.device] for weight in movable]
+        ascent = Ascent(
+            parameters=movable,
+            gradients=self._unscaled(gradients or [None] * len(movable)),
+            groups=[groups.get(id(weight), {}) for weight in movable],
+            generators=[generators[weight.device] for weight in movable],
+            moves=moves,
         )
+        moves, norm = self.perturbation.displacement(ascent)
         return movable, moves, norm
+
+    def _unscaled(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients without the factor of fp16's GradScaler, in at least float32 then."""
+        scale = self.scale
+        if scale == 1:
+            return list(gradients)
+        return [None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) / scale for g in gradients]
 
     def moved(self) -> AbstractContextManager[Any]:
         """The weights are moved inside the block, by a perturbation that needs no gradient."""
@@ -177,14 +205,17 @@ class AccumulationWindow:
                 self._buffers.restore()
             micro_batch.replay.restore()
             with self.trainer.precision_plugin.train_step_context(), context:
-                output = (step or self._training_step)(*args, **micro_batch.kwargs)
+                output = (step or self.training_step)(*args, **micro_batch.kwargs)
             yield output if step is not None else loss_of(output)
 
-    def second_pass(self) -> Tensor | None:
+    def second_pass(self, final: bool = True) -> Tensor | None:
         """Forward and backward over the whole window at the current weights; the gradients replace those in `.grad`.
 
         As Lightning does it: loss divided by the number of micro-batches, scaled for fp16, gradients synchronized in
         the last backward pass only. The module's own hooks (`on_after_backward`, ...) do not run again.
+
+        Args:
+            final: Whether these are the gradients of the step; else they are those of a further ascent.
 
         Returns:
             The mean loss on this device, detached; ``None`` if no micro-batch has one.
@@ -192,11 +223,12 @@ class AccumulationWindow:
         strategy = self.trainer.strategy
         losses = []
         todo = self.back_propagated
-        with torch.enable_grad(), no_trace(self.module), self.fresh_gradients():
+        synchronized = final or self.synchronized
+        with torch.enable_grad(), no_trace(self.module), self.fresh_gradients(final):
             if self._buffers is not None:  # layers may compute with buffers that they change (spectral norm, queues)
                 self._buffers.restore()
             for index, micro_batch in enumerate(todo):
-                with nullcontext() if index == len(todo) - 1 else unsynchronized(strategy):
+                with nullcontext() if synchronized and index == len(todo) - 1 else unsynchronized(strategy):
                     micro_batch.replay.restore()
                     loss = loss_of(strategy.training_step(*micro_batch.args, **micro_batch.kwargs))
                     if loss is None:
@@ -222,12 +254,23 @@ class AccumulationWindow:
             ) from error
 
     @contextmanager
-    def fresh_gradients(self) -> Iterator[None]:
-        """The optimizer's gradients start from what was there before the window; others' are as before afterwards."""
+    def fresh_gradients(self, final: bool = True) -> Iterator[None]:
+        """The optimizer's gradients start from what was there before the window; others' are as before afterwards.
+
+        Args:
+            final: Whether what was there before is needed no more.
+
+        Yields:
+            Nothing.
+        """
         ours = {id(parameter) for parameter in self.parameters}
         others = [(p, p.grad) for p in self.module.parameters() if id(p) not in ours]
+        before = self._gradients_before
+        if final:
+            self._gradients_before = {}
         for parameter in self.parameters:
-            parameter.grad = self._gradients_before.pop(id(parameter), None)
+            gradient = before.get(id(parameter))
+            parameter.grad = gradient if gradient is None or final else gradient.clone()
         for parameter, _ in others:
             parameter.grad = None
         try:
@@ -236,12 +279,21 @@ class AccumulationWindow:
             for parameter, gradient in others:
                 parameter.grad = gradient
 
+    def differentiable_gradients(self, loss: Tensor) -> list[Tensor | None]:
+        """See :class:`~lightning_ire.curvature.Window`."""
+        wanted = [parameter for parameter in self.parameters if parameter.requires_grad]
+        found = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True) if wanted else ()
+        if differentiable_once(found):
+            raise RuntimeError("a function in the loss has a backward pass without a derivative")
+        gradients = iter(found)
+        return [next(gradients) if parameter.requires_grad else None for parameter in self.parameters]
+
     def gradients(self) -> list[Tensor | None]:
         """See :class:`~lightning_ire.curvature.Window`."""
-        scale = self.scale
-        own = [None if parameter.grad is None else parameter.grad.detach().to_dense() for parameter in self.parameters]
-        if scale != 1:
-            own = [None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) / scale for g in own]
+        dense = [
+            None if parameter.grad is None else parameter.grad.detach().to_dense() for parameter in self.parameters
+        ]
+        own = self._unscaled(dense)
         return own if self.synchronized else self.average(own)
 
     def average(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire._lightning import check_supported, loss_of
-from lightning_ire.callbacks._boost import check_decoupled_decay, learning_rates
+from lightning_ire.callbacks._boost import check_decoupled_decay, check_groups, learning_rates
 from lightning_ire.callbacks._manual import ManualSession
 from lightning_ire.callbacks._masks import FlatMasks
 from lightning_ire.callbacks._progress import Progress
@@ -52,7 +52,7 @@ class IRE(Callback):
 
     A module in manual optimization: the boost works around each step of what `self.optimizers()` returns, with masks
     and counts of its own for each optimizer; a perturbation needs `optimizer.step(closure)` and calls the closure
-    twice; SampledFisher needs losses that are what one call of `cross_entropy` returned, or a `fisher_loss`.
+    twice; SampledFisher needs losses whose graph it can use, or a `fisher_loss`.
 
     Logged (see :mod:`lightning_ire.tags`): `ire/kappa`, `ire/flat_fraction`, `ire/threshold`, `ire/mask_iou`,
     `ire/mask_iou_chance`, `ire/step_norm_flat`, `ire/step_norm_sharp`, `sam/perturbed_loss`, `sam/grad_norm`, with
@@ -219,6 +219,8 @@ class IRE(Callback):
         if self.kappa and self.scale_weight_decay is not True:
             for optimizer in trainer.optimizers:
                 check_decoupled_decay(optimizer, self.scale_weight_decay)
+        for optimizer in trainer.optimizers:
+            check_groups(optimizer, with_lrs=self.kappa > 0 and self.kappa_schedule == "lr")
         names = [name for name, _ in pl_module.named_parameters(remove_duplicate=False)]
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -406,8 +408,8 @@ def _total_steps(trainer: pl.Trainer) -> float | None:
 def _warms_up(optimizer: Optimizer) -> bool:
     """Whether a scheduler has set the first learning rate below the one to come."""
     for group in optimizer.param_groups:
-        aim = max(float(group.get(key, 0.0)) for key in ("initial_lr", "max_lr"))
-        if float(group.get("lr", 0.0)) < aim:
+        aims = [group[key] for key in ("initial_lr", "max_lr") if group.get(key) is not None]
+        if aims and group.get("lr") is not None and float(group["lr"]) < max(map(float, aims)):
             return True
     return False
 

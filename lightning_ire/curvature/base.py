@@ -10,10 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 __all__ = ["Curvature", "Estimate", "MicroBatch", "Window", "finite_or_none"]
 
@@ -46,12 +47,24 @@ class Window(Protocol):
         """The optimizer's parameters; estimates are in this order."""
 
     @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that is about to step."""
+
+    @property
+    def step(self) -> int:
+        """Its real steps so far."""
+
+    @property
     def micro_batches(self) -> Sequence[MicroBatch]:
         """The calls of `training_step` so far."""
 
     @property
     def module(self) -> nn.Module:
         """The module being trained."""
+
+    @property
+    def training_step(self) -> Callable[..., Any]:
+        """The module's own `training_step`, without our wrapper."""
 
     @property
     def world_size(self) -> int:
@@ -73,6 +86,10 @@ class Window(Protocol):
     def labels(self) -> torch.Generator:
         """CPU generator for this refresh: seeded by (seed, step, rank), so independent over ranks."""
 
+    @property
+    def shared_seed(self) -> int:
+        """Seed for what is drawn alike on all ranks, another one at every step."""
+
     def rerun(
         self,
         micro_batch: MicroBatch,
@@ -84,6 +101,13 @@ class Window(Protocol):
 
         Yields the loss that `training_step` returned (or what `step`, called in its place, returned), with its graph;
         the backward pass belongs inside the block.
+        """
+
+    def differentiable_gradients(self, loss: Tensor) -> list[Tensor | None]:
+        """Gradients of a loss that can be differentiated once more; the loss's graph stays alive.
+
+        Raises:
+            RuntimeError: If the loss cannot be differentiated twice.
         """
 
     def gradients(self) -> list[Tensor | None]:
@@ -115,7 +139,13 @@ class Estimate:
 
 
 class Curvature(ABC):
-    """Settings of a curvature estimate. A new one is a subclass of this and an :class:`Estimate`."""
+    """Settings of a curvature estimate. A new one is a subclass of this and an :class:`Estimate`.
+
+    Attributes:
+        reruns: Whether its estimates may run the step again, so that what that needs is to be kept.
+    """
+
+    reruns: ClassVar[bool] = True
 
     @abstractmethod
     def begin(self, window: Window) -> Estimate:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from lightning_ire.curvature.base import Curvature, Estimate, Window, finite_or_none
@@ -21,6 +23,8 @@ class EmpiricalFisher(Curvature):
     Cost: no pass; one gradient-sized copy inside the step. With `SAM(sync=False)` on several devices one all-reduce.
     """
 
+    reruns: ClassVar[bool] = False
+
     def begin(self, window: Window) -> Estimate:
         """See the base class."""
         return _SquaredGradient(window)
@@ -31,4 +35,4 @@ class _SquaredGradient(Estimate):
         self.window = window
 
     def finish(self) -> list[Tensor | None] | None:
-        return finite_or_none(fisher_diagonal(self.window.gradients(), 1.0))
+        return finite_or_none(fisher_diagonal(self.window.gradients()))

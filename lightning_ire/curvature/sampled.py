@@ -1,155 +1,199 @@
-"""The Fisher information from labels drawn from the model (eq. 6)."""
+"""The Fisher information from targets drawn from the model (eq. 6)."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ire._checks import ConfigurationError, check_number
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire.curvature.base import Curvature, Estimate, MicroBatch, Window, finite_or_none
-from lightning_ire.curvature.tap import CrossEntropyCall, CrossEntropyTap, factors_in
+from lightning_ire.curvature.batches import part_of, samples_in
+from lightning_ire.curvature.per_sample import one_by_one, squares_at_once
+from lightning_ire.curvature.shared_forward import SharedForward
+from lightning_ire.curvature.tap import LossCall, LossTap, factors_in, weighted
 from lightning_ire.functional import fisher_diagonal, gradients_by_backward
 
 __all__ = ["SampledFisher"]
 
+Form = Literal["batch", "micro_batch", "sample"]
+
 
 class SampledFisher(Curvature):
-    """h = B * G * G, G the gradient of the cross entropy against labels drawn from the model's own softmax.
+    r"""h = B * G * G, G the gradient of the loss against targets drawn from the model.
 
-    Eq. 6 of the IRE paper (arXiv 2405.20763), "GNB" in Sophia (Liu et al., arXiv 2305.14342): unbiased for the
-    diagonal of the Fisher information, which for softmax cross entropy is that of the Gauss-Newton matrix. Class
-    weights, reduction and ignored positions are those of the training loss; label smoothing and soft targets are left
-    out. B = 1 / sum(w_i^2) over all micro-batches and devices for predictions weighted w_i in the loss.
+    Eq. 6 of the IRE paper (arXiv 2405.20763), "GNB" in Sophia (Liu et al., arXiv 2305.14342): an unbiased estimate of
+    the diagonal of the generalized Gauss-Newton matrix of the training loss, which is its Fisher information.
+
+    Which losses: whatever `training_step` makes with torch's `cross_entropy`, `nll_loss`,
+    `binary_cross_entropy_with_logits`, `binary_cross_entropy` and `mse_loss` (labels from the softmax or the sigmoid,
+    targets from N(prediction, 1/2)), or the layers of these names. In a loss of several terms each such term counts
+    with its factor in the loss; other terms (penalties) do not count. Weights, reduction and ignored positions are
+    those of the training loss; a class weight counts as that of the training target; label smoothing and soft targets
+    do not change the curvature. (How: :mod:`lightning_ire.functional.sampled_losses`.)
 
     How the gradient is had, first of these that applies:
 
-    - The module has a method ``fisher_loss(batch, batch_idx)``: it returns the mean loss against sampled labels, or a
-      pair of that and its B. It runs in a pass of its own, with torch's random numbers seeded for this estimate.
-    - `training_step` returns what one call of `cross_entropy` returned: the logits of that forward pass are used
-      again, so that an estimate costs one more backward pass and no forward pass.
-    - Otherwise (several terms, an own reduction): the step runs once more with the targets of all its
-      `cross_entropy` calls replaced by draws. Only these terms count, each with the factor it has in the loss.
+    - The module has a method ``fisher_loss(batch, batch_idx)``: it returns the mean loss against sampled targets, or a
+      pair of that and its number of predictions. It runs in a pass of its own, with torch's random numbers seeded.
+    - The training forward pass is used again: an estimate costs one more backward pass and no forward pass.
+    - Where that cannot be (`fraction`, `form="sample"`, AverageSAM, some compiled or checkpointed modules): a pass of
+      its own.
+
+    What is squared (`form`), all with the same expectation:
+
+    - "batch": the gradient of the whole window on all devices (the paper). One draw of a coordinate is like one
+      chi-squared number: relative standard deviation about sqrt(2).
+    - "micro_batch": the gradient of each micro-batch on each device, and the squares are averaged: with k of them about
+      sqrt(2 / k). Free under gradient accumulation, or on several devices; with `micro_batch_size` the batch is cut.
+    - "sample": each sample's gradient, with `torch.func`: sqrt(2 / n) for n samples. Layers with running statistics
+      (BatchNorm) use them. Needs a step that returns what one call of a loss function returned; else, and where
+      torch.func cannot follow the step (metrics that count, `.item()`), a slow loop over samples, with a warning.
 
     Args:
         fraction: Part of each micro-batch used, in (0, 1]: the first `ceil(fraction * n)` of its n samples. Below 1
             the estimate needs a forward pass of its own, on that part.
+        form: "batch", "micro_batch" or "sample".
+        micro_batch_size: With form "micro_batch": cut batches into pieces of so many samples, each with a forward pass
+            of its own. Default: the micro-batches of gradient accumulation, each device's by itself.
 
     Raises:
-        ConfigurationError: If `fraction` is out of range; during training, if there is no `cross_entropy` to be seen.
+        ConfigurationError: If an argument is out of range; during training, if none of these losses is to be seen.
 
-    Cost per estimate: one backward pass (shared forward) or one forward and backward pass; one gradient-sized buffer.
+    Cost per estimate: one backward pass (shared forward), or the forward and backward passes of the part of the batch
+    that is used; one gradient-sized buffer ("sample": gradients of up to 2^26 numbers more).
     """
 
-    def __init__(self, fraction: float = 1.0) -> None:
+    def __init__(self, fraction: float = 1.0, form: Form = "batch", micro_batch_size: int | None = None) -> None:
         self.fraction = check_number("fraction", fraction, high=1.0, low_open=True)
+        self.form = check_choice("form", form, ("batch", "micro_batch", "sample"))
+        self.micro_batch_size = None
+        if micro_batch_size is not None:
+            self.micro_batch_size = check_whole("micro_batch_size", micro_batch_size, low=1)
+            if form != "micro_batch":
+                raise ConfigurationError(
+                    f"Expected `micro_batch_size` with form='micro_batch' only, got form={form!r}: set `form` to "
+                    "'micro_batch' or `micro_batch_size` to null."
+                )
 
     def begin(self, window: Window) -> Estimate:
         """See the base class."""
-        return _SampledSquare(window, self.fraction)
+        return _SampledSquare(window, self)
 
     def __repr__(self) -> str:
-        return "SampledFisher()" if self.fraction == 1 else f"SampledFisher(fraction={self.fraction:g})"
+        changed = [f"fraction={self.fraction:g}"] if self.fraction != 1 else []
+        changed += [f"form={self.form!r}"] if self.form != "batch" else []
+        changed += [f"micro_batch_size={self.micro_batch_size}"] if self.micro_batch_size else []
+        return f"SampledFisher({', '.join(changed)})"
 
 
-class _SampledSquare(Estimate):
-    """Adds up G and sum(w_i^2) over the window's micro-batches; a common factor of all losses cancels in B * G * G."""
+class _SampledSquare(SharedForward):
+    """Adds up gradients of scores ("batch") or their squares, piece by piece; a piece is what one pass goes over."""
 
-    def __init__(self, window: Window, fraction: float) -> None:
-        self.window = window
-        self.fraction = fraction
+    def __init__(self, window: Window, settings: SampledFisher) -> None:
+        super().__init__(window, "SampledFisher")
+        self.settings = settings
         self.fisher_loss = getattr(window.module, "fisher_loss", None)
-        self.gradients: list[Tensor | None] = [None] * len(window.parameters)
-        self.squares = torch.zeros((), dtype=torch.float64)  # sum of w_i^2
-        self.tap: CrossEntropyTap | None = None
-        self.done: set[MicroBatch] = set()
+        self.sums: list[Tensor | None] = [None] * len(window.parameters)
+        self.pieces = torch.zeros((), dtype=torch.float64)
+        self.tap: LossTap | None = None
         self.label_states: dict[MicroBatch, Tensor] = {}
         self.by_backward = False  # reentrant checkpointing refuses autograd.grad
+        cut = settings.fraction < 1 or settings.form == "sample" or settings.micro_batch_size is not None
+        self.shares = self.fisher_loss is None and window.unmoved and not cut
 
     def watch(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
         self.tap = None
-        if self.fisher_loss is not None or self.fraction < 1 or not self.window.unmoved:
+        if not self.shares:
             return nullcontext()
         self.label_states[micro_batch] = self.window.labels.get_state()
-        self.tap = CrossEntropyTap(self.window.labels, replace=False)
+        self.tap = LossTap(self.window.labels)
         return self.tap
 
-    def before_backward(self, micro_batch: MicroBatch, loss: Tensor) -> None:
+    def share(self, micro_batch: MicroBatch, loss: Tensor) -> bool:
         calls = self.tap.calls if self.tap is not None else []
-        call = next((call for call in calls if call.result is loss and not call.elementwise), None)
-        if call is None:
-            return
-        calls.remove(call)
-        assert call.sampled is not None
         try:
-            self._add([call.sampled.loss], [None], [call.sampled.weights], keep_graph=True)
-        except RuntimeError as error:  # reentrant checkpointing, a compiled backward that gave its buffers away
+            used = factors_in(loss, calls)
+            if not used:
+                return False
+            self._add_terms(used, keep_graph=True)
+        except RuntimeError as error:
             self.by_backward = _refused_by_checkpointing(error)
-            warnings.warn(
-                "SampledFisher cannot share the training forward pass and runs one of its own at each estimate: "
-                + str(error).split("\n")[0],
-                stacklevel=2,
-            )
-        else:
-            self.done.add(micro_batch)
+            raise
+        for call, _ in used:  # in manual optimization one step may go backward several times
+            calls.remove(call)
+        return True
 
     def forget(self) -> None:
         """See the base class. Calls that were seen stay: their loss may be back-propagated after zero_grad."""
-        self.gradients = [None] * len(self.window.parameters)
-        self.squares.zero_()
-        self.done.clear()
+        super().forget()
+        self.sums = [None] * len(self.window.parameters)
+        self.pieces.zero_()
 
     def finish(self) -> list[Tensor | None] | None:
         self.tap = None
-        for micro_batch in self.window.micro_batches:
-            if micro_batch.backward_done and micro_batch not in self.done:
-                self._own_pass(micro_batch)
-        gradients = self.window.average(self.gradients)
-        squares = float(self.window.total(self.squares)) / self.window.world_size**2
-        if squares == 0:  # no prediction counted anywhere: all positions ignored, or nothing back-propagated
+        self.run_own_passes()
+        sums = self.window.average(self.sums)
+        pieces = float(self.window.total(self.pieces))
+        if pieces == 0:  # no prediction counted anywhere: all positions ignored, or nothing back-propagated
             return None
-        return finite_or_none(fisher_diagonal(gradients, 1.0 / squares))
+        world = self.window.world_size
+        if self.settings.form == "batch":
+            return finite_or_none(fisher_diagonal(sums, world**2 / pieces))
+        if pieces == 1:
+            warnings.warn(
+                "SampledFisher(form='micro_batch') has one micro-batch only, which is form='batch': set "
+                "`micro_batch_size`, or `trainer.accumulate_grad_batches`.",
+                stacklevel=2,
+            )
+        return finite_or_none([None if total is None else total * (world / pieces) for total in sums])
 
-    def _own_pass(self, micro_batch: MicroBatch) -> None:
-        """A forward and backward pass with the labels that a shared pass would have drawn."""
+    def own_pass(self, micro_batch: MicroBatch) -> None:
+        """With the labels that a shared pass would have drawn."""
         labels = self.window.labels
         state = self.label_states.get(micro_batch, labels.get_state())
         for _ in range(2):
             labels.set_state(state)
             try:
-                return self._forward_and_backward(micro_batch)
+                return self._passes(micro_batch)
             except RuntimeError as error:
                 if self.by_backward or not _refused_by_checkpointing(error):
                     raise
                 self.by_backward = True
 
-    def _forward_and_backward(self, micro_batch: MicroBatch) -> None:
-        args = micro_batch.args
-        if self.fraction < 1 and args:
-            args = (_first_part(args[0], self.fraction), *args[1:])
+    def _passes(self, micro_batch: MicroBatch) -> None:
+        """All pieces of a micro-batch."""
+        args = _first_part(micro_batch.args, self.settings.fraction)
+        if self.settings.form != "sample":
+            for piece in _pieces(args, self.settings.micro_batch_size):
+                self._forward_and_backward(micro_batch, piece)
+            return
+        at_once = None if self.fisher_loss is not None else squares_at_once(self.window, micro_batch, args)
+        if at_once is not None:
+            squares, counted = at_once
+            self._add_to_sums(squares)
+            self.pieces += counted.cpu()
+            return
+        warnings.warn("SampledFisher(form='sample') takes the samples one by one here, which is slow.", stacklevel=2)
+        with one_by_one(self.window.module):
+            for sample in _pieces(args, 1):
+                self._forward_and_backward(micro_batch, sample)
+
+    def _forward_and_backward(self, micro_batch: MicroBatch, args: tuple[Any, ...]) -> None:
         if self.fisher_loss is not None:
             self._users_loss(micro_batch, args)
             return
-        tap = CrossEntropyTap(self.window.labels, replace=True)
+        tap = LossTap(self.window.labels)
         with self.window.rerun(micro_batch, tap, *args) as loss:
-            self._sampled_terms(loss, [call for call in tap.calls if call.result.requires_grad])
-
-    def _sampled_terms(self, loss: Tensor | None, calls: list[CrossEntropyCall]) -> None:
-        """Add the gradient of all terms with drawn labels, each times its factor in the loss."""
-        used = factors_in(loss, calls) if loss is not None else []
-        if not used:
-            raise _nothing_intercepted(self.window.module)
-        weights = [
-            call.sampled.weights * factor.to(call.sampled.weights.dtype)
-            for call, factor in used
-            if call.sampled is not None
-        ]
-        self._add([call.result for call, _ in used], [factor for _, factor in used], weights, keep_graph=False)
+            used = factors_in(loss, tap.calls) if isinstance(loss, Tensor) else []
+            if not used:
+                raise _nothing_intercepted(self.window.module)
+            self._add_terms(used, keep_graph=False)
 
     def _users_loss(self, micro_batch: MicroBatch, args: tuple[Any, ...]) -> None:
         seeded = _Seeded(int(torch.randint(2**62, (), generator=self.window.labels)))
@@ -160,19 +204,27 @@ class _SampledSquare(Estimate):
                     "Expected `fisher_loss` to return a scalar loss with a graph, or a pair of it and the number of "
                     f"predictions, got {type(returned).__name__}."
                 )
-            # equal weights 1/B over B predictions: the sum of their squares is 1/B
-            weight = torch.as_tensor(count, dtype=torch.float64).rsqrt().reshape(1)
-            self._add([loss], [None], [weight], keep_graph=False)
+            root = torch.as_tensor(count, dtype=torch.float64).sqrt()
+            self._add([loss], [torch.ones_like(loss)], root, root > 0, keep_graph=False)
+
+    def _add_terms(self, used: Sequence[tuple[LossCall, Tensor]], keep_graph: bool) -> None:
+        """Add the gradient of sum_i sqrt(w_i) l_i over the predictions of all terms, w_i their weight in the loss."""
+        drawn = [weighted(call.sampled, factor) for call, factor in used if call.sampled is not None]
+        device = drawn[0].weights.device
+        total = torch.stack([term.weights.sum().to(device) for term in drawn]).sum()
+        # backward passes as large as those of training, where fp16 must neither under- nor overflow: sqrt(w_i) times
+        # the root of the mean weight is w_i where all are equal
+        root = (total / max(sum(term.weights.numel() for term in drawn), 1)).sqrt()
+        root = root.clamp(min=torch.finfo(root.dtype).tiny)
+        starts = [(term.weights.sqrt() * root.to(term.weights.device)).to(term.losses) for term in drawn]
+        self._add([term.losses for term in drawn], starts, 1 / root, total > 0, keep_graph)
 
     def _add(
-        self,
-        outputs: list[Tensor],
-        factors: Sequence[Tensor | None],
-        weights: list[Tensor],
-        keep_graph: bool,
+        self, outputs: list[Tensor], starts: list[Tensor], factor: Tensor, counts: Tensor, keep_graph: bool
     ) -> None:
-        scale = self.window.scale * self.window.share  # as in training, where fp16 must neither under- nor overflow
-        starts = [(torch.ones_like(out) if f is None else f) * scale for out, f in zip(outputs, factors, strict=True)]
+        """Add a piece: the gradient of sum(outputs * starts), times a factor."""
+        scale = self.window.scale * self.window.share  # as in training
+        starts = [start * scale for start in starts]
         indices = [index for index, parameter in enumerate(self.window.parameters) if parameter.requires_grad]
         parameters = [self.window.parameters[index] for index in indices]
         if not parameters:  # all frozen for the time of this backward pass (`toggle_model` of another optimizer)
@@ -183,15 +235,20 @@ class _SampledSquare(Estimate):
             gradients = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep_graph, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             return
+        pieces: list[Tensor | None] = [None] * len(self.sums)
         for index, gradient in zip(indices, gradients, strict=True):
-            if gradient is None:
-                continue
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            gradient = gradient.detach().to_dense().to(wide) / scale
-            before = self.gradients[index]
-            self.gradients[index] = gradient if before is None else before.add_(gradient)
-        for weight in weights:
-            self.squares += weight.detach().double().square().sum().cpu()
+            if gradient is not None:
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                gradient = gradient.detach().to_dense().to(wide) * (factor.to(gradient.device, wide) / scale)
+                pieces[index] = gradient if self.settings.form == "batch" else gradient.square_()
+        self._add_to_sums(pieces)
+        self.pieces += counts.double().cpu()
+
+    def _add_to_sums(self, pieces: Sequence[Tensor | None]) -> None:
+        for index, piece in enumerate(pieces):
+            if piece is not None:
+                before = self.sums[index]
+                self.sums[index] = piece if before is None else before.add_(piece)
 
 
 class _Seeded(AbstractContextManager[None]):
@@ -207,37 +264,31 @@ class _Seeded(AbstractContextManager[None]):
         return None
 
 
+def _first_part(args: tuple[Any, ...], fraction: float) -> tuple[Any, ...]:
+    """The arguments of the step with the first part of the batch only."""
+    count = samples_in(args[0]) if args and fraction < 1 else None
+    return args if count is None else (part_of(args[0], 0, math.ceil(fraction * count)), *args[1:])
+
+
+def _pieces(args: tuple[Any, ...], size: int | None) -> Iterator[tuple[Any, ...]]:
+    """The arguments of the step for each piece of so many samples; ``None``: the whole batch."""
+    count = samples_in(args[0]) if args and size is not None else None
+    if count is None or size is None:
+        yield args
+        return
+    for start in range(0, count, size):
+        yield (part_of(args[0], start, start + size), *args[1:])
+
+
 def _refused_by_checkpointing(error: RuntimeError) -> bool:
     return "checkpoint" in str(error).lower()
-
-
-def _first_part(batch: Any, fraction: float) -> Any:
-    """The first part of every tensor in nested tuples, lists and dicts that has the batch's leading size."""
-    sizes: list[int] = []
-    _each_tensor(batch, lambda tensor: sizes.append(tensor.size(0)) if tensor.dim() else None)
-    if not sizes:
-        return batch
-    size = sizes[0]
-    keep = math.ceil(fraction * size)
-    return _each_tensor(batch, lambda tensor: tensor[:keep] if tensor.dim() and tensor.size(0) == size else tensor)
-
-
-def _each_tensor(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return type(batch)({key: _each_tensor(value, function) for key, value in batch.items()})  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_each_tensor(value, function) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_each_tensor(value, function) for value in batch)
-    return batch
 
 
 def _nothing_intercepted(module: nn.Module) -> ConfigurationError:
     name = type(module).__name__
     return ConfigurationError(
-        f"Expected `{name}.training_step` to return a loss made with `cross_entropy`, for SampledFisher to draw labels "
-        f"for it, got none: give {name} a method `fisher_loss(batch, batch_idx)` that returns its loss against labels "
-        "sampled from its own predictions, or set `curvature` to EmpiricalFisher()."
+        f"Expected `{name}.training_step` to return a loss made with `cross_entropy`, `nll_loss`, "
+        "`binary_cross_entropy(_with_logits)` or `mse_loss`, for SampledFisher to draw targets for it, got none: give "
+        f"{name} a method `fisher_loss(batch, batch_idx)` that returns its loss against targets sampled from its own "
+        "predictions, or set `curvature` to EmpiricalFisher()."
     )

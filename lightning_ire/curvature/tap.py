@@ -1,4 +1,4 @@
-"""Seeing the `cross_entropy` calls of a training step and drawing labels for them."""
+"""Seeing the losses that a training step calls, and drawing targets for them."""
 
 from __future__ import annotations
 
@@ -13,71 +13,55 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_ire.functional import SampledLoss, sampled_cross_entropy
+from lightning_ire.functional import SAMPLED, SampledLoss
 
-__all__ = ["CrossEntropyCall", "CrossEntropyTap", "factors_in"]
+__all__ = ["LossCall", "LossTap", "factors_in", "weighted"]
 
 
 @dataclass(eq=False)
-class CrossEntropyCall:
+class LossCall:
     """One call that was seen.
 
     Attributes:
         result: What the caller got.
-        draw: Makes the same loss against labels from a generator, and the weights of its predictions.
+        draw: Makes its losses against targets drawn from a generator.
         sampled: The draw that was made during the call, if the tap has a generator.
-        elementwise: Whether the call had reduction "none".
     """
 
     result: Tensor
-    draw: Callable[[torch.Generator], SampledLoss]
+    draw: Callable[[torch.Generator | None], SampledLoss]
     sampled: SampledLoss | None
-    elementwise: bool
 
 
-class CrossEntropyTap(TorchFunctionMode):
-    """Sees every `cross_entropy` call inside the block, however it was imported, and draws labels for it.
+class LossTap(TorchFunctionMode):
+    """Sees every call of torch's `cross_entropy`, `nll_loss`, ... inside the block, however it was imported.
+
+    The calls return what they always return.
 
     Args:
-        generator: Source of the labels; ``None``: none are drawn during the calls.
-        replace: False: the calls return what they always return. True: their loss against the drawn labels.
+        generator: Source of the targets; ``None``: none are drawn during the calls.
+
+    Attributes:
+        calls: Calls whose result has a graph.
     """
 
-    def __init__(self, generator: torch.Generator | None, replace: bool = False) -> None:
+    def __init__(self, generator: torch.Generator | None) -> None:
         super().__init__()
         self.generator = generator
-        self.replace = replace
-        self.calls: list[CrossEntropyCall] = []
+        self.calls: list[LossCall] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.cross_entropy:
-            return func(*args, **kwargs)
-        call = _SIGNATURE.bind(*args, **kwargs)
-        call.apply_defaults()
-        given = call.arguments
-        if not (given["input"].requires_grad and torch.is_grad_enabled()):
-            return func(*args, **kwargs)
-        reduction = _reduction(given)
-        draw = functools.partial(
-            sampled_cross_entropy,
-            given["input"],
-            given["target"],
-            weight=given["weight"],
-            ignore_index=given["ignore_index"],
-            reduction=reduction,
-        )
-        sampled = draw(generator=self.generator) if self.generator is not None else None
-        result = sampled.loss if self.replace and sampled is not None else func(*args, **kwargs)
-        self.calls.append(
-            CrossEntropyCall(result, lambda source: draw(generator=source), sampled, elementwise=reduction == "none")
-        )
+        result = func(*args, **(kwargs or {}))
+        draw = _draws(func, args, kwargs or {}) if func in SAMPLED and result.requires_grad else None
+        if draw is not None:
+            sampled = draw(self.generator) if self.generator is not None else None
+            self.calls.append(LossCall(result, draw, sampled))
         return result
 
 
-def factors_in(loss: Tensor, calls: Sequence[CrossEntropyCall]) -> list[tuple[CrossEntropyCall, Tensor]]:
+def factors_in(loss: Tensor, calls: Sequence[LossCall]) -> list[tuple[LossCall, Tensor]]:
     """The calls that a loss depends on, each with the factor d loss / d result; the graph stays alive.
 
     Args:
@@ -91,7 +75,31 @@ def factors_in(loss: Tensor, calls: Sequence[CrossEntropyCall]) -> list[tuple[Cr
     return [(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
 
 
-_SIGNATURE = inspect.signature(F.cross_entropy)
+def weighted(sampled: SampledLoss, factor: Tensor) -> SampledLoss:
+    """A term of a loss: its predictions weigh |factor| times as much in the whole as in the term.
+
+    Args:
+        sampled: The term against drawn targets.
+        factor: d loss / d term, a scalar or (reduction "none") one number per prediction.
+    """
+    return SampledLoss(sampled.losses, sampled.weights * factor.detach().to(sampled.weights.dtype).abs())
+
+
+def _draws(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[torch.Generator | None], SampledLoss] | None:
+    """The counterpart of a call; ``None`` if it is only the targets that have a graph (soft labels)."""
+    call = _signature(func).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    if not given["input"].requires_grad and func is not F.mse_loss:
+        return None
+    settings = {name: given[name] for name in ("weight", "pos_weight", "ignore_index") if name in given}
+    draw = functools.partial(SAMPLED[func], given["input"], given["target"], **settings, reduction=_reduction(given))
+    return lambda generator: draw(generator=generator)
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def _reduction(given: Mapping[str, Any]) -> Any:

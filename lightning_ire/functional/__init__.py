@@ -13,8 +13,8 @@ SGD-IRE in a plain PyTorch loop (the mask from one sampled-label gradient, every
     >>> for step in range(50):
     ...     if step % 10 == 0:
     ...         sampled = sampled_cross_entropy(model(x), y)
-    ...         gradients = torch.autograd.grad(sampled.loss, weights)
-    ...         masks = flat_masks(fisher_diagonal(gradients, batch=len(x)), gamma=0.8)
+    ...         gradients = torch.autograd.grad(sampled.score, weights)
+    ...         masks = flat_masks(fisher_diagonal(gradients), gamma=0.8)
     ...     loss = torch.nn.functional.cross_entropy(model(x), y)
     ...     optimizer.zero_grad()
     ...     loss.backward()
@@ -36,10 +36,31 @@ from lightning_ire.functional.averages import (
 )
 from lightning_ire.functional.boost import boost_
 from lightning_ire.functional.deflation import deflated_trace
-from lightning_ire.functional.fisher import SampledLoss, fisher_diagonal, sample_labels, sampled_cross_entropy
+from lightning_ire.functional.fisher import fisher_diagonal, per_sample_squares
 from lightning_ire.functional.flat_mask import flat_masks, mask_below, pack_mask, unpack_mask
-from lightning_ire.functional.hessian import finite_difference_product, gradients_by_backward, hessian_product
-from lightning_ire.functional.perturbation import average_sam_displacement, global_norm, perturbed, sam_displacement
+from lightning_ire.functional.hessian import (
+    finite_difference_product,
+    gradients_by_backward,
+    hessian_product,
+    twice_differentiable,
+)
+from lightning_ire.functional.perturbation import (
+    ascent_in_ball,
+    average_sam_displacement,
+    global_norm,
+    perturbed,
+    sam_displacement,
+)
+from lightning_ire.functional.sampled_losses import (
+    SAMPLED,
+    SampledLoss,
+    sample_labels,
+    sampled_binary_cross_entropy,
+    sampled_binary_cross_entropy_with_logits,
+    sampled_cross_entropy,
+    sampled_mse_loss,
+    sampled_nll_loss,
+)
 from lightning_ire.functional.spectrum import Extremes, Krylov, SpectralDensity, extreme_eigenvalues, spectral_density
 from lightning_ire.functional.stability import adam_limit, effective_product, sgd_limit, stability_edge
 from lightning_ire.functional.state import BufferState, RandomState, kept_buffers, seeded
@@ -47,6 +68,7 @@ from lightning_ire.functional.threshold import flat_threshold
 from lightning_ire.functional.vectors import flatten, flatten_like, split_like, widest_dtype
 
 __all__ = [
+    "SAMPLED",
     "BufferState",
     "Extremes",
     "Krylov",
@@ -56,6 +78,7 @@ __all__ = [
     "SpectralDensity",
     "adam_limit",
     "adaptive_mean",
+    "ascent_in_ball",
     "average_sam_displacement",
     "boost_",
     "deflated_trace",
@@ -74,17 +97,23 @@ __all__ = [
     "kept_buffers",
     "mask_below",
     "pack_mask",
+    "per_sample_squares",
     "perturbed",
     "rademacher",
     "ratio_of_means",
     "sam_displacement",
     "sample_labels",
+    "sampled_binary_cross_entropy",
+    "sampled_binary_cross_entropy_with_logits",
     "sampled_cross_entropy",
+    "sampled_mse_loss",
+    "sampled_nll_loss",
     "seeded",
     "sgd_limit",
     "spectral_density",
     "split_like",
     "stability_edge",
+    "twice_differentiable",
     "unpack_mask",
     "widest_dtype",
 ]

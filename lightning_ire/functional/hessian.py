@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ire.functional.perturbation import global_norm, perturbed
 
-__all__ = ["finite_difference_product", "gradients_by_backward", "hessian_product"]
+__all__ = ["finite_difference_product", "gradients_by_backward", "hessian_product", "twice_differentiable"]
 
 
 def hessian_product(
@@ -127,3 +129,25 @@ def gradients_by_backward(
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
+
+
+@contextmanager
+def twice_differentiable(module: nn.Module) -> Iterator[None]:
+    """Inside the block forward passes make graphs that can be differentiated twice, where torch has a way to.
+
+    Attention uses the math kernel, recurrent layers do without cuDNN, compiled parts run uncompiled.
+
+    Args:
+        module: The module.
+
+    Yields:
+        Nothing.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+            cudnn = torch.backends.cudnn
+            flags = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": cudnn.allow_tf32}
+            stack.enter_context(cudnn.flags(enabled=False, **flags))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield

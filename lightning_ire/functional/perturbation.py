@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["average_sam_displacement", "global_norm", "perturbed", "sam_displacement"]
+__all__ = ["ascent_in_ball", "average_sam_displacement", "global_norm", "perturbed", "sam_displacement"]
 
 
 @torch.no_grad()
@@ -37,7 +38,11 @@ def global_norm(tensors: Sequence[Tensor | None]) -> Tensor:
 
 @torch.no_grad()
 def sam_displacement(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], rho: float, *, adaptive: bool = False
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    rho: float | Sequence[float],
+    *,
+    adaptive: bool = False,
 ) -> tuple[list[Tensor | None], Tensor]:
     """SAM's ascent step: rho * g / ||g||, the norm over all parameters at once.
 
@@ -47,7 +52,8 @@ def sam_displacement(
     Args:
         parameters: Weights theta.
         gradients: Gradients g of the same shapes (dense or sparse); ``None`` where a parameter has none.
-        rho: Radius >= 0 in weight units (adaptive: in units relative to the weights).
+        rho: Radius >= 0 in weight units (adaptive: in units relative to the weights), one for all or one for each
+            parameter; the norm is that over all of them either way.
         adaptive: Whether the radius adapts to the size of each weight.
 
     Returns:
@@ -66,23 +72,24 @@ def sam_displacement(
         for weight, gradient in zip(parameters, gradients, strict=True)
     ]
     norm = global_norm(scaled)
-    factor = rho / norm
-    usable = torch.isfinite(norm) & torch.isfinite(
-        factor
-    )  # not so for a norm of 0, or so small that 1 / norm overflows
     moves: list[Tensor | None] = []
-    for weight, gradient in zip(parameters, scaled, strict=True):
+    for weight, gradient, radius in zip(parameters, scaled, _each(rho, parameters), strict=True):
         if gradient is None:
             moves.append(None)
             continue
-        move = _times_size(weight, gradient, adaptive) * factor.to(gradient.device)
-        moves.append(torch.where(usable.to(move.device), move, 0.0).to(weight.dtype))
+        factor = radius / norm.to(gradient.device)
+        usable = torch.isfinite(norm).to(gradient.device) & torch.isfinite(factor)  # the latter not for a norm near 0
+        move = _times_size(weight, gradient, adaptive) * factor
+        moves.append(torch.where(usable, move, 0.0).to(weight.dtype))
     return moves, norm
 
 
 @torch.no_grad()
 def average_sam_displacement(
-    parameters: Sequence[Tensor], rho: float, *, generators: Sequence[torch.Generator | None] | None = None
+    parameters: Sequence[Tensor],
+    rho: float | Sequence[float],
+    *,
+    generators: Sequence[torch.Generator | None] | None = None,
 ) -> list[Tensor]:
     """A step of length rho in a uniformly random direction: rho * xi / ||xi||, xi ~ N(0, I).
 
@@ -90,7 +97,7 @@ def average_sam_displacement(
 
     Args:
         parameters: Weights, for their shapes, dtypes and devices.
-        rho: Length >= 0 in weight units, over all parameters together.
+        rho: Length >= 0 in weight units, over all parameters together; or a number for each parameter in its place.
         generators: One random generator per parameter, on its device; ``None``: torch's global ones.
 
     Returns:
@@ -106,8 +113,66 @@ def average_sam_displacement(
         torch.randn(weight.shape, generator=source, dtype=_accumulation_dtype(weight.dtype), device=weight.device)
         for weight, source in zip(parameters, sources, strict=True)
     ]
-    factor = rho / global_norm(noise)
-    return [(draw * factor.to(draw.device)).to(weight.dtype) for weight, draw in zip(parameters, noise, strict=True)]
+    norm = global_norm(noise)
+    return [
+        (draw * (radius / norm).to(draw.device)).to(weight.dtype)
+        for weight, draw, radius in zip(parameters, noise, _each(rho, parameters), strict=True)
+    ]
+
+
+@torch.no_grad()
+def ascent_in_ball(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    before: Sequence[Tensor | None] | None,
+    *,
+    step: float,
+    radius: float,
+    scope: Literal["tensor", "global"] = "global",
+) -> tuple[list[Tensor | None], Tensor]:
+    """One ascent step of adversarial model perturbation: delta <- before + step * g, shortened to the ball's radius.
+
+    Zheng, Zhang & Mao 2021 (arXiv 2010.04925): the inner maximization, projected back by scaling.
+
+    Args:
+        parameters: Weights, for their dtypes.
+        gradients: Gradients at the weights moved by `before` (dense or sparse); ``None`` where there is none.
+        before: The displacements so far; ``None``: zero.
+        step: Step size zeta > 0.
+        radius: Largest length epsilon >= 0 of the displacement, in weight units.
+        scope: Whether that is the length over each tensor by itself ("tensor") or over all together ("global").
+
+    Returns:
+        The displacements (``None`` where there is neither a gradient nor a displacement so far) and the norm of the
+        gradients. A norm that is not finite gives zero displacements.
+
+    Example:
+        >>> ascent_in_ball([torch.zeros(2)], [torch.tensor([3.0, 4.0])], None, step=1.0, radius=2.5)
+        ([tensor([1.5000, 2.0000])], tensor(5.))
+    """
+    norm = global_norm(gradients)
+    longer: list[Tensor | None] = []
+    for gradient, move in zip(gradients, before or [None] * len(gradients), strict=True):
+        if gradient is None:
+            longer.append(move)
+            continue
+        ahead = gradient.to_dense().to(_accumulation_dtype(gradient.dtype)) * step
+        longer.append(ahead if move is None else ahead + move)
+    together = global_norm(longer) if scope == "global" else None
+    moves: list[Tensor | None] = []
+    for weight, move in zip(parameters, longer, strict=True):
+        if move is None:
+            moves.append(None)
+            continue
+        length = (global_norm([move]) if together is None else together).to(move.device)
+        shortened = torch.where(length > radius, move * (radius / length), move)
+        usable = torch.isfinite(norm.to(move.device)) & torch.isfinite(length)
+        moves.append(torch.where(usable, shortened, 0.0).to(weight.dtype))
+    return moves, norm
+
+
+def _each(rho: float | Sequence[float], parameters: Sequence[Tensor]) -> Sequence[float]:
+    return [rho] * len(parameters) if isinstance(rho, (int, float)) else rho
 
 
 @contextmanager

@@ -1,0 +1,98 @@
+"""Cutting samples out of a batch of any structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["map_tensors", "part_of", "samples_in", "stacked_tensors"]
+
+
+def samples_in(batch: Any) -> int | None:
+    """Number of samples; ``None``: there is nothing in the batch that could be cut.
+
+    Args:
+        batch: Tensors in nested tuples, lists and mappings. Their first dimension goes over the samples; if there is a
+            list of mappings (detection targets), its entries are the samples.
+    """
+    items = _list_of_samples(batch)
+    if items is not None:
+        return len(items)
+    return next((tensor.size(0) for tensor in _tensors(batch) if tensor.dim()), None)
+
+
+def part_of(batch: Any, start: int, stop: int) -> Any:
+    """The samples from `start` to `stop`, in the batch's own structure; what is no sample's stays as it is.
+
+    Args:
+        batch: As in :func:`samples_in`.
+        start: First sample.
+        stop: One behind the last.
+    """
+    size = samples_in(batch)
+    listed = _list_of_samples(batch) is not None
+
+    def cut(value: Any, depth: int) -> Any:
+        if listed and depth and isinstance(value, (list, tuple)) and len(value) == size:
+            return type(value)(value[start:stop])
+        if isinstance(value, Tensor):
+            return value[start:stop] if value.dim() and value.size(0) == size else value
+        return _rebuilt(value, lambda inner: cut(inner, depth + 1))
+
+    return cut(batch, 0)
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same structure with another value for every tensor.
+
+    Args:
+        batch: Nested tuples, lists and mappings.
+        function: Makes the value.
+    """
+    return function(batch) if isinstance(batch, Tensor) else _rebuilt(batch, lambda inner: map_tensors(inner, function))
+
+
+def stacked_tensors(batch: Any) -> list[Tensor]:
+    """The tensors whose first dimension goes over the samples; none if the samples are entries of lists.
+
+    Args:
+        batch: As in :func:`samples_in`.
+    """
+    size = None if _list_of_samples(batch) is not None else samples_in(batch)
+    return [tensor for tensor in _tensors(batch) if size is not None and tensor.dim() and tensor.size(0) == size]
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(batch, found.append)
+    return found
+
+
+def _list_of_samples(batch: Any) -> Any:
+    """The first list of mappings inside the batch."""
+    for value in _inside(batch):
+        if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
+            return value
+        deeper = _list_of_samples(value)
+        if deeper is not None:
+            return deeper
+    return None
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, (list, tuple)):
+        yield from value
+
+
+def _rebuilt(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return type(value)({key: function(inner) for key, inner in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(function(inner) for inner in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(function(inner) for inner in value)
+    return value

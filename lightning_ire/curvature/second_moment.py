@@ -1,0 +1,83 @@
+"""The second moment that the base optimizer keeps anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_ire._checks import ConfigurationError
+from lightning_ire.curvature.base import Curvature, Estimate, Window, finite_or_none
+
+__all__ = ["SecondMoment"]
+
+_NAMES = ("exp_avg_sq", "square_avg", "sum")  # Adam and its family, RMSprop and Adadelta, Adagrad
+
+
+class SecondMoment(Curvature):
+    """h = v / (1 - beta2^t): the moving average of squared gradients in the state of Adam, AdamW, RMSprop, Adagrad, ...
+
+    Free, and smooth over many batches. But it is the square of the training gradient as the optimizer got it (true
+    labels, clipped, at SAM's perturbed weights), an empirical Fisher; and Adam divides by its root already, so that IRE
+    lengthens the very steps that Adam made long (Kingma & Ba 2015, arXiv 1412.6980, alg. 1: v).
+
+    Coordinates whose optimizer has not made a step yet get no mask: at the first step of a run there is none at all.
+
+    Raises:
+        ConfigurationError: In training, if the optimizer keeps no second moment.
+
+    Cost: no pass, nothing stored; one tensor of the parameters' size inside the step.
+    """
+
+    reruns: ClassVar[bool] = False
+
+    def begin(self, window: Window) -> Estimate:
+        """See the base class."""
+        return _ReadMoment(window)
+
+
+class _ReadMoment(Estimate):
+    def __init__(self, window: Window) -> None:
+        self.window = window
+
+    def finish(self) -> list[Tensor | None] | None:
+        optimizer = self.window.optimizer
+        moments: dict[int, Tensor] = {}
+        missing = 0
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                moment = _moment(state, group, parameter)
+                if moment is not None:
+                    moments[id(parameter)] = moment
+                missing += moment is None and bool(state)
+        if missing or (not moments and self.window.step):
+            raise _no_second_moment(optimizer, missing)
+        if not moments:
+            return None
+        return finite_or_none([moments.get(id(parameter)) for parameter in self.window.parameters])
+
+
+@torch.no_grad()
+def _moment(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> Tensor | None:
+    """What the state holds for this parameter, without the bias towards 0 that the first steps have."""
+    found = next((state[name] for name in _NAMES if isinstance(state.get(name), Tensor)), None)
+    if found is None or found.shape != parameter.shape:
+        return None
+    wide = found.detach().to(torch.promote_types(found.dtype, torch.float32), copy=True)
+    step = float(state.get("step", group.get("step", 0)) or 0)
+    if "exp_avg_sq" in state and "betas" in group and step:
+        wide /= 1 - float(group["betas"][1]) ** step
+    return wide
+
+
+def _no_second_moment(optimizer: Optimizer, missing: int) -> ConfigurationError:
+    name = type(optimizer).__name__
+    what = f"{name}, which keeps none" + (f" for {missing} of its parameters" if missing else "")
+    return ConfigurationError(
+        "Expected an optimizer that keeps a second moment of every gradient (Adam, AdamW, RMSprop, Adagrad, ...) for "
+        f"SecondMoment, got {what}: set `curvature` to SampledFisher()."
+    )

@@ -1,0 +1,298 @@
+r"""Losses as log-likelihoods: their value against targets drawn from the model, which the Fisher is made of.
+
+Each function takes what torch's loss of the same name takes and returns, prediction by prediction, the loss against a
+drawn target and the weight that the prediction has in the training loss. With l_i the drawn losses and w_i the weights
+
+    h = (d/dtheta sum_i sqrt(w_i) l_i)^2
+
+has the expectation sum_i w_i F_i, F_i the diagonal of the Fisher information of prediction i: the diagonal of the
+generalized Gauss-Newton matrix of the training loss sum_i w_i loss_i. The mean over B predictions has w_i = 1/B, and h
+is then B * G * G of eq. 6 of the IRE paper (arXiv 2405.20763), "GNB" in Sophia (Liu et al., arXiv 2305.14342).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "SampledLoss",
+    "sample_labels",
+    "sampled_binary_cross_entropy",
+    "sampled_binary_cross_entropy_with_logits",
+    "sampled_cross_entropy",
+    "sampled_mse_loss",
+    "sampled_nll_loss",
+]
+
+Reduction = Literal["mean", "sum", "none"]
+_IGNORED = -100
+
+
+class SampledLoss(NamedTuple):
+    """A training loss against drawn targets, before its predictions are added up.
+
+    Attributes:
+        losses: Loss l_i of each prediction against its draw, with the graph.
+        weights: Weight w_i >= 0 of each prediction in the training loss, of the same shape, in at least float32,
+            without graph. For reduction "none": what multiplies it before the caller adds up.
+    """
+
+    losses: Tensor
+    weights: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        """Sum of sqrt(w_i) l_i: the square of its gradient is h."""
+        return (self.weights.sqrt().to(self.losses) * self.losses).sum()
+
+
+@torch.no_grad()
+def sample_labels(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One label per prediction from the model's own softmax: yhat ~ softmax(logits).
+
+    Inverse-CDF sampling with one uniform number per prediction, drawn on the CPU: a seed gives the same labels on
+    every device, and N micro-batches draw what one batch of N times the size would.
+
+    Args:
+        logits: Unnormalized scores, shape [N, C, ...], or [C] for a single prediction, as `cross_entropy` takes them.
+        generator: CPU generator; ``None``: torch's global one.
+
+    Returns:
+        int64 labels of shape [N, ...] (without the class dimension), on the device of the logits.
+
+    Cost: one softmax and one cumulative sum over the logits.
+
+    Example:
+        >>> sample_labels(torch.tensor([[0.0, 99.0], [99.0, 0.0]]))
+        tensor([1, 0])
+    """
+    scores = logits.detach().movedim(1 if logits.dim() > 1 else 0, -1)
+    scores = scores.to(_wide(scores))
+    cumulative = scores.softmax(-1).cumsum(-1)
+    draws = torch.rand(cumulative.shape[:-1], dtype=torch.float64, generator=generator)
+    # below 1 in the logits' precision, or the search could fall behind the last class that has any probability
+    draws = draws.clamp(max=1 - torch.finfo(cumulative.dtype).eps).to(cumulative)
+    target = draws.unsqueeze(-1) * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=scores.size(-1) - 1)
+
+
+def sampled_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    generator: torch.Generator | None = None,
+) -> SampledLoss:
+    """Cross entropy against labels drawn from the model's softmax.
+
+    Ignored positions are those of the training loss and have weight 0. A class weight counts as that of the training
+    target. (Weights of the drawn labels would make the mean of the gradient differ from zero and the estimate biased.)
+    There is no label smoothing and there are no soft targets: they do not change the curvature.
+
+    Args:
+        logits: Shape [N, C, ...] or [C], with graph.
+        target: The training targets: class indices (only the ignored positions and the class weights matter) or class
+            probabilities of the logits' shape.
+        weight: Class weights, shape [C].
+        ignore_index: Class index of the positions that do not count.
+        reduction: "mean", "sum" or "none".
+        generator: CPU generator for the labels.
+
+    Returns:
+        Losses and weights of the shape of class indices.
+
+    Example:
+        >>> sampled = sampled_cross_entropy(torch.tensor([[0.0, 99.0], [99.0, 0.0]]), torch.tensor([1, -100]))
+        >>> sampled.losses, sampled.weights
+        (tensor([0., 0.]), tensor([1., 0.]))
+    """
+    labels = _unignored(sample_labels(logits, generator), target, ignore_index)
+    losses = F.cross_entropy(logits, labels, ignore_index=_IGNORED, reduction="none")
+    return SampledLoss(losses, _class_weights(target, weight, ignore_index, logits, reduction))
+
+
+def sampled_nll_loss(
+    log_probabilities: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    generator: torch.Generator | None = None,
+) -> SampledLoss:
+    """Negative log-likelihood (`nll_loss`) against labels drawn from the given probabilities.
+
+    Args:
+        log_probabilities: Shape [N, C, ...] or [C], with graph, normalized over the classes (`log_softmax`).
+        target: Class indices, as in :func:`sampled_cross_entropy`.
+        weight: Class weights, shape [C].
+        ignore_index: Class index of the positions that do not count.
+        reduction: "mean", "sum" or "none".
+        generator: CPU generator for the labels.
+
+    Returns:
+        Losses and weights of the shape of the target.
+    """
+    labels = _unignored(sample_labels(log_probabilities, generator), target, ignore_index)
+    losses = F.nll_loss(log_probabilities, labels, ignore_index=_IGNORED, reduction="none")
+    return SampledLoss(losses, _class_weights(target, weight, ignore_index, log_probabilities, reduction))
+
+
+def sampled_binary_cross_entropy_with_logits(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    generator: torch.Generator | None = None,
+) -> SampledLoss:
+    """Binary cross entropy against labels drawn from the model's sigmoid, each element a prediction of its own.
+
+    Args:
+        logits: Any shape, with graph.
+        target: The training targets in [0, 1], of the same shape (they matter for `pos_weight` only).
+        weight: Weight of each element, of a shape that broadcasts.
+        pos_weight: Weight of the positive part, of a shape that broadcasts; counts as that of the training target:
+            1 + (pos_weight - 1) * target.
+        reduction: "mean", "sum" or "none".
+        generator: CPU generator for the labels.
+
+    Returns:
+        Losses and weights of the logits' shape.
+
+    Example:
+        >>> sampled = sampled_binary_cross_entropy_with_logits(torch.tensor([99.0, -99.0]), torch.tensor([0.0, 1.0]))
+        >>> sampled.losses, sampled.weights
+        (tensor([0., 0.]), tensor([0.5000, 0.5000]))
+    """
+    labels = _uniform(logits, generator) < logits.detach().to(_wide(logits)).sigmoid()
+    losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    with torch.no_grad():
+        positive = None if pos_weight is None else 1 + (pos_weight - 1) * target
+    return SampledLoss(losses, _element_weights(losses, [weight, positive], reduction))
+
+
+def sampled_binary_cross_entropy(
+    probabilities: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    generator: torch.Generator | None = None,
+) -> SampledLoss:
+    """Binary cross entropy of probabilities against labels drawn from them, each element a prediction of its own.
+
+    Args:
+        probabilities: Any shape, in [0, 1], with graph.
+        target: The training targets (they do not matter).
+        weight: Weight of each element, of a shape that broadcasts.
+        reduction: "mean", "sum" or "none".
+        generator: CPU generator for the labels.
+
+    Returns:
+        Losses and weights of the probabilities' shape.
+    """
+    labels = _uniform(probabilities, generator) < probabilities.detach().to(_wide(probabilities))
+    losses = F.binary_cross_entropy(probabilities, labels.to(probabilities.dtype), reduction="none")
+    return SampledLoss(losses, _element_weights(losses, [weight], reduction))
+
+
+def sampled_mse_loss(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    generator: torch.Generator | None = None,
+) -> SampledLoss:
+    """Squared error against targets drawn from N(prediction, 1/2), each element a prediction of its own.
+
+    (f - y)^2 is, up to a constant, minus the log-density of a Gaussian of variance 1/2 around f. With it the Fisher
+    information is the Gauss-Newton matrix of the squared error, 2 J^T J.
+
+    Args:
+        prediction: Any shape, with graph.
+        target: The training targets, of a shape that broadcasts. Where they have a graph, too (two networks that are
+            to agree), it is the difference that is predicted.
+        weight: Weight of each element (a mean is then divided by the sum of the weights).
+        reduction: "mean", "sum" or "none".
+        generator: CPU generator for the targets.
+
+    Returns:
+        Losses and weights of the broadcast shape.
+
+    Example:
+        >>> torch.manual_seed(0).seed() and None
+        >>> drawn = sampled_mse_loss(torch.zeros(10000), torch.ones(10000)).losses
+        >>> round(float(drawn.mean()), 1)
+        0.5
+    """
+    difference = prediction - target
+    uniform = _uniform(difference, generator)
+    edge = torch.finfo(uniform.dtype).eps
+    noise = math.sqrt(0.5) * torch.special.ndtri(uniform.clamp(edge, 1 - edge)).to(difference.dtype)
+    losses = (difference - difference.detach() - noise).square()
+    weights = _element_weights(losses, [weight], "none" if weight is not None else reduction)
+    if weight is not None and reduction == "mean":
+        weights = weights / weights.sum()
+    return SampledLoss(losses, weights)
+
+
+SAMPLED: dict[Callable[..., Tensor], Callable[..., SampledLoss]] = {
+    F.cross_entropy: sampled_cross_entropy,
+    F.nll_loss: sampled_nll_loss,
+    F.binary_cross_entropy_with_logits: sampled_binary_cross_entropy_with_logits,
+    F.binary_cross_entropy: sampled_binary_cross_entropy,
+    F.mse_loss: sampled_mse_loss,
+}
+"""Torch's losses that are log-likelihoods, and their counterparts; the keyword arguments have torch's names."""
+
+
+@torch.no_grad()
+def _unignored(labels: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Mark what is ignored by an index of our own: a position may draw the class that marks ignored ones."""
+    return labels if target.is_floating_point() else torch.where(target == ignore_index, _IGNORED, labels)
+
+
+@torch.no_grad()
+def _class_weights(
+    target: Tensor, weight: Tensor | None, ignore_index: int, logits: Tensor, reduction: Reduction
+) -> Tensor:
+    """Weight of each prediction in the training loss; 0 where it is ignored."""
+    wide = _wide(logits)
+    if target.is_floating_point():
+        shares = target.to(wide).movedim(1 if logits.dim() > 1 else 0, -1)
+        weights = torch.ones_like(shares[..., 0]) if weight is None else shares @ weight.to(wide)
+        return weights / weights.numel() if reduction == "mean" else weights  # torch divides by the count here
+    ignored = target == ignore_index
+    weights = torch.ones_like(target, dtype=wide) if weight is None else weight.to(wide)[target.masked_fill(ignored, 0)]
+    weights = weights.masked_fill(ignored, 0.0)
+    return weights / weights.sum().clamp(min=torch.finfo(wide).tiny) if reduction == "mean" else weights
+
+
+@torch.no_grad()
+def _element_weights(losses: Tensor, factors: list[Tensor | None], reduction: Reduction) -> Tensor:
+    """Product of the factors that are there, for each element; a mean divides by the number of elements."""
+    weights = torch.ones_like(losses, dtype=_wide(losses))
+    for factor in factors:
+        if factor is not None:
+            weights = weights * factor
+    return weights / max(losses.numel(), 1) if reduction == "mean" else weights
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers in [0, 1), drawn on the CPU in float64 as in :func:`sample_labels`."""
+    return torch.rand(like.shape, dtype=torch.float64, generator=generator).to(like.device, _wide(like))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
