@@ -127,6 +127,8 @@ class IRECLI(ConfigWins, LightningCLI):
 
     def after_fit(self) -> None:
         """Test the final weights if asked to, and say where the logs are."""
+        if any(isinstance(callback, IRE) and callback.dry_run for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            return
         if self.config[self.subcommand].test_after_fit:
             self.trainer.test(self.model, datamodule=self.datamodule)
         for logger in self.trainer.loggers:

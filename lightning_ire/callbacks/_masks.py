@@ -32,6 +32,7 @@ class FlatMasks:
         self.masks: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
         self.logs: dict[str, Tensor] = {}
+        self.new = False  # made since somebody looked
 
     def refresh(self, names: Sequence[str], values: Sequence[Tensor | None]) -> None:
         """Make all masks anew from finite estimates h; parameters without one (``None``) get none.
@@ -54,6 +55,7 @@ class FlatMasks:
             masks |= {name: mask_below(present[name], threshold, exclude_zero=self.exclude_zero) for name in group}
         self.logs = _statistics(self.masks, masks, thresholds)
         self.masks = masks
+        self.new = True
 
     def _averaged(self, name: str, h: Tensor) -> Tensor:
         before = self.average.get(name)

@@ -7,28 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_ire import tags
 from lightning_ire.callbacks._measurement import Measurement
 from lightning_ire.callbacks._step_geometry import find_ire
+from lightning_ire.callbacks._tensorboard import tensorboards
 from lightning_ire.functional import SpectralDensity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["HyperParameters", "figures", "tensorboards"]
-
-
-def tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
-    """The run's TensorBoard loggers; none on other devices than the first and in `fast_dev_run`.
-
-    Args:
-        trainer: The trainer.
-    """
-    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return []
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+__all__ = ["HyperParameters", "figures"]
 
 
 def figures(trainer: pl.Trainer, result: Measurement, step: int) -> None:

@@ -16,6 +16,7 @@ from lightning_ire import tags
 from lightning_ire._lightning import will_log
 from lightning_ire.callbacks._boost import OldWeights, boost
 from lightning_ire.callbacks._progress import Progress
+from lightning_ire.callbacks._tensorboard import layer_fractions
 from lightning_ire.callbacks._window import AccumulationWindow, mixed_seed
 from lightning_ire.functional import perturbed
 from lightning_ire.perturbation import Perturbation
@@ -92,11 +93,12 @@ class Stepper:
             return False
         return self.progress.retry or self.settings.should_refresh(self.progress.step, started_at)
 
-    def open_window(self, training_step: Callable[..., Any]) -> AccumulationWindow:
+    def open_window(self, training_step: Callable[..., Any], replays: bool = False) -> AccumulationWindow:
         """The window of the next step, with an estimate if the mask is due.
 
         Args:
             training_step: What runs the module's step again, beside our wrapper.
+            replays: Whether the step will be run again for other reasons than the estimate and the perturbation.
         """
         progress = self.progress
         perturbs = self.settings.should_perturb(progress.step)
@@ -109,7 +111,8 @@ class Stepper:
             self.parameters(),
             step=progress.step,
             seed=mixed_seed(progress.seed, progress.step),
-            replays=(self.refreshes and self.settings.curvature.reruns)
+            replays=replays
+            or (self.refreshes and self.settings.curvature.reruns)
             or (perturbation is not None and perturbation.uses_gradient),
             perturbation=perturbation,
         )
@@ -223,6 +226,9 @@ class Stepper:
             self.progress.shown |= {tag: torch.as_tensor(value) for tag, value in self.logs.items()}
             for tag, value in self.progress.shown.items():
                 self.module.log(tag + suffix, value, on_step=True, on_epoch=False, batch_size=1)
+            if self.progress.masks.new:
+                layer_fractions(self.trainer, self.progress.masks.masks, suffix)
+                self.progress.masks.new = False
         self.logs = {}
 
     def _current_names(self) -> dict[int, str]:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire._lightning import check_supported, loss_of
 from lightning_ire.callbacks._boost import check_decoupled_decay, check_groups, learning_rates
+from lightning_ire.callbacks._dry_run import flat_table, show_mask
 from lightning_ire.callbacks._manual import ManualSession
 from lightning_ire.callbacks._masks import FlatMasks
 from lightning_ire.callbacks._progress import Progress
@@ -76,6 +77,8 @@ class IRE(Callback):
         exclude_zero_curvature: Whether coordinates with h = 0 (pruned, never used) are left out of the ranking.
         kappa_schedule: "constant", or "lr": kappa * lr / (highest lr so far), per parameter group.
         beta: Weight of the past in a moving average of h over refreshes, in [0, 1).
+        dry_run: Train nothing: make one mask at the first batch, whatever `start_*` says, print a table of the flat
+            coordinates of each parameter, and let the fit end before its first step.
 
     Raises:
         ConfigurationError: If an argument is out of range, or, at fit start, for what is not supported.
@@ -105,6 +108,7 @@ class IRE(Callback):
         exclude_zero_curvature: bool = False,
         kappa_schedule: Literal["constant", "lr"] = "constant",
         beta: float = 0.0,
+        dry_run: bool = False,
     ) -> None:
         self.kappa = check_number("kappa", kappa)
         self.gamma = check_number("gamma", gamma, high=1.0, low_open=True)
@@ -118,23 +122,33 @@ class IRE(Callback):
         self.exclude_zero_curvature = bool(exclude_zero_curvature)
         self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr"))
         self.beta = check_number("beta", beta, high=1.0, high_open=True)
+        self.dry_run = bool(dry_run)
         self._session: Session | None = None
         self._loaded: dict[str, Any] | None = None
         self._trainer: weakref.ref[pl.Trainer] | None = None
-        self._progresses = [self._new_progress()]
+        self._progresses = [self.new_progress()]
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and spawned processes get the settings and the progress, not what belongs to a running fit."""
         return {**vars(self), "_session": None, "_trainer": None}
 
-    def _new_progress(self) -> Progress:
+    def new_progress(self) -> Progress:
+        """The state of a run at its beginning."""
         return Progress(FlatMasks(self.gamma, self.scope, self.exclude_zero_curvature, self.beta))
 
     @property
     def idle(self) -> bool:
         """Whether this callback does nothing at all: no boost and no perturbation."""
-        return self.kappa == 0 and self.perturbation is None
+        return self.kappa == 0 and self.perturbation is None and not self.dry_run
+
+    def flat_table(self, module: pl.LightningModule) -> str:
+        """How many coordinates of each parameter are flat now (of the first optimizer), as a text of aligned lines.
+
+        Args:
+            module: The module that is or was trained.
+        """
+        return flat_table(self._progress.masks.masks, dict(module.named_parameters()))
 
     @property
     def _progress(self) -> Progress:
@@ -233,6 +247,9 @@ class IRE(Callback):
         self._release(trainer)
         self._warned = False
         self._begin_or_continue(trainer, pl_module)
+        if self.dry_run:
+            show_mask(self, self._progress.step, trainer, pl_module)
+            return
         total = _total_steps(trainer)
         first_step = self.start.first_step(total) if self.kappa else None
         session = AutomaticSession if pl_module.automatic_optimization else ManualSession
@@ -255,10 +272,10 @@ class IRE(Callback):
         state, self._loaded = self._loaded, None
         count = len(trainer.optimizers)
         if state:
-            self._progresses = [self._new_progress() for _ in range(count)]
+            self._progresses = [self.new_progress() for _ in range(count)]
             self._restore(state, trainer, module)
         elif trainer.global_step == 0 or self._trainer is None or self._trainer() is not trainer:
-            self._progresses = [self._new_progress() for _ in range(count)]
+            self._progresses = [self.new_progress() for _ in range(count)]
             for progress in self._progresses:  # not 0 when the checkpoint of a plain run goes on with IRE
                 progress.step = trainer.global_step // max(count, 1)
         self._trainer = weakref.ref(trainer)
@@ -276,7 +293,7 @@ class IRE(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the wrappers away, and say so if IRE never switched on."""
-        if self.kappa and self.started_at is None:
+        if self.kappa and self.started_at is None and not self.dry_run:
             rank_zero_warn(f"IRE never switched on in this run: its start is {self.start}.")
         self._release(trainer)
 

@@ -1,0 +1,45 @@
+"""The run's TensorBoard loggers, for what only TensorBoard can show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lightning_ire import tags
+from lightning_ire._lightning import logger_step
+
+__all__ = ["layer_fractions", "tensorboards"]
+
+
+def tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
+    """The run's TensorBoard loggers; none on other devices than the first and in `fast_dev_run`.
+
+    Args:
+        trainer: The trainer.
+    """
+    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return []
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def layer_fractions(trainer: pl.Trainer, masks: Mapping[str, Tensor], suffix: str = "") -> None:
+    """Write the histogram of the flat fractions of the parameter tensors, each tensor counted once.
+
+    Args:
+        trainer: The trainer, at the end of a batch.
+        masks: Masks by parameter name.
+        suffix: Added to the tag, to tell several optimizers apart.
+    """
+    loggers = tensorboards(trainer) if masks else []
+    if not loggers:
+        return
+    device = next(iter(masks.values())).device
+    fractions = torch.stack([mask.float().mean().to(device) for mask in masks.values()]).cpu()
+    for logger in loggers:
+        logger.experiment.add_histogram(
+            tags.LAYER_FLAT_FRACTIONS + suffix, fractions, logger_step(trainer), bins=[i / 40 for i in range(41)]
+        )
