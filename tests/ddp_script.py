@@ -18,7 +18,18 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher, tags
+from lightning_ire import (
+    IRE,
+    SAM,
+    AdversarialModelPerturbation,
+    AverageSAM,
+    EmpiricalFisher,
+    HutchinsonHessian,
+    RandomMask,
+    SampledFisher,
+    SecondMoment,
+    tags,
+)
 
 STEPS = 6
 
@@ -137,6 +148,18 @@ def joined_norm() -> Classifier:
     return OwnFisher(net)
 
 
+def with_adam() -> Classifier:
+    return Classifier(Net(), lambda module: torch.optim.Adam(module.parameters(), lr=0.01))
+
+
+def with_radii() -> Classifier:
+    def sgd(module: torch.nn.Module) -> torch.optim.Optimizer:
+        first, *rest = module.parameters()
+        return torch.optim.SGD([{"params": [first], "sam_rho": 0.3}, {"params": rest}], lr=0.1)
+
+    return Classifier(Net(), sgd)
+
+
 class Monitored(Classifier):
     """Stops early by a metric that differs between the ranks unless it is averaged."""
 
@@ -205,6 +228,33 @@ RUNS: dict[str, dict[str, Any]] = {
     "early-stopping": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": Monitored, "epochs": 6, "stop": True},
     "joined-norm": {"ire": {**BOOST, "perturbation": SAM(0.1, sync=True)}, "module": joined_norm},
     "joined-norm-local": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": joined_norm},
+    "hessian": {"ire": {**BOOST, "curvature": HutchinsonHessian(2)}},
+    "hessian-accumulated": {
+        "ire": {**BOOST, "curvature": HutchinsonHessian(), "perturbation": SAM(0.1, sync=True)},
+        "accumulate": 2,
+    },
+    "random": {"ire": {**BOOST, "curvature": RandomMask()}},
+    "second-moment": {"ire": {**BOOST, "curvature": SecondMoment()}, "module": with_adam},
+    "micro-batch": {"ire": {**BOOST, "curvature": SampledFisher(form="micro_batch"), "perturbation": SAM(0.1)}},
+    "sample": {"ire": {**BOOST, "curvature": SampledFisher(form="sample"), "perturbation": SAM(0.1)}},
+    "own-fisher-sample": {
+        "ire": {**BOOST, "curvature": SampledFisher(form="sample")},
+        "module": lambda: OwnFisher(Net()),
+    },
+    "ball-sync": {
+        "ire": {
+            **BOOST,
+            "curvature": "empirical",
+            "perturbation": AdversarialModelPerturbation(0.2, 0.5, 3, sync=True),
+        },
+        "accumulate": 2,
+    },
+    "ball-local": {"ire": {"kappa": 0.0, "perturbation": AdversarialModelPerturbation(0.2, 0.5, 2, "global")}},
+    "ball-by-hand": {
+        "ire": {"kappa": 0.0, "perturbation": AdversarialModelPerturbation(0.2, 0.5, 2, "global")},
+        "module": ByHand,
+    },
+    "radii": {"ire": {"kappa": 0.0, "perturbation": SAM(0.1, sync=True)}, "module": with_radii},
     "straight": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "epochs": 3},
     "resumed": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "epochs": 3, "resume": True},
 }
