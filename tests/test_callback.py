@@ -3,6 +3,7 @@
 import itertools
 import logging
 import warnings
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -15,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from lightning_ire import IRE, SAM, AverageSAM, ConfigurationError, EmpiricalFisher, Perturbation, tags
+from lightning_ire import IRE, SAM, Ascent, AverageSAM, ConfigurationError, EmpiricalFisher, Perturbation, tags
+from lightning_ire._checks import check_number
 
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "kappa": ({"kappa": -1}, r"Expected `kappa` to be a number >= 0, got -1\."),
@@ -494,15 +496,15 @@ def test_a_checkpoint_of_another_module_drops_its_masks_and_says_so(tmp_path: An
 
 
 def test_a_new_perturbation_is_one_class() -> None:
-    class Unnormalized(Perturbation):
-        """Un-normalized SAM."""
-
-        def displacement(self, ascent: Any) -> Any:
-            return [None if g is None else 0.1 * g for g in ascent.gradients], None
+    """The class is the one that CONTRIBUTING shows."""
+    guide = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    shown = guide.split("## A new perturbation")[1].split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"Perturbation": Perturbation, "Ascent": Ascent, "check_number": check_number}
+    exec(shown, names)
 
     module = Classifier()
     plain = cases.clone(module)
-    cases.fit(module, [IRE(kappa=0, perturbation=Unnormalized())])
+    cases.fit(module, [IRE(kappa=0, perturbation=names["UnnormalizedSAM"](0.1))])
     cases.fit(plain)
     assert module.calls == 2 * plain.calls
     assert cases.moved(module, plain) > 1e-6
