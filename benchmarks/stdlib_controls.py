@@ -10,19 +10,9 @@ the controls do, not which method is better.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
 import matplotlib.pyplot as plt
-import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from runs import ROOT, remembered, scalars
 
-import lightning_ire
-
-ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "stdlib_transformer_admire.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "stdlib_controls.json"
 PICTURE = ROOT / "docs" / "stdlib_controls.png"
@@ -37,17 +27,6 @@ RUNS = {
 }
 
 
-def curve(flags: str) -> list[tuple[int, float]]:
-    """Train once; return optimizer steps and bits per byte of each validation."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "cli.py"), "fit", "--config", str(CONFIG), *flags.split()]
-        command += ["--trainer.logger.save_dir", folder, "--trainer.enable_progress_bar", "false"]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        (version,) = Path(folder).rglob("version_*")
-        log = EventAccumulator(str(version)).Reload()
-        return [(event.step + 1, event.value) for event in log.Scalars(TAG)]
-
-
 def draw(results: dict[str, list[tuple[int, float]]]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, points in results.items():
@@ -60,16 +39,9 @@ def draw(results: dict[str, list[tuple[int, float]]]) -> None:
 
 
 def main() -> None:
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
-    known |= {"python": sys.version.split()[0], "torch": torch.__version__, "lightning_ire": lightning_ire.__version__}
-    results = known["runs"]
-    for number, (name, flags) in enumerate(RUNS.items(), start=1):
-        if name not in results:
-            print(f"run {number} of {len(RUNS)}: {name}", flush=True)
-            results[name] = curve(flags)
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
-        print(f"{results[name][-1][1]:.4f}  {name}", flush=True)
+    results = remembered(RESULTS, RUNS, lambda flags: scalars(CONFIG, flags, TAG)[0])
+    for name, points in results.items():
+        print(f"{points[-1][1]:.4f}  {name}", flush=True)
     draw(results)
 
 

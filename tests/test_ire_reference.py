@@ -114,7 +114,8 @@ ROWS |= {
     ),
     "ire-empirical": Case({**BOOST, "curvature": EmpiricalFisher()}, {**BOOST, "curvature": "empirical"}),
     "sam-ire-empirical": Case(
-        {**BOOST, "curvature": EmpiricalFisher(), "perturbation": SAM(0.05)}, {**BOOST, "curvature": "empirical", "rho": 0.05}
+        {**BOOST, "curvature": EmpiricalFisher(), "perturbation": SAM(0.05)},
+        {**BOOST, "curvature": "empirical", "rho": 0.05},
     ),
     "ire-empirical-clipped": Case(
         {**BOOST, "curvature": EmpiricalFisher()},
@@ -135,7 +136,8 @@ ROWS |= {
     ),
     "sam-sync": Case({"kappa": 0.0, "perturbation": SAM(0.1, sync=True)}, {"rho": 0.1}),
     "sam-pattern": Case(
-        {**BOOST, "perturbation": SAM(0.1, parameters=["*.weight", "nothing"])}, {**BOOST, "rho": 0.1, "only": "*.weight"}
+        {**BOOST, "perturbation": SAM(0.1, parameters=["*.weight", "nothing"])},
+        {**BOOST, "rho": 0.1, "only": "*.weight"},
     ),
     "sam-radii": Case({"kappa": 0.0, "perturbation": SAM(0.1)}, {"rho": 0.1}, optimizer="sgd-radii"),
     "asam-radii": Case(

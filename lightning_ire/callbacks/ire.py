@@ -391,17 +391,21 @@ class IRE(Callback):
         parameters = [parameter for optimizer in trainer.optimizers for parameter in trainable_parameters(optimizer)]
         count = sum(parameter.numel() for parameter in parameters)
         size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        what, passes, memory = [], [], [f"{size / 2**20:.1f} MiB inside the step"]
+        what: list[str] = []
+        passes: list[str] = []
+        memory = [f"{size / 2**20:.1f} MiB inside the step"]
         if self.kappa:
             when = f"from {self.start}" if self.started_at is None else f"on since step {self.started_at}"
             length = f" (run: {total:.0f} steps)" if total is not None and total < float("inf") else ""
             what.append(f"kappa {self.kappa:g}, gamma {self.gamma:g}, {when}{length}")
-            passes.append(f"one {self.curvature!r} estimate every {_steps(self.interval)}")
+            estimate = f"one {self.curvature!r} estimate every {_steps(self.interval)}"
+            (passes if self.curvature.reruns else what).append(estimate)
             memory.append(f"{count * (5 if self.beta else 1) / 2**20:.1f} MiB for good")
         if self.perturbation is not None:
             what.append(repr(self.perturbation))
             if self.perturbation.uses_gradient:
-                passes.append(f"one more forward and backward every {_steps(self.perturbation.interval)}")
+                more = {1: "one"}.get(self.perturbation.ascents, str(self.perturbation.ascents))
+                passes.append(f"{more} more forward and backward every {_steps(self.perturbation.interval)}")
         return (
             f"IRE: {'; '.join(what)}; {count:,} parameters. Extra passes: {', '.join(passes) or 'none'}. "
             f"Extra memory: {', '.join(memory)}."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_ire.curvature.base import MicroBatch, Window
 from lightning_ire.curvature.batches import map_tensors, stacked_tensors
 from lightning_ire.curvature.tap import LossTap
-from lightning_ire.functional import per_sample_squares, seeded
+from lightning_ire.functional import per_sample_squares, seeded, twice_differentiable
 
 __all__ = ["one_by_one", "squares_at_once"]
 
@@ -70,7 +70,10 @@ def squares_at_once(
             return per_sample_squares(score, weights, stacked, chunk=max(_ELEMENTS // max(size, 1), 1))
 
     try:
-        with window.rerun(micro_batch, one_by_one(window.module), *args, step=all_samples) as (squares, counted):
+        with (
+            twice_differentiable(window.module),  # what torch.func can follow, too
+            window.rerun(micro_batch, one_by_one(window.module), *args, step=all_samples) as (squares, counted),
+        ):
             unit = window.scale**2
             own = [squares.get(names.get(id(p), "")) for p in window.parameters]
             return [None if square is None else square / unit for square in own], counted
