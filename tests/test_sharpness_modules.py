@@ -373,9 +373,29 @@ class AddsUp(WithFisherLoss):
         return self.loss(batch) * len(batch[0])
 
 
-def test_the_fisher_needs_cross_entropy_or_a_method_of_the_modules_own() -> None:
-    quantities = ["trace_fisher", *HESSIAN]
+class Robust(Module):
+    def loss(self, batch: Any) -> Tensor:
+        return F.huber_loss(self.net(batch[0]), F.one_hot(batch[1], CLASSES).to(batch[0]))
+
+
+def test_the_fisher_of_squared_errors_is_their_gauss_newton_matrix() -> None:
+    """Tr F = mean over the outputs of 2 ||J||^2, within four standard errors."""
     module = Regression()
+    values, batch, said = measured(module, Numbers(quantities=["trace_fisher"], **TIGHT))
+    assert not said
+    outputs = module.net(batch[0]).reshape(-1)
+    exact = 0.0
+    for output in outputs:
+        gradients = torch.autograd.grad(output, trained_parameters(module), retain_graph=True)
+        exact += sum(2 / len(outputs) * float(g.square().sum()) for g in gradients)
+    error = values[tags.TRACE_FISHER + tags.STDERR]
+    assert 0 < error < 0.2 * exact
+    assert abs(values[tags.TRACE_FISHER] - exact) < 4 * error
+
+
+def test_the_fisher_needs_a_likelihood_or_a_method_of_the_modules_own() -> None:
+    quantities = ["trace_fisher", *HESSIAN]
+    module = Robust()
     values, batch, said = measured(module, Numbers(quantities=quantities, **TIGHT))
     assert len(said) == 1
     assert "trace_fisher" in said[0]
