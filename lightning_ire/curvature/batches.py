@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -14,13 +16,15 @@ def samples_in(batch: Any) -> int | None:
     """Number of samples; ``None``: there is nothing in the batch that could be cut.
 
     Args:
-        batch: Tensors in nested tuples, lists and mappings. Their first dimension goes over the samples; if there is a
-            list of mappings (detection targets), its entries are the samples.
+        batch: Tensors in nested tuples, lists and mappings. The first dimension that most of them share goes over the
+            samples; but if there is a list of mappings (detection targets), its entries are the samples, and so are
+            those of all lists of its length.
     """
     items = _list_of_samples(batch)
     if items is not None:
         return len(items)
-    return next((tensor.size(0) for tensor in _tensors(batch) if tensor.dim()), None)
+    sizes = Counter(tensor.size(0) for tensor in _tensors(batch) if tensor.dim())
+    return max(sizes, key=lambda size: (sizes[size], size > 1), default=None)
 
 
 def part_of(batch: Any, start: int, stop: int) -> Any:
@@ -32,16 +36,16 @@ def part_of(batch: Any, start: int, stop: int) -> Any:
         stop: One behind the last.
     """
     size = samples_in(batch)
-    listed = _list_of_samples(batch) is not None
+    listed = _list_of_samples(batch)
 
-    def cut(value: Any, depth: int) -> Any:
-        if listed and depth and isinstance(value, (list, tuple)) and len(value) == size:
-            return type(value)(value[start:stop])
+    def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[start:stop] if value.dim() and value.size(0) == size else value
-        return _rebuilt(value, lambda inner: cut(inner, depth + 1))
+        if value is listed or (listed is not None and value is not batch and _has_entries(value, size)):
+            return type(value)(value[start:stop])
+        return _rebuilt(value, cut)
 
-    return cut(batch, 0)
+    return cut(batch)
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -71,14 +75,15 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 def _list_of_samples(batch: Any) -> Any:
-    """The first list of mappings inside the batch."""
-    for value in _inside(batch):
-        if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
-            return value
-        deeper = _list_of_samples(value)
-        if deeper is not None:
-            return deeper
-    return None
+    """The first list of mappings in the batch."""
+    if isinstance(batch, (list, tuple)) and batch and all(isinstance(item, Mapping) for item in batch):
+        return batch
+    found = (_list_of_samples(value) for value in _inside(batch))
+    return next((items for items in found if items is not None), None)
+
+
+def _has_entries(value: Any, count: int | None) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count
 
 
 def _inside(value: Any) -> Iterator[Any]:
@@ -89,6 +94,11 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def _rebuilt(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, MutableMapping):
+        same = copy.copy(value)
+        for key, inner in value.items():
+            same[key] = function(inner)
+        return same
     if isinstance(value, Mapping):
         return type(value)({key: function(inner) for key, inner in value.items()})  # type: ignore[call-arg]
     if isinstance(value, tuple) and hasattr(value, "_fields"):

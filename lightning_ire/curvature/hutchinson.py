@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lightning_ire._checks import check_whole
 from lightning_ire.curvature.base import Curvature, Estimate, MicroBatch, Window, finite_or_none
-from lightning_ire.curvature.shared_forward import SharedForward
+from lightning_ire.curvature.shared_forward import SharedForward, refused_by_checkpointing
 from lightning_ire.functional import (
     finite_difference_product,
+    gradients_by_backward,
     hessian_product,
     rademacher,
     twice_differentiable,
@@ -112,7 +113,14 @@ class _SignProducts(SharedForward):
     def _gradients(self, micro_batch: MicroBatch, scale: float) -> Sequence[Tensor | None]:
         with self.window.rerun(micro_batch, nullcontext(), *micro_batch.args) as loss:
             wanted = [parameter for parameter in self.window.parameters if parameter.requires_grad]
-            found = iter(torch.autograd.grad(loss * scale, wanted, allow_unused=True))
+            scaled = loss * scale
+            try:
+                own: Sequence[Tensor | None] = torch.autograd.grad(scaled, wanted, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                if not refused_by_checkpointing(error):
+                    raise
+                own = gradients_by_backward([scaled], [torch.ones_like(scaled)], wanted)
+            found = iter(own)
             return [next(found) if parameter.requires_grad else None for parameter in self.window.parameters]
 
     def _signs(self) -> list[list[Tensor]]:

@@ -43,7 +43,7 @@ def one_by_one(module: nn.Module) -> Iterator[None]:
 def squares_at_once(
     window: Window, micro_batch: MicroBatch, args: Sequence[Any]
 ) -> tuple[list[Tensor | None], Tensor] | None:
-    """Sum over samples of the square of each one's score, and how many samples counted.
+    """Mean over samples of the square of each one's score, and the share of the samples that counted.
 
     Args:
         window: The window.
@@ -51,9 +51,9 @@ def squares_at_once(
         args: Its arguments, the batch first.
 
     Returns:
-        One tensor per parameter of the window; ``None`` if this step has to be taken sample by sample: a loss that is
-        not what one call of a known function returned, a batch that is no stack of tensors, parameters outside the
-        module, or what torch.func cannot do.
+        One tensor per parameter of the window (``None``: unused in training, where torch.func says 0). ``None`` if this
+        step has to be taken sample by sample: a loss that is not what one call of a known function returned, a batch
+        that is no stack of tensors, parameters outside the module, or what torch.func cannot do.
     """
     names = {id(parameter): name for name, parameter in window.module.named_parameters()}
     wanted = {names.get(id(p)): p.detach() for p in window.parameters if p.requires_grad}
@@ -75,8 +75,9 @@ def squares_at_once(
             window.rerun(micro_batch, one_by_one(window.module), *args, step=all_samples) as (squares, counted),
         ):
             unit = window.scale**2
-            own = [squares.get(names.get(id(p), "")) for p in window.parameters]
-            return [None if square is None else square / unit for square in own], counted
+            count = len(stacked[0])
+            own = [None if p.grad is None else squares.get(names.get(id(p), "")) for p in window.parameters]
+            return [None if square is None else square / (unit * count) for square in own], counted / count
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         return None  # the next try, one sample after the other, says what is wrong if it is not torch.func
 
@@ -97,7 +98,7 @@ def _score_of_one(
         with tap:
             output = torch.func.functional_call(inner, swapped, (window.training_step, batch, *args[1:]), dict(kwargs))
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        call = next((call for call in tap.calls if call.result is loss), None)
+        call = next((call for call in tap.calls if call.made(loss)), None)
         if call is None:
             raise ValueError("the loss is not what one call of a known function returned")
         sampled = call.draw(None)

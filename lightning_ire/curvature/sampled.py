@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from lightning_ire._checks import ConfigurationError, check_choice, check_number
 from lightning_ire.curvature.base import Curvature, Estimate, MicroBatch, Window, finite_or_none
 from lightning_ire.curvature.batches import part_of, samples_in
 from lightning_ire.curvature.per_sample import one_by_one, squares_at_once
-from lightning_ire.curvature.shared_forward import SharedForward
+from lightning_ire.curvature.shared_forward import SharedForward, refused_by_checkpointing
 from lightning_ire.curvature.tap import LossCall, LossTap, factors_in, weighted
 from lightning_ire.functional import fisher_diagonal, gradients_by_backward
 
@@ -50,7 +50,8 @@ class SampledFisher(Curvature):
     - "batch": the gradient of the whole window on all devices (the paper). One draw of a coordinate is like one
       chi-squared number: relative standard deviation about sqrt(2).
     - "micro_batch": the gradient of each micro-batch on each device, and the squares are averaged: with k of them about
-      sqrt(2 / k). Free under gradient accumulation, or on several devices; with `micro_batch_size` the batch is cut.
+      sqrt(2 / k). Free under gradient accumulation, or on several devices; with `micro_batch_size` the batch is cut,
+      and each piece counts by its number of samples, as if the loss were their mean.
     - "sample": each sample's gradient, with `torch.func`: sqrt(2 / n) for n samples. Layers with running statistics
       (BatchNorm) use them. Needs a step that returns what one call of a loss function returned; else, and where
       torch.func cannot follow the step (metrics that count, `.item()`), a slow loop over samples, with a warning.
@@ -100,7 +101,9 @@ class _SampledSquare(SharedForward):
         self.settings = settings
         self.fisher_loss = getattr(window.module, "fisher_loss", None)
         self.sums: list[Tensor | None] = [None] * len(window.parameters)
-        self.pieces = torch.zeros((), dtype=torch.float64)
+        self.pieces = torch.zeros((), dtype=torch.float64)  # each with its share of its micro-batch
+        self.share_of_batch = 1.0
+        self.squared = 0
         self.tap: LossTap | None = None
         self.label_states: dict[MicroBatch, Tensor] = {}
         self.by_backward = False  # reentrant checkpointing refuses autograd.grad
@@ -116,14 +119,14 @@ class _SampledSquare(SharedForward):
         return self.tap
 
     def share(self, micro_batch: MicroBatch, loss: Tensor) -> bool:
-        calls = self.tap.calls if self.tap is not None else []
+        calls = self.tap.calls if self.tap is not None and not self.by_backward else []
         try:
             used = factors_in(loss, calls)
             if not used:
                 return False
             self._add_terms(used, keep_graph=True)
         except RuntimeError as error:
-            self.by_backward = _refused_by_checkpointing(error)
+            self.by_backward = refused_by_checkpointing(error)
             raise
         for call, _ in used:  # in manual optimization one step may go backward several times
             calls.remove(call)
@@ -134,6 +137,7 @@ class _SampledSquare(SharedForward):
         super().forget()
         self.sums = [None] * len(self.window.parameters)
         self.pieces.zero_()
+        self.squared = 0
 
     def finish(self) -> list[Tensor | None] | None:
         self.tap = None
@@ -145,7 +149,7 @@ class _SampledSquare(SharedForward):
         world = self.window.world_size
         if self.settings.form == "batch":
             return finite_or_none(fisher_diagonal(sums, world**2 / pieces))
-        if pieces == 1:
+        if self.settings.form == "micro_batch" and self.squared == world == 1:
             warnings.warn(
                 "SampledFisher(form='micro_batch') has one micro-batch only, which is form='batch': set "
                 "`micro_batch_size`, or `trainer.accumulate_grad_batches`.",
@@ -162,7 +166,7 @@ class _SampledSquare(SharedForward):
             try:
                 return self._passes(micro_batch)
             except RuntimeError as error:
-                if self.by_backward or not _refused_by_checkpointing(error):
+                if self.by_backward or not refused_by_checkpointing(error):
                     raise
                 self.by_backward = True
 
@@ -170,8 +174,7 @@ class _SampledSquare(SharedForward):
         """All pieces of a micro-batch."""
         args = _first_part(micro_batch.args, self.settings.fraction)
         if self.settings.form != "sample":
-            for piece in _pieces(args, self.settings.micro_batch_size):
-                self._forward_and_backward(micro_batch, piece)
+            self._one_after_the_other(micro_batch, args, self.settings.micro_batch_size)
             return
         at_once = None if self.fisher_loss is not None else squares_at_once(self.window, micro_batch, args)
         if at_once is not None:
@@ -181,8 +184,19 @@ class _SampledSquare(SharedForward):
             return
         warnings.warn("SampledFisher(form='sample') takes the samples one by one here, which is slow.", stacklevel=2)
         with one_by_one(self.window.module):
-            for sample in _pieces(args, 1):
-                self._forward_and_backward(micro_batch, sample)
+            self._one_after_the_other(micro_batch, args, 1)
+
+    def _one_after_the_other(self, micro_batch: MicroBatch, args: tuple[Any, ...], size: int | None) -> None:
+        """Pieces of so many samples (``None``: all), each with its share of them."""
+        count = samples_in(args[0]) if args and size is not None else None
+        if count is None or size is None:
+            self._forward_and_backward(micro_batch, args)
+            return
+        for start in range(0, count, size):
+            stop = min(start + size, count)
+            self.share_of_batch = (stop - start) / count
+            self._forward_and_backward(micro_batch, (part_of(args[0], start, stop), *args[1:]))
+        self.share_of_batch = 1.0
 
     def _forward_and_backward(self, micro_batch: MicroBatch, args: tuple[Any, ...]) -> None:
         if self.fisher_loss is not None:
@@ -240,9 +254,11 @@ class _SampledSquare(SharedForward):
             if gradient is not None:
                 wide = torch.promote_types(gradient.dtype, torch.float32)
                 gradient = gradient.detach().to_dense().to(wide) * (factor.to(gradient.device, wide) / scale)
-                pieces[index] = gradient if self.settings.form == "batch" else gradient.square_()
+                squared = self.settings.form != "batch"
+                pieces[index] = gradient.square_().mul_(self.share_of_batch) if squared else gradient
         self._add_to_sums(pieces)
-        self.pieces += counts.double().cpu()
+        self.pieces += counts.double().cpu() * self.share_of_batch
+        self.squared += 1
 
     def _add_to_sums(self, pieces: Sequence[Tensor | None]) -> None:
         for index, piece in enumerate(pieces):
@@ -268,20 +284,6 @@ def _first_part(args: tuple[Any, ...], fraction: float) -> tuple[Any, ...]:
     """The arguments of the step with the first part of the batch only."""
     count = samples_in(args[0]) if args and fraction < 1 else None
     return args if count is None else (part_of(args[0], 0, math.ceil(fraction * count)), *args[1:])
-
-
-def _pieces(args: tuple[Any, ...], size: int | None) -> Iterator[tuple[Any, ...]]:
-    """The arguments of the step for each piece of so many samples; ``None``: the whole batch."""
-    count = samples_in(args[0]) if args and size is not None else None
-    if count is None or size is None:
-        yield args
-        return
-    for start in range(0, count, size):
-        yield (part_of(args[0], start, start + size), *args[1:])
-
-
-def _refused_by_checkpointing(error: RuntimeError) -> bool:
-    return "checkpoint" in str(error).lower()
 
 
 def _nothing_intercepted(module: nn.Module) -> ConfigurationError:

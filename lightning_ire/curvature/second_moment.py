@@ -44,6 +44,8 @@ class _ReadMoment(Estimate):
         self.window = window
 
     def finish(self) -> list[Tensor | None] | None:
+        if self.window.step == 0:  # nothing has been averaged yet
+            return None
         optimizer = self.window.optimizer
         moments: dict[int, Tensor] = {}
         missing = 0
@@ -54,10 +56,8 @@ class _ReadMoment(Estimate):
                 if moment is not None:
                     moments[id(parameter)] = moment
                 missing += moment is None and bool(state)
-        if missing or (not moments and self.window.step):
+        if missing or not moments:
             raise _no_second_moment(optimizer, missing)
-        if not moments:
-            return None
         return finite_or_none([moments.get(id(parameter)) for parameter in self.window.parameters])
 
 
@@ -69,9 +69,16 @@ def _moment(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tenso
         return None
     wide = found.detach().to(torch.promote_types(found.dtype, torch.float32), copy=True)
     step = float(state.get("step", group.get("step", 0)) or 0)
-    if "exp_avg_sq" in state and "betas" in group and step:
-        wide /= 1 - float(group["betas"][1]) ** step
-    return wide
+    decay = _decay(state, group)
+    return wide if decay is None or not step else wide.div_(1 - decay**step)
+
+
+def _decay(state: Mapping[str, Any], group: Mapping[str, Any]) -> float | None:
+    """Weight of the past in the moving average; ``None`` for a sum."""
+    if "exp_avg_sq" in state:
+        return float(group["betas"][1]) if "betas" in group else None
+    name = next((name for name in ("alpha", "rho") if name in group), None)  # RMSprop, Adadelta
+    return float(group[name]) if name is not None and "square_avg" in state else None
 
 
 def _no_second_moment(optimizer: Optimizer, missing: int) -> ConfigurationError:

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from lightning_ire.curvature.base import Estimate, MicroBatch, Window
 
-__all__ = ["SharedForward"]
+__all__ = ["SharedForward", "refused_by_checkpointing"]
+
+
+def refused_by_checkpointing(error: RuntimeError) -> bool:
+    """Whether it is reentrant activation checkpointing that refuses `torch.autograd.grad`."""
+    return "checkpoint" in str(error).lower()
 
 
 class SharedForward(Estimate):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from lightning_ire.functional import SAMPLED, SampledLoss
@@ -23,14 +24,18 @@ class LossCall:
     """One call that was seen.
 
     Attributes:
-        result: What the caller got.
+        edge: Where its result is in the graph (the tensor itself may be changed in place afterwards).
         draw: Makes its losses against targets drawn from a generator.
         sampled: The draw that was made during the call, if the tap has a generator.
     """
 
-    result: Tensor
+    edge: GradientEdge
     draw: Callable[[torch.Generator | None], SampledLoss]
     sampled: SampledLoss | None
+
+    def made(self, loss: Any) -> bool:
+        """Whether a loss is what this call returned, unchanged."""
+        return isinstance(loss, Tensor) and loss.grad_fn is self.edge.node
 
 
 class LossTap(TorchFunctionMode):
@@ -57,7 +62,7 @@ class LossTap(TorchFunctionMode):
         draw = _draws(func, args, kwargs or {}) if func in SAMPLED and result.requires_grad else None
         if draw is not None:
             sampled = draw(self.generator) if self.generator is not None else None
-            self.calls.append(LossCall(result, draw, sampled))
+            self.calls.append(LossCall(get_gradient_edge(result), draw, sampled))
         return result
 
 
@@ -68,10 +73,10 @@ def factors_in(loss: Tensor, calls: Sequence[LossCall]) -> list[tuple[LossCall, 
         loss: A scalar made from the calls' results.
         calls: Calls whose results have a graph.
     """
-    if len(calls) == 1 and calls[0].result is loss:
+    if len(calls) == 1 and calls[0].made(loss):
         return [(calls[0], torch.ones_like(loss))]
-    results = [call.result for call in calls]
-    factors = torch.autograd.grad(loss, results, retain_graph=True, allow_unused=True) if results else ()
+    edges = [call.edge for call in calls]
+    factors = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True) if edges else ()
     return [(call, factor) for call, factor in zip(calls, factors, strict=True) if factor is not None]
 
 
@@ -94,7 +99,9 @@ def _draws(
     given = call.arguments
     if not given["input"].requires_grad and func is not F.mse_loss:
         return None
-    settings = {name: given[name] for name in ("weight", "pos_weight", "ignore_index") if name in given}
+    settings = {
+        name: given[name] for name in ("weight", "pos_weight", "ignore_index", "label_smoothing") if name in given
+    }
     draw = functools.partial(SAMPLED[func], given["input"], given["target"], **settings, reduction=_reduction(given))
     return lambda generator: draw(generator=generator)
 

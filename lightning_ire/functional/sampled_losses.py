@@ -88,6 +88,7 @@ def sampled_cross_entropy(
     *,
     weight: Tensor | None = None,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     generator: torch.Generator | None = None,
 ) -> SampledLoss:
@@ -95,7 +96,8 @@ def sampled_cross_entropy(
 
     Ignored positions are those of the training loss and have weight 0. A class weight counts as that of the training
     target. (Weights of the drawn labels would make the mean of the gradient differ from zero and the estimate biased.)
-    There is no label smoothing and there are no soft targets: they do not change the curvature.
+    The draws are hard labels: soft targets and label smoothing do not change the curvature, but for the class weights
+    that they mix.
 
     Args:
         logits: Shape [N, C, ...] or [C], with graph.
@@ -103,6 +105,7 @@ def sampled_cross_entropy(
             probabilities of the logits' shape.
         weight: Class weights, shape [C].
         ignore_index: Class index of the positions that do not count.
+        label_smoothing: Share of the target that is spread over all classes.
         reduction: "mean", "sum" or "none".
         generator: CPU generator for the labels.
 
@@ -116,7 +119,7 @@ def sampled_cross_entropy(
     """
     labels = _unignored(sample_labels(logits, generator), target, ignore_index)
     losses = F.cross_entropy(logits, labels, ignore_index=_IGNORED, reduction="none")
-    return SampledLoss(losses, _class_weights(target, weight, ignore_index, logits, reduction))
+    return SampledLoss(losses, _class_weights(target, weight, ignore_index, logits, reduction, label_smoothing))
 
 
 def sampled_nll_loss(
@@ -265,18 +268,30 @@ def _unignored(labels: Tensor, target: Tensor, ignore_index: int) -> Tensor:
 
 @torch.no_grad()
 def _class_weights(
-    target: Tensor, weight: Tensor | None, ignore_index: int, logits: Tensor, reduction: Reduction
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    logits: Tensor,
+    reduction: Reduction,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Weight of each prediction in the training loss; 0 where it is ignored."""
     wide = _wide(logits)
     if target.is_floating_point():
         shares = target.to(wide).movedim(1 if logits.dim() > 1 else 0, -1)
-        weights = torch.ones_like(shares[..., 0]) if weight is None else shares @ weight.to(wide)
-        return weights / weights.numel() if reduction == "mean" else weights  # torch divides by the count here
-    ignored = target == ignore_index
-    weights = torch.ones_like(target, dtype=wide) if weight is None else weight.to(wide)[target.masked_fill(ignored, 0)]
-    weights = weights.masked_fill(ignored, 0.0)
-    return weights / weights.sum().clamp(min=torch.finfo(wide).tiny) if reduction == "mean" else weights
+        weights = torch.ones_like(shares[..., 0]) if weight is None else (shares * weight.to(wide)).sum(-1)
+        total: Tensor | int = weights.numel()  # torch divides by the count here
+        ignored = torch.zeros_like(weights, dtype=torch.bool)
+    else:
+        ignored = target == ignore_index
+        weights = torch.ones_like(target, dtype=wide)
+        if weight is not None:
+            weights = weight.to(wide)[target.masked_fill(ignored, 0)]
+        weights = weights.masked_fill(ignored, 0.0)
+        total = weights.sum().clamp(min=torch.finfo(wide).tiny)  # of the weights without smoothing
+    if weight is not None and label_smoothing:
+        weights = (weights * (1 - label_smoothing) + label_smoothing * weight.to(wide).mean()).masked_fill(ignored, 0.0)
+    return weights / total if reduction == "mean" else weights
 
 
 @torch.no_grad()
@@ -291,7 +306,9 @@ def _element_weights(losses: Tensor, factors: list[Tensor | None], reduction: Re
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniform numbers in [0, 1), drawn on the CPU in float64 as in :func:`sample_labels`."""
-    return torch.rand(like.shape, dtype=torch.float64, generator=generator).to(like.device, _wide(like))
+    wide = _wide(like)
+    draws = torch.rand(like.shape, dtype=torch.float64, generator=generator)
+    return draws.clamp(max=1 - torch.finfo(wide).eps).to(like.device, wide)  # rounding must not reach 1
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
