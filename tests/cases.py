@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_ire import Curvature
+
 FEATURES, CLASSES = 6, 4
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -160,3 +162,23 @@ def monitor_warnings() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield ours
     ours += [str(one.message) for one in caught if "SharpnessMonitor" in str(one.message)]
+
+
+def recorded(curvature: Curvature) -> list[list[Tensor | None] | None]:
+    """Every estimate h that a curvature will hand over."""
+    found: list[list[Tensor | None] | None] = []
+    begin = curvature.begin
+
+    def begin_recorded(window: Any) -> Any:
+        estimate = begin(window)
+        finish = estimate.finish
+
+        def finish_recorded() -> Any:
+            found.append(finish())
+            return found[-1]
+
+        estimate.finish = finish_recorded  # type: ignore[method-assign]
+        return estimate
+
+    curvature.begin = begin_recorded  # type: ignore[method-assign]
+    return found

@@ -17,7 +17,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.aggregation import CatMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher, tags
+from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher, SampledFisher, tags
 
 ZERO_SAM = {"kappa": 0.0, "perturbation": SAM(0.0)}
 
@@ -146,9 +146,10 @@ def test_estimates_that_need_their_own_pass_leave_no_trace(tmp_path: Path) -> No
             return {**output, "loss": output["loss"] + 0.01 * self.net[0].weight.square().sum()}
 
     plain = run([], tmp_path, TwoTerms)
-    estimated = run([IRE(kappa=5.0, interval=1, exclude="*")], tmp_path, TwoTerms)
-    assert_same_run(plain, estimated)
-    assert estimated["module"].calls == 2 * plain["module"].calls
+    for curvature, passes in ((SampledFisher(), 1), (SampledFisher(fraction=0.99), 2)):
+        estimated = run([IRE(kappa=5.0, interval=1, exclude="*", curvature=curvature)], tmp_path, TwoTerms)
+        assert_same_run(plain, estimated)
+        assert estimated["module"].calls == passes * plain["module"].calls
 
 
 def test_a_fisher_loss_that_draws_leaves_no_trace(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ class ManualSession:
         raise ConfigurationError(
             f"Expected `{name}` (manual optimization) to back-propagate a loss whose graph an estimate can use (for "
             f"SampledFisher one made with `cross_entropy`, `mse_loss`, ...), got another loss: give {name} a method "
-            "`fisher_loss(batch, batch_idx)`, or set `curvature` to EmpiricalFisher()."
+            "`fisher_loss(batch, batch_idx)` for SampledFisher, or set `curvature` to EmpiricalFisher()."
         )
 
     def _micro_batch(self) -> MicroBatch:

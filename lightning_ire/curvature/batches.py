@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,15 +15,15 @@ def samples_in(batch: Any) -> int | None:
     """Number of samples; ``None``: there is nothing in the batch that could be cut.
 
     Args:
-        batch: Tensors in nested tuples, lists and mappings. The first dimension that most of them share goes over the
-            samples; but if there is a list of mappings (detection targets), its entries are the samples, and so are
-            those of all lists of its length.
+        batch: Tensors in nested tuples, lists and mappings. The first dimension goes over the samples, and the first
+            tensor with more than one says how many there are; but if there is a list of mappings (detection targets),
+            its entries are the samples, and so are those of all lists of its length.
     """
     items = _list_of_samples(batch)
     if items is not None:
         return len(items)
-    sizes = Counter(tensor.size(0) for tensor in _tensors(batch) if tensor.dim())
-    return max(sizes, key=lambda size: (sizes[size], size > 1), default=None)
+    sizes = [tensor.size(0) for tensor in _tensors(batch) if tensor.dim()]
+    return next((size for size in sizes if size > 1), sizes[0] if sizes else None)
 
 
 def part_of(batch: Any, start: int, stop: int) -> Any:
@@ -41,7 +40,7 @@ def part_of(batch: Any, start: int, stop: int) -> Any:
     def cut(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[start:stop] if value.dim() and value.size(0) == size else value
-        if value is listed or (listed is not None and value is not batch and _has_entries(value, size)):
+        if listed is not None and (value is listed or (value is not batch and _has_entries(value, size))):
             return type(value)(value[start:stop])
         return _rebuilt(value, cut)
 
@@ -94,11 +93,8 @@ def _inside(value: Any) -> Iterator[Any]:
 
 
 def _rebuilt(value: Any, function: Callable[[Any], Any]) -> Any:
-    if isinstance(value, MutableMapping):
-        same = copy.copy(value)
-        for key, inner in value.items():
-            same[key] = function(inner)
-        return same
+    if isinstance(value, defaultdict):
+        return defaultdict(value.default_factory, {key: function(inner) for key, inner in value.items()})
     if isinstance(value, Mapping):
         return type(value)({key: function(inner) for key, inner in value.items()})  # type: ignore[call-arg]
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,7 +67,8 @@ def squares_at_once(
 
     def all_samples(*args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], Tensor]:
         score = _score_of_one(window, args, kwargs)
-        with seeded(seed, {weight.device for weight in weights.values()}):
+        with seeded(seed, {weight.device for weight in weights.values()}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # still faster than a loop
             return per_sample_squares(score, weights, stacked, chunk=max(_ELEMENTS // max(size, 1), 1))
 
     try:

@@ -45,7 +45,7 @@ class SampledFisher(Curvature):
     - Where that cannot be (`fraction`, `form="sample"`, AverageSAM, some compiled or checkpointed modules): a pass of
       its own.
 
-    What is squared (`form`), all with the same expectation:
+    What is squared (`form`), all with the same expectation where the loss is a mean over samples of equal weight:
 
     - "batch": the gradient of the whole window on all devices (the paper). One draw of a coordinate is like one
       chi-squared number: relative standard deviation about sqrt(2).
@@ -54,7 +54,8 @@ class SampledFisher(Curvature):
       and each piece counts by its number of samples, as if the loss were their mean.
     - "sample": each sample's gradient, with `torch.func`: sqrt(2 / n) for n samples. Layers with running statistics
       (BatchNorm) use them. Needs a step that returns what one call of a loss function returned; else, and where
-      torch.func cannot follow the step (metrics that count, `.item()`), a slow loop over samples, with a warning.
+      torch.func cannot follow the step (`.item()`, ...), a slow loop over samples, with a warning. A step that keeps
+      tensors in Python lists has to leave these alone: see :func:`~lightning_ire.in_extra_pass`.
 
     Args:
         fraction: Part of each micro-batch used, in (0, 1]: the first `ceil(fraction * n)` of its n samples. Below 1

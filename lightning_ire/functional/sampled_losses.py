@@ -114,7 +114,7 @@ def sampled_cross_entropy(
 
     Example:
         >>> sampled = sampled_cross_entropy(torch.tensor([[0.0, 99.0], [99.0, 0.0]]), torch.tensor([1, -100]))
-        >>> sampled.losses, sampled.weights
+        >>> sampled.losses.abs(), sampled.weights
         (tensor([0., 0.]), tensor([1., 0.]))
     """
     labels = _unignored(sample_labels(logits, generator), target, ignore_index)
@@ -173,7 +173,7 @@ def sampled_binary_cross_entropy_with_logits(
         Losses and weights of the logits' shape.
 
     Example:
-        >>> sampled = sampled_binary_cross_entropy_with_logits(torch.tensor([99.0, -99.0]), torch.tensor([0.0, 1.0]))
+        >>> sampled = sampled_binary_cross_entropy_with_logits(torch.tensor([999.0, -999.0]), torch.ones(2))
         >>> sampled.losses, sampled.weights
         (tensor([0., 0.]), tensor([0.5000, 0.5000]))
     """

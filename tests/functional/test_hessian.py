@@ -18,6 +18,7 @@ from lightning_ire.functional import (
     hessian_product,
     rademacher,
     split_like,
+    twice_differentiable,
 )
 
 CUBE_ROOT = torch.finfo(torch.float32).eps ** (1 / 3)
@@ -478,3 +479,79 @@ def test_largest_eigenvalue_of_a_net_both_ways():
         assert found.converged
         assert math.isclose(found.largest[0], float(values[-1]), rel_tol=digits)
         assert math.isclose(found.smallest[0], float(values[0]), rel_tol=digits)
+
+
+# forward passes that can be differentiated twice
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        heads = self.inner(x).view(2, 3, 2, 4)
+        return self.outer(F.scaled_dot_product_attention(heads, heads, heads).view(6, 8))
+
+
+def test_attention_can_be_differentiated_twice_inside_and_not_outside():
+    """Against the same attention written out."""
+    torch.manual_seed(0)
+    net, x = Attention(), torch.randn(6, 4)
+    parameters = list(net.parameters())
+    vector = [torch.randn_like(parameter) for parameter in parameters]
+
+    def product(outputs):
+        gradients = torch.autograd.grad(outputs.square().mean(), parameters, create_graph=True)
+        return flatten_like(hessian_product(gradients, parameters, vector), parameters)
+
+    heads = net.inner(x).view(2, 3, 2, 4)
+    written_out = net.outer(((heads @ heads.mT) / 2).softmax(-1).matmul(heads).view(6, 8))
+    expected = product(written_out)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        product(net(x))
+    with twice_differentiable(net):
+        outputs = net(x)
+    torch.testing.assert_close(product(outputs), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        product(net(x))
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_do_without_cudnn_inside_the_block_only(layer):
+    def flags():
+        cudnn = torch.backends.cudnn
+        return cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32
+
+    before = flags()
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=True, allow_tf32=False):
+        with twice_differentiable(nn.Sequential(nn.Linear(2, 2), layer(2, 3))):
+            assert flags() == (False, True, True, False)
+        assert flags() == (True, True, True, False)
+        with pytest.raises(KeyError, match="midway"), twice_differentiable(layer(2, 3)):
+            raise KeyError("midway")
+        assert flags() == (True, True, True, False)
+        with twice_differentiable(nn.Linear(2, 2)):
+            assert flags() == (True, True, True, False)
+    assert flags() == before
+
+
+def test_compiled_parts_run_uncompiled_inside_the_block_only():
+    """AOTAutograd refuses a second derivative."""
+    torch.compiler.reset()
+    net = mlp([3, 4, 2], dtype=torch.float32)
+    compiled = torch.compile(net, backend="aot_eager")
+    parameters, x = list(net.parameters()), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    vector = [torch.ones_like(parameter) for parameter in parameters]
+
+    def product(outputs):
+        gradients = torch.autograd.grad(outputs.square().mean(), parameters, create_graph=True)
+        return flatten_like(hessian_product(gradients, parameters, vector), parameters)
+
+    with pytest.raises(RuntimeError, match="double backward"):
+        product(compiled(x))
+    with twice_differentiable(compiled):
+        torch.testing.assert_close(product(compiled(x)), product(net(x)))
+    with pytest.raises(RuntimeError, match="double backward"):
+        product(compiled(x))
+    torch.compiler.reset()

@@ -12,13 +12,12 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from small import trainer
-from test_sampled_fisher import Recorded
 from test_throughput import Clock
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor
+from lightning_ire import IRE, SAM, ConfigurationError, SampledFisher, SharpnessMonitor
 from lightning_ire.callbacks._window import mixed_seed
 from lightning_ire.models import LanguageModel, Llama, Transformer
 
@@ -413,12 +412,14 @@ def sampled_fisher(model, batch, step) -> list[torch.Tensor]:
     "maker", [*NETWORKS.values(), partial(NETWORKS["Llama"], checkpointing=True)], ids=[*NETWORKS, "checkpointing"]
 )
 def test_sampled_fisher_is_that_of_all_predictions(maker, ignored):
-    model, data, curvature = language_model(maker, optimizer=STILL).double(), loader(16, ignored=ignored), Recorded()
+    model, data = language_model(maker, optimizer=STILL).double(), loader(16, ignored=ignored)
+    curvature = SampledFisher()
+    estimates = cases.recorded(curvature)
     cases.fit(
         model, [IRE(kappa=1.0, gamma=0.8, interval=1, curvature=curvature)], data, precision="64-true", max_epochs=1
     )
-    assert len(curvature.estimates) == 2
-    for step, (batch, estimate) in enumerate(zip(data, curvature.estimates, strict=True)):
+    assert len(estimates) == 2
+    for step, (batch, estimate) in enumerate(zip(data, estimates, strict=True)):
         for ours, expected in zip(estimate, sampled_fisher(model, batch, step), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-9 * float(expected.max()))
 
