@@ -18,7 +18,7 @@ env: $(VENV)/.installed  ## make the environment in .venv
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Expected Python 3.10 or newer, got " + sys.version.split()[0] + ": call make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
 run: env  ## train the embedded digits config with SGD-IRE (another one: make run CONFIG=configs/...)

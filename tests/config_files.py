@@ -29,8 +29,10 @@ def value(config: dict, key: str) -> Any:
     return here
 
 
-def by_name(paths: list[Path]) -> list:
-    return [pytest.param(path, id=path.stem) for path in paths]
+def by_name(paths: list[Path], slow: str = "") -> list:
+    """One case per config; those whose name contains one of the words in `slow` are slow ones."""
+    marks = [[pytest.mark.slow] if any(word in path.stem for word in slow.split()) else [] for path in paths]
+    return [pytest.param(path, id=path.stem, marks=mark) for path, mark in zip(paths, marks, strict=True)]
 
 
 def in_two_processes(commands: list[list[str]], folder: Path) -> None:
