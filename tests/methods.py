@@ -110,7 +110,7 @@ METHODS: list[Method] = [
         "∇L(θ + ρ g/‖g‖)",
         *passes("1", "1"),
         "eq. 7; Foret et al., [2010.01412](https://arxiv.org/abs/2010.01412)",
-        "the default; `interval=k` at every k-th step only, `parameters=[...]` some weights only, `sam_rho` in an "
+        "the usual one; `interval=k` at every k-th step only, `parameters=[...]` some weights only, `sam_rho` in an "
         "optimizer's parameter group for a radius of its own",
     ),
     Method(
