@@ -58,8 +58,10 @@ class LossTap(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in _KNOWN:  # first, and of a tuple: torch.compile traces this line for every operation
+            return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        draw = _draws(func, args, kwargs or {}) if func in SAMPLED and result.requires_grad else None
+        draw = _draws(func, args, kwargs or {}) if result.requires_grad else None
         if draw is not None:
             sampled = draw(self.generator) if self.generator is not None else None
             self.calls.append(LossCall(get_gradient_edge(result), draw, sampled))
@@ -106,6 +108,7 @@ def _draws(
     return lambda generator: draw(generator=generator)
 
 
+_KNOWN = tuple(SAMPLED)
 _signature = functools.cache(inspect.signature)
 
 
