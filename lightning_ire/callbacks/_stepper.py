@@ -154,18 +154,18 @@ class Stepper:
         """
         assert window.perturbation is not None
         moves: Sequence[Tensor | None] | None = None
-        rounds = window.perturbation.ascents
-        for round in range(1, rounds + 1):
+        ascents = window.perturbation.ascents
+        for number in range(1, ascents + 1):
             movable, moves, norm = window.displacement([parameter.grad for parameter in window.movable], moves)
             block = perturbed(movable, moves)
-            if round == rounds:
+            if number == ascents:
                 moves = None  # the block frees them once the weights are moved
             saved = moved.enter_context(block)
             try:
-                loss = second_pass(round == rounds)
+                loss = second_pass(number == ascents)
             finally:
                 moved.close()
-            if norm is not None and round == 1:
+            if norm is not None and number == 1:
                 self.logs[tags.GRAD_NORM] = self.progress.ascent_norm = norm
         if loss is not None:
             self.logs[tags.PERTURBED_LOSS] = loss

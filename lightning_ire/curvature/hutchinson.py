@@ -73,17 +73,19 @@ class _SignProducts(SharedForward):
         if not self.window.unmoved or not loss.requires_grad:
             return False
         scale = self.window.scale * self.window.share
-        self._add(self._products(loss * scale), 1 / scale)
+        vectors = self._signs()
+        self._add(vectors, self._products(loss * scale, vectors), 1 / scale)
         return True
 
     def own_pass(self, micro_batch: MicroBatch) -> None:
         scale = self.window.scale * self.window.share
+        vectors = self._signs()
         try:
             with (
                 twice_differentiable(self.window.module),
                 self.window.rerun(micro_batch, nullcontext(), *micro_batch.args) as loss,
             ):
-                products = self._products(loss * scale)
+                products = self._products(loss * scale, vectors)
         except RuntimeError as error:
             warnings.warn(
                 "HutchinsonHessian: the loss cannot be differentiated twice, so its products are differences of "
@@ -92,17 +94,17 @@ class _SignProducts(SharedForward):
             )
             products = [
                 finite_difference_product(lambda: self._gradients(micro_batch, scale), self.window.parameters, signs)
-                for signs in self._signs()
+                for signs in vectors
             ]
-        self._add(products, 1 / scale)
+        self._add(vectors, products, 1 / scale)
 
-    def _products(self, loss: Tensor) -> list[list[Tensor | None]]:
+    def _products(self, loss: Tensor, vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor | None]]:
         """H v for each v, H the Hessian of this loss."""
         gradients = self.window.differentiable_gradients(loss)
         indices = [index for index, gradient in enumerate(gradients) if gradient is not None]
         weights = [self.window.parameters[index] for index in indices]
         products = []
-        for signs in self._signs():
+        for signs in vectors:
             found = hessian_product([gradients[i] for i in indices], weights, [signs[i] for i in indices])
             product: list[Tensor | None] = [None] * len(gradients)
             for index, piece in zip(indices, found, strict=True):
@@ -136,8 +138,10 @@ class _SignProducts(SharedForward):
             )
         return vectors
 
-    def _add(self, products: Sequence[Sequence[Tensor | None]], factor: float) -> None:
-        for signs, product in zip(self._signs(), products, strict=True):
+    def _add(
+        self, vectors: Sequence[Sequence[Tensor]], products: Sequence[Sequence[Tensor | None]], factor: float
+    ) -> None:
+        for signs, product in zip(vectors, products, strict=True):
             for index, (sign, piece) in enumerate(zip(signs, product, strict=True)):
                 if piece is not None:
                     wide = piece.detach().to_dense().to(torch.promote_types(piece.dtype, torch.float32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,7 +66,7 @@ def squares_at_once(
     seed = int(torch.randint(2**62, (), generator=window.labels))
 
     def all_samples(*args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], Tensor]:
-        score = _score_of_one(window, args, kwargs)
+        score = _score_of_one(window, args, kwargs, {id(tensor) for tensor in stacked})
         with seeded(seed, {weight.device for weight in weights.values()}), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)  # still faster than a loop
             return per_sample_squares(score, weights, stacked, chunk=max(_ELEMENTS // max(size, 1), 1))
@@ -85,12 +85,10 @@ def squares_at_once(
 
 
 def _score_of_one(
-    window: Window, args: Sequence[Any], kwargs: Mapping[str, Any]
+    window: Window, args: Sequence[Any], kwargs: Mapping[str, Any], stacked: Collection[int]
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The score of one sample as a function of the weights and of the sample's tensors."""
-    module = window.module
-    stacked = {id(tensor) for tensor in stacked_tensors(args[0])}
-    inner = _Around(module)
+    """The score of one sample as a function of the weights and of the sample's tensors, `stacked` by their `id`."""
+    inner = _Around(window.module)
 
     def score(weights: Mapping[str, Tensor], *sample: Tensor) -> tuple[Tensor, Tensor]:
         parts = iter(sample)
