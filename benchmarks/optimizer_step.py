@@ -1,6 +1,6 @@
 """What the boost adds to an optimizer's step, and what a new mask costs, from 1 M to 250 M parameters.
 
-    OMP_NUM_THREADS=1 python benchmarks/optimizer_step.py       # about 5 minutes on one CPU core, 8 GB of memory
+    python benchmarks/optimizer_step.py       # about 5 minutes on one CPU core, 8 GB of memory
 
 - step: the optimizer's step with the copy of the old weights before it and the boost after it, next to the step alone.
 - mask: `flat_masks` of given estimates, next to concatenating them, `torch.kthvalue`, and comparing.
@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +126,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write; nothing is written without")
     options = parser.parse_args()
     device = options.device
+    torch.set_num_threads(1)
     measurements: dict[str, Callable[[list[Tensor]], Pair]] = {
         f"step + boost: {name}": lambda tensors, make=make: step_pair(make, tensors)
         for name, make in OPTIMIZERS.items()

@@ -1,6 +1,6 @@
 """What a training step costs with the callback, next to the same module without it.
 
-    OMP_NUM_THREADS=1 python benchmarks/step_cost.py            # everything: about 25 minutes on one CPU core
+    python benchmarks/step_cost.py            # everything: about 40 minutes on one CPU core
     python benchmarks/step_cost.py --only Transformer --rounds 6
 
 Every variant is a run of Lightning's Trainer of its own. The runs take turns, one step each in a new order every
@@ -27,11 +27,6 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-# one thread of torch in each run, and one heap for all: a thread's own is smaller, and its pages are mapped anew each time
-SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-if __name__ == "__main__" and not SETTINGS.keys() <= os.environ.keys():
-    os.execve(sys.executable, [sys.executable, *sys.argv], SETTINGS | dict(os.environ))
-
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -41,7 +36,8 @@ from workloads import WORKLOADS, Task, Workload, clock, machine, seconds_of
 
 from lightning_ire import IRE, SAM, AverageSAM, SampledFisher, SecondMoment
 
-RESULTS = Path(__file__).parent / "results"
+# one thread of torch in each run, and one heap for all: the pages of a thread's own heap are mapped anew each time
+SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 WARM_UP = 2
 INTERVAL = 10
 PLAIN = "without the callback"
@@ -269,7 +265,7 @@ def measure(name: str, options: Any) -> dict[str, Any]:
     least = floors(backward, parameters / bandwidth(options.device) / step)
     table = {}
     for row, ratios in rows(seconds).items():
-        low, middle, high = quantiles(ratios, n=4)
+        low, _, high = quantiles(ratios, n=4)
         table[row] = {"ratio": median(ratios), "low": low, "high": high, "floor": least[row]}
         print(f"  {row:28} {median(ratios):6.3f}  ({low:.3f} to {high:.3f})   floor {least[row]:.3f}")
     result = {"parameters": parameters, "seconds": step, "backward": backward, "rows": table}
@@ -291,6 +287,8 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON file to write; nothing is written without")
     options = parser.parse_args()
+    if not SETTINGS.keys() <= os.environ.keys():  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], SETTINGS | dict(os.environ))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     found = {name: measure(name, options) for name in WORKLOADS if name.startswith(options.only)}

@@ -157,7 +157,7 @@ class Curvature(ABC):
 
 def finite_or_none(values: list[Tensor | None]) -> list[Tensor | None] | None:
     """The values, or ``None`` if one of them is NaN or infinite."""
-    present = [value for value in values if value is not None]
-    if not all(bool(torch.isfinite(value).all()) for value in present):
-        return None
-    return values
+    present = [value.detach() for value in values if value is not None and value.numel()]
+    # NaN wins in both; one look at the device for all of them
+    ends = [end.to(present[0].device, torch.float64) for value in present for end in torch.aminmax(value)]
+    return values if not ends or bool(torch.isfinite(torch.stack(ends)).all()) else None

@@ -73,14 +73,19 @@ def sam_displacement(
     ]
     norm = global_norm(scaled)
     moves: list[Tensor | None] = []
+    factors: dict[tuple[float, torch.device], tuple[Tensor, Tensor]] = {}  # usually one
     for weight, gradient, radius in zip(parameters, scaled, _each(rho, parameters), strict=True):
         if gradient is None:
             moves.append(None)
             continue
-        factor = radius / norm.to(gradient.device)
-        usable = torch.isfinite(norm).to(gradient.device) & torch.isfinite(factor)  # the latter not for a norm near 0
+        key = (radius, gradient.device)
+        if key not in factors:
+            factor = radius / norm.to(gradient.device)
+            # the second not for a norm near 0
+            factors[key] = factor, torch.isfinite(norm).to(gradient.device) & torch.isfinite(factor)
+        factor, usable = factors[key]
         move = _times_size(weight, gradient, adaptive) * factor
-        moves.append(torch.where(usable, move, 0.0).to(weight.dtype))
+        moves.append(_zero_unless(usable, move).to(weight.dtype))
     return moves, norm
 
 
@@ -221,6 +226,12 @@ def _put_back(parameters: Sequence[Tensor], saved: Sequence[Tensor], moved: Sequ
     for weight, before, touched in zip(parameters, saved, moved, strict=True):
         if touched:
             weight.copy_(before)
+
+
+def _zero_unless(usable: Tensor, move: Tensor) -> Tensor:
+    if usable.device.type == "cpu":  # where looking at a number costs nothing
+        return move if bool(usable) else torch.zeros_like(move)
+    return torch.where(usable, move, 0.0)
 
 
 def _times_size(weight: Tensor, gradient: Tensor, adaptive: bool) -> Tensor:
