@@ -62,8 +62,8 @@ def boost_(
     for weight, old, mask, strength, shrunk in zip(parameters, old_parameters, masks, kappas, decays, strict=True):
         if mask is None or strength == 0 or (decay_only and not shrunk):
             continue
-        for pieces in _pieces(weight, old, mask):
-            _boost_piece_(*pieces, strength, shrunk, decay_only)
+        for piece, before, flat in _pieces(weight, old, mask):
+            _boost_piece_(piece, before, flat, strength, shrunk, decay_only)
 
 
 def _boost_piece_(weight: Tensor, old: Tensor, mask: Tensor, strength: float, shrunk: float, decay_only: bool) -> None:

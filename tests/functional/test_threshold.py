@@ -191,3 +191,27 @@ def test_gamma_out_of_range_is_refused(gamma):
 def test_other_dtypes_are_refused(dtype, exclude_zero):
     with pytest.raises(TypeError, match=f"Expected values of dtype torch.float16.*, got {dtype}"):
         flat_threshold([torch.ones(3), torch.ones(3).to(dtype)], 0.5, exclude_zero=exclude_zero)
+
+
+@pytest.mark.parametrize("gamma", [1e-6, 0.3, 0.8, 0.9999, 1.0])
+@pytest.mark.parametrize("kind", ["random", "sorted", "tied", "misleading"])
+def test_much_data_is_ranked_by_a_sample_to_the_bit(kind: str, gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the sample misleads, and only there, the bit patterns are counted."""
+    torch.manual_seed(0)
+    values = torch.randn(400_000)
+    if kind == "sorted":
+        values = values.sort().values
+    elif kind == "tied":
+        values = values.masked_fill(values < 1, 0.0)
+    elif kind == "misleading":
+        monkeypatch.setattr(threshold, "_every", lambda stride, chunk: chunk[chunk > 1])
+    counted = []
+    count = threshold._kth_pattern
+    monkeypatch.setattr(threshold, "_kth_pattern", lambda *args: counted.append(1) or count(*args))
+    parts = [values[:150_000].view(3, 50_000).t(), values[150_000:150_003], values[150_003:]]
+    expected = values.abs().sort().values[max(1, int(400_000 * gamma)) - 1]
+    assert flat_threshold(parts, gamma) == expected
+    if kind in ("random", "sorted"):
+        assert not counted
+    if kind == "misleading" and gamma in (0.3, 0.8):
+        assert counted
