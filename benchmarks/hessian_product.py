@@ -8,14 +8,11 @@ x86_64 machine with torch 2.15 (three runs): a product takes 1.7 to 2.3 times as
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from workloads import turns
 
 from lightning_ire.functional import hessian_product
 from lightning_ire.models import ResNet
@@ -39,17 +36,6 @@ def models() -> dict[str, tuple[nn.Module, torch.Tensor]]:
     }
 
 
-def fastest(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds; the functions take turns, so that a slow moment of the machine hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(TRIES + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: min(values[1:]) for name, values in times.items()}
-
-
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -65,13 +51,16 @@ def main() -> None:
 
             gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
             vector = [torch.randn_like(parameter) for parameter in parameters]
-            seconds = fastest(
+            times = turns(
                 {
                     "training pass": lambda: torch.autograd.grad(loss(), parameters),  # noqa: B023
                     "gradient with its graph": lambda: torch.autograd.grad(loss(), parameters, create_graph=True),  # noqa: B023
                     "Hessian product": lambda: hessian_product(gradients, parameters, vector),  # noqa: B023
-                }
+                },
+                TRIES,
+                "cpu",
             )
+            seconds = {what: min(tries) for what, tries in times.items()}
         base = seconds["training pass"]
         ratios = ", ".join(f"{what} {value / base:.2f}" for what, value in seconds.items())
         print(f"{name}: {ratios}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from workloads import finish, machine, seconds_of
+from workloads import finish, machine, turns
 
 from lightning_ire.callbacks._boost import OldWeights, boost
 from lightning_ire.functional import flat_masks, perturbed, sam_displacement
@@ -106,15 +106,10 @@ def ascent_pair(tensors: list[Tensor]) -> Pair:
 
 def compare(pair: Pair, tries: int, device: str) -> dict[str, float]:
     """Ratio of the first to the second, and nanoseconds per call of both."""
-    times = [[seconds_of(function, device) for function in pair] for _ in range(tries + 1)][1:]
-    low, _, high = quantiles([ours / theirs for ours, theirs in times], n=4)
-    return {
-        "ratio": median(ours / theirs for ours, theirs in times),
-        "low": low,
-        "high": high,
-        "ours": median(ours for ours, _ in times),
-        "theirs": median(theirs for _, theirs in times),
-    }
+    times = turns(dict(zip(("ours", "theirs"), pair, strict=True)), tries, device)
+    ratios = [ours / theirs for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
+    low, _, high = quantiles(ratios, n=4)
+    return {"ratio": median(ratios), "low": low, "high": high} | {name: median(each) for name, each in times.items()}
 
 
 def main() -> None:

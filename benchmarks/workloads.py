@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lightning_ire
 from lightning_ire.models import ResNet, Transformer, WideResNet
 
-__all__ = ["WORKLOADS", "Task", "Workload", "clock", "finish", "machine", "seconds_of"]
+__all__ = ["WORKLOADS", "Task", "Workload", "clock", "finish", "machine", "seconds_of", "turns"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,12 @@ def seconds_of(function: Callable[[], Any], device: str) -> float:
     start = clock(device)
     function()
     return clock(device) - start
+
+
+def turns(functions: Mapping[str, Callable[[], Any]], tries: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each try; the functions take turns, so that a slow moment of the machine hits all of them."""
+    times = [{name: seconds_of(call, device) for name, call in functions.items()} for _ in range(tries + 1)]
+    return {name: [one[name] for one in times[1:]] for name in functions}  # the first warms up
 
 
 def machine(device: str) -> dict[str, str | int]:

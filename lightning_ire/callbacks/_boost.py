@@ -116,8 +116,9 @@ def boost(
         flat, sharp = [], []
         for weight, old, mask in zip(weights.parameters, weights.old, weights.masks, strict=True):
             step = weight.detach() - old
-            flat.append(None if mask is None else step * mask)
-            sharp.append(step if mask is None else step * ~mask)
+            boosted = None if mask is None else step * mask
+            flat.append(global_norm([boosted]))  # of each by itself: only one is in memory
+            sharp.append(global_norm([step if boosted is None else step.sub_(boosted)]))
         logs |= {tags.STEP_NORM_FLAT: global_norm(flat), tags.STEP_NORM_SHARP: global_norm(sharp)}
     return logs
 

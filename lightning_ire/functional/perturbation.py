@@ -172,7 +172,7 @@ def ascent_in_ball(
         length = (global_norm([move]) if together is None else together).to(move.device)
         shortened = torch.where(length > radius, move * (radius / length), move)
         usable = torch.isfinite(norm.to(move.device)) & torch.isfinite(length)
-        moves.append(torch.where(usable, shortened, 0.0).to(weight.dtype))
+        moves.append(_zero_unless(usable, shortened).to(weight.dtype))
     return moves, norm
 
 
