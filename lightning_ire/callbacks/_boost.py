@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError, check_number
-from lightning_ire.functional import boost_, global_norm
+from lightning_ire.functional import boost_, copied, global_norm
 from lightning_ire.perturbation import GROUP_RADIUS
 from lightning_ire.schedule import scheduled_kappas
 
 __all__ = ["OldWeights", "boost", "check_decoupled_decay", "check_groups", "decay_factors", "learning_rates"]
 
+_BLOCK = 1 << 21  # elements: 16 MB in float64
 _COUPLED = {"SGD", "ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam"}
 _DECOUPLED = {"Adafactor", "AdamW", "Muon"}
 
@@ -29,13 +30,14 @@ class OldWeights:
     """Weights before the base step.
 
     Attributes:
-        parameters: The optimizer's parameters that are boosted (all of them for a step whose norms are logged).
+        parameters: The optimizer's parameters that are boosted (all of them for a step whose norms are logged); a very
+            large one on a CPU in blocks.
         groups: Index of each one's parameter group.
         old: Their values before the step.
         masks: Their masks; ``None``: not boosted.
     """
 
-    parameters: list[nn.Parameter] = field(default_factory=list)
+    parameters: list[Tensor] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     old: list[Tensor] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
@@ -59,17 +61,33 @@ class OldWeights:
             everything: Save parameters without a mask too.
         """
         self = cls()
+        to_copy: list[int] = []
         for index, group in enumerate(optimizer.param_groups):
             for parameter in group["params"]:
                 mask = masks.get(names.get(id(parameter), ""))
                 if (mask is None and not everything) or not parameter.requires_grad:
                     continue
                 copy = copies.get(id(parameter))
-                self.parameters.append(parameter)
-                self.groups.append(index)
-                self.old.append(parameter.detach().clone() if copy is None else copy)
-                self.masks.append(mask)
+                weight = parameter.detach()
+                for part, before, flat in _blocks(weight, weight if copy is None else copy, mask):
+                    if copy is None:
+                        to_copy.append(len(self.old))
+                    self.parameters.append(part)
+                    self.groups.append(index)
+                    self.old.append(before)
+                    self.masks.append(flat)
+        for place, made in zip(to_copy, copied([self.old[place] for place in to_copy]), strict=True):
+            self.old[place] = made
         return self
+
+
+def _blocks(weight: Tensor, old: Tensor, mask: Tensor | None) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
+    """Views of parts: a CPU's allocator asks the system anew for each copy of 32 MB or more, page by page."""
+    tensors = [weight, old] if mask is None else [weight, old, mask]
+    if weight.numel() <= _BLOCK or weight.device.type != "cpu" or not all(one.is_contiguous() for one in tensors):
+        return [(weight, old, mask)]
+    masks = [None] * -(-weight.numel() // _BLOCK) if mask is None else mask.view(-1).split(_BLOCK)
+    return zip(weight.view(-1).split(_BLOCK), old.view(-1).split(_BLOCK), masks, strict=True)
 
 
 @torch.no_grad()

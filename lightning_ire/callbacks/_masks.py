@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire import tags
-from lightning_ire.functional import flat_threshold, mask_below, pack_mask, unpack_mask
+from lightning_ire.functional import count_true, masks_and_threshold, pack_mask, unpack_mask
 
 __all__ = ["FlatMasks"]
 
@@ -50,9 +50,10 @@ class FlatMasks:
         for group in [list(present)] if self.scope == "global" else [[name] for name in present]:
             if not group:
                 continue
-            threshold = flat_threshold([present[name] for name in group], self.gamma, exclude_zero=self.exclude_zero)
+            values_of_group = [present[name] for name in group]
+            made, threshold = masks_and_threshold(values_of_group, self.gamma, exclude_zero=self.exclude_zero)
             thresholds.append(threshold)
-            masks |= {name: mask_below(present[name], threshold, exclude_zero=self.exclude_zero) for name in group}
+            masks |= dict(zip(group, made, strict=True))
         self.logs = _statistics(self.masks, masks, thresholds)
         self.masks = masks
         self.new = True
@@ -102,25 +103,22 @@ def _statistics(
     """Values for the log: sums of booleans, no copy to the host."""
     if not new:
         return {}
-    device = next(iter(new.values())).device
-    total = sum(mask.numel() for mask in new.values())
+    masks = list(new.values())
+    flat = count_true(masks)
     logs: dict[str, Tensor] = {
-        tags.FLAT_FRACTION: _count(new.values(), device) / total,
-        tags.THRESHOLD: torch.stack([threshold.to(device) for threshold in thresholds]).amax(),
+        tags.FLAT_FRACTION: flat.float() / sum(mask.numel() for mask in masks),
+        tags.THRESHOLD: torch.stack([threshold.to(flat.device) for threshold in thresholds]).amax(),
     }
     shared = [name for name in new if name in old and old[name].shape == new[name].shape]
     if shared:
-        size = sum(new[name].numel() for name in shared)
-        sharp_old = size - _count((old[name] for name in shared), device)
-        sharp_new = size - _count((new[name] for name in shared), device)
-        both = size - _count((old[name] | new[name] for name in shared), device)
+        before, now = [old[name] for name in shared], [new[name] for name in shared]
+        size = sum(mask.numel() for mask in now)
+        sharp_old = (size - count_true(before)).float()
+        sharp_new = (size - (flat if len(shared) == len(new) else count_true(now))).float()
+        both = (size - count_true(before, now)).float()
         either = sharp_old + sharp_new - both
         logs[tags.MASK_IOU] = torch.where(either > 0, both / either.clamp(min=1), 1.0)
         share = sharp_old / size * (sharp_new / size)
         chance = share / ((sharp_old + sharp_new) / size - share).clamp(min=torch.finfo(torch.float32).tiny)
         logs[tags.MASK_IOU_CHANCE] = torch.where(either > 0, chance, 1.0)
     return logs
-
-
-def _count(masks: Any, device: torch.device) -> Tensor:
-    return torch.stack([mask.sum().to(device) for mask in masks]).sum().float()

@@ -27,6 +27,7 @@ SGD-IRE in a plain PyTorch loop (the mask from one sampled-label gradient, every
 For SAM put `with perturbed(weights, sam_displacement(weights, gradients, rho=0.05)[0]):` around a second backward.
 """
 
+from lightning_ire.functional._foreach import copied
 from lightning_ire.functional.averages import (
     MeanEstimate,
     adaptive_mean,
@@ -37,7 +38,14 @@ from lightning_ire.functional.averages import (
 from lightning_ire.functional.boost import boost_
 from lightning_ire.functional.deflation import deflated_trace
 from lightning_ire.functional.fisher import fisher_diagonal, per_sample_squares
-from lightning_ire.functional.flat_mask import flat_masks, mask_below, pack_mask, unpack_mask
+from lightning_ire.functional.flat_mask import (
+    count_true,
+    flat_masks,
+    mask_below,
+    masks_and_threshold,
+    pack_mask,
+    unpack_mask,
+)
 from lightning_ire.functional.hessian import (
     finite_difference_product,
     gradients_by_backward,
@@ -81,6 +89,8 @@ __all__ = [
     "ascent_in_ball",
     "average_sam_displacement",
     "boost_",
+    "copied",
+    "count_true",
     "deflated_trace",
     "effective_product",
     "extreme_eigenvalues",
@@ -96,6 +106,7 @@ __all__ = [
     "hutchinson_trace",
     "kept_buffers",
     "mask_below",
+    "masks_and_threshold",
     "pack_mask",
     "per_sample_squares",
     "perturbed",

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_ire.functional._foreach import groups_of, joined, masked_, parts_of, subtract_
+
 __all__ = ["boost_"]
 
-_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 1 << 18  # elements: weights, old weights, mask and difference are 3 MB in float32
 _PIECE_ON_DEVICE = 1 << 26
 
@@ -59,24 +60,36 @@ def boost_(
             f"Expected one entry per parameter ({count}), got {len(old_parameters)} old parameters, {len(masks)} "
             f"masks, {len(kappas)} kappas and {len(decays)} decays."
         )
-    for weight, old, mask, strength, shrunk in zip(parameters, old_parameters, masks, kappas, decays, strict=True):
-        if mask is None or strength == 0 or (decay_only and not shrunk):
-            continue
-        for piece, before, flat in _pieces(weight, old, mask):
-            _boost_piece_(piece, before, flat, strength, shrunk, decay_only)
+    chosen = [
+        index
+        for index in range(count)
+        if masks[index] is not None and kappas[index] != 0 and not (decay_only and not decays[index])
+    ]
+    keys = [(kappas[index], decays[index]) for index in chosen]
+    for group in groups_of([parameters[index] for index in chosen], keys):
+        members = [chosen[position] for position in group]
+        strength, shrunk = keys[group[0]]
+        weights = [parameters[index].detach() for index in members]
+        olds = [old_parameters[index] for index in members]
+        flat: list[Tensor] = [masks[index] for index in members]  # type: ignore[misc]
+        if len(members) == 1:
+            for weight, old, mask in _pieces(weights[0], olds[0], flat[0]):
+                weight.sub_(_way_back(weight, old, mask, shrunk, decay_only), alpha=strength)
+        else:
+            back = _way_back(joined(weights), joined(olds), joined(flat), shrunk, decay_only)
+            subtract_(weights, parts_of(back, weights), strength)
 
 
-def _boost_piece_(weight: Tensor, old: Tensor, mask: Tensor, strength: float, shrunk: float, decay_only: bool) -> None:
+def _way_back(weight: Tensor, old: Tensor, mask: Tensor, shrunk: float, decay_only: bool) -> Tensor:
+    """The step to be lengthened, with the opposite sign, and 0 where it is not: x - 0.0 is x to the bit for every x."""
     if decay_only:
         back = old * shrunk
     else:
         back = old - weight
         if shrunk:
             back.sub_(old, alpha=shrunk)
-    # as whole numbers: a product of bits with 0 is +0.0, of NaN and infinity too; and x - 0.0 is x to the bit for
-    # every x, -0.0 and NaN included
-    back.view(_WHOLE[back.element_size()]).mul_(mask)
-    weight.sub_(back, alpha=strength)
+    masked_([back], [mask])
+    return back
 
 
 def _pieces(*tensors: Tensor) -> Iterable[Sequence[Tensor]]:

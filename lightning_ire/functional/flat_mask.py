@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -9,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_ire.functional._foreach import groups_of, joined, parts_of
 from lightning_ire.functional.threshold import flat_threshold
 
-__all__ = ["flat_masks", "mask_below", "pack_mask", "unpack_mask"]
+__all__ = ["count_true", "flat_masks", "mask_below", "masks_and_threshold", "pack_mask", "unpack_mask"]
 
 
 def flat_masks(
@@ -44,20 +46,50 @@ def flat_masks(
     """
     if scope not in ("global", "tensor"):
         raise ValueError(f"Expected `scope` to be 'global' or 'tensor', got {scope!r}.")
-    if scope == "global":
-        threshold = flat_threshold(values, gamma, exclude_zero=exclude_zero)
-        return [None if value is None else mask_below(value, threshold, exclude_zero=exclude_zero) for value in values]
-    if not any(value is not None and value.numel() for value in values):
-        flat_threshold(values, gamma)  # says what is missing
-    masks: list[Tensor | None] = []
-    for value in values:
-        if value is None or not value.numel():
-            masks.append(None if value is None else torch.zeros_like(value, dtype=torch.bool))
-            continue
-        masks.append(
-            mask_below(value, flat_threshold([value], gamma, exclude_zero=exclude_zero), exclude_zero=exclude_zero)
-        )
+    present = [index for index, value in enumerate(values) if value is not None]
+    chosen: list[Tensor] = [values[index] for index in present]  # type: ignore[misc]
+    if scope == "global" or not any(value.numel() for value in chosen):
+        found, _ = masks_and_threshold(chosen, gamma, exclude_zero=exclude_zero)
+    else:
+        found = []
+        for value in chosen:
+            some = value.numel() > 0
+            found += masks_and_threshold([value], gamma, exclude_zero=exclude_zero)[0] if some else [value.bool()]
+    masks: list[Tensor | None] = [None] * len(values)
+    for index, mask in zip(present, found, strict=True):
+        masks[index] = mask
     return masks
+
+
+@torch.no_grad()
+def masks_and_threshold(
+    values: Sequence[Tensor], gamma: float, *, exclude_zero: bool = False
+) -> tuple[list[Tensor], Tensor]:
+    """The masks of :func:`flat_masks` over all values at once, and the threshold that made them.
+
+    Args:
+        values: Curvature estimates, one tensor per parameter.
+        gamma: As there.
+        exclude_zero: As there.
+
+    Returns:
+        One boolean tensor per value (those of small values are parts of one tensor), and the scalar of
+        :func:`flat_threshold`.
+
+    Raises:
+        ValueError: As there.
+
+    Cost: that of :func:`flat_threshold`, one more read of the values, and one byte per value.
+    """
+    groups = groups_of(values)
+    flat = [joined([values[index] for index in group]) for group in groups]
+    threshold = flat_threshold(flat, gamma, exclude_zero=exclude_zero)
+    masks: list[Tensor] = [threshold] * len(values)
+    for group, vector in zip(groups, flat, strict=True):
+        mask = mask_below(vector, threshold, exclude_zero=exclude_zero)
+        for index, part in zip(group, parts_of(mask, [values[index] for index in group]), strict=True):
+            masks[index] = part
+    return masks, threshold
 
 
 def mask_below(value: Tensor, threshold: Tensor, *, exclude_zero: bool = False) -> Tensor:
@@ -75,6 +107,26 @@ def mask_below(value: Tensor, threshold: Tensor, *, exclude_zero: bool = False) 
     size = value.detach().abs().to(torch.promote_types(value.dtype, threshold.dtype))
     mask = size <= threshold.to(size)
     return mask & (size > 0) if exclude_zero else mask
+
+
+def count_true(*masks: Sequence[Tensor]) -> Tensor:
+    """At how many places one mask, or at least one of several, is true; no copy to the host.
+
+    Args:
+        masks: Lists of boolean tensors, the first tensors of all lists of one shape, and so on; at least one.
+
+    Returns:
+        Scalar int64 tensor on the first tensor's device.
+
+    Example:
+        >>> count_true([torch.tensor([True, False, False])], [torch.tensor([True, True, False])])
+        tensor(2)
+    """
+    counts = []
+    for group in groups_of(masks[0]):
+        either = [joined([tensors[index] for index in group]) for tensors in masks]
+        counts.append(functools.reduce(torch.logical_or, either).count_nonzero())
+    return torch.stack([count.to(masks[0][0].device) for count in counts]).sum()
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_ire.functional._foreach import add_, copied, copy_, masked_, norms, products
+
 __all__ = ["ascent_in_ball", "average_sam_displacement", "global_norm", "perturbed", "sam_displacement"]
 
 
@@ -26,14 +28,12 @@ def global_norm(tensors: Sequence[Tensor | None]) -> Tensor:
         >>> global_norm([torch.tensor([3.0]), None, torch.tensor(4.0)])
         tensor(5.)
     """
-    norms = []
-    for tensor in tensors:
-        if tensor is not None:
-            dense = tensor.coalesce().values() if tensor.is_sparse else tensor
-            norms.append(torch.linalg.vector_norm(dense, dtype=_accumulation_dtype(dense.dtype)))
-    if not norms:
+    dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors if tensor is not None]
+    if not dense:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in _promoted(norms)]))
+    found = norms(dense)
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in found) else torch.float32
+    return torch.linalg.vector_norm(torch.stack([norm.to(found[0].device, widest) for norm in found]))
 
 
 @torch.no_grad()
@@ -72,20 +72,17 @@ def sam_displacement(
         for weight, gradient in zip(parameters, gradients, strict=True)
     ]
     norm = global_norm(scaled)
-    moves: list[Tensor | None] = []
-    factors: dict[tuple[float, torch.device], tuple[Tensor, Tensor]] = {}  # usually one
-    for weight, gradient, radius in zip(parameters, scaled, _each(rho, parameters), strict=True):
-        if gradient is None:
-            moves.append(None)
-            continue
-        key = (radius, gradient.device)
-        if key not in factors:
-            factor = radius / norm.to(gradient.device)
-            # the second not for a norm near 0
-            factors[key] = factor, torch.isfinite(norm).to(gradient.device) & torch.isfinite(factor)
-        factor, usable = factors[key]
-        move = _times_size(weight, gradient, adaptive) * factor
-        moves.append(_zero_unless(usable, move).to(weight.dtype))
+    moves: list[Tensor | None] = [None] * len(scaled)
+    alike: dict[tuple[float, torch.device], list[int]] = {}  # usually one
+    for index, (gradient, radius) in enumerate(zip(scaled, _each(rho, parameters), strict=True)):
+        if gradient is not None:
+            alike.setdefault((radius, gradient.device), []).append(index)
+    for (radius, device), members in alike.items():
+        factor = radius / norm.to(device)
+        usable = torch.isfinite(norm).to(device) & torch.isfinite(factor)  # the second not for a norm near 0
+        chosen = [_times_size(parameters[index], scaled[index], adaptive) for index in members]  # type: ignore[arg-type]
+        for index, move in zip(members, _zero_unless(usable, products(chosen, factor)), strict=True):
+            moves[index] = move.to(parameters[index].dtype)
     return moves, norm
 
 
@@ -172,7 +169,7 @@ def ascent_in_ball(
         length = (global_norm([move]) if together is None else together).to(move.device)
         shortened = torch.where(length > radius, move * (radius / length), move)
         usable = torch.isfinite(norm.to(move.device)) & torch.isfinite(length)
-        moves.append(_zero_unless(usable, shortened).to(weight.dtype))
+        moves.append(_zero_unless(usable, [shortened])[0].to(weight.dtype))
     return moves, norm
 
 
@@ -204,15 +201,13 @@ def perturbed(parameters: Sequence[Tensor], displacements: Sequence[Tensor | Non
         >>> weight
         tensor([1.])
     """
-    saved = [weight.detach().clone() for weight in parameters]
-    moved = [move is not None for move in displacements]
+    saved = copied(parameters)
+    moved = [index for index, (_, move) in enumerate(zip(parameters, displacements, strict=True)) if move is not None]
+    moves = [move for move in displacements if move is not None]
     try:
         try:
-            with torch.no_grad():
-                for weight, move in zip(parameters, displacements, strict=True):
-                    if move is not None:
-                        weight.add_(move)
-            displacements = move = None  # type: ignore[assignment]  # frees a copy of the weights inside the block
+            add_([parameters[index] for index in moved], moves)
+            del displacements, moves  # frees a copy of the weights inside the block
             yield saved
         finally:
             _put_back(parameters, saved, moved)
@@ -221,17 +216,15 @@ def perturbed(parameters: Sequence[Tensor], displacements: Sequence[Tensor | Non
         raise
 
 
-@torch.no_grad()
-def _put_back(parameters: Sequence[Tensor], saved: Sequence[Tensor], moved: Sequence[bool]) -> None:
-    for weight, before, touched in zip(parameters, saved, moved, strict=True):
-        if touched:
-            weight.copy_(before)
+def _put_back(parameters: Sequence[Tensor], saved: Sequence[Tensor], moved: Sequence[int]) -> None:
+    copy_([parameters[index] for index in moved], [saved[index] for index in moved])
 
 
-def _zero_unless(usable: Tensor, move: Tensor) -> Tensor:
-    if usable.device.type == "cpu":  # where looking at a number costs nothing
-        return move if bool(usable) else torch.zeros_like(move)
-    return torch.where(usable, move, 0.0)
+def _zero_unless(usable: Tensor, moves: list[Tensor]) -> list[Tensor]:
+    """All moves, or zeros in their place, without waiting for a GPU."""
+    if usable.device.type != "cpu" or not bool(usable):
+        masked_(moves, usable)
+    return moves
 
 
 def _times_size(weight: Tensor, gradient: Tensor, adaptive: bool) -> Tensor:
@@ -242,9 +235,3 @@ def _times_size(weight: Tensor, gradient: Tensor, adaptive: bool) -> Tensor:
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half types, whose squares overflow or lose all digits; else the type itself."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _promoted(norms: Sequence[Tensor]) -> list[Tensor]:
-    """Scalars of float32 and float64 brought to one type, so that they can be stacked."""
-    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    return [norm.to(widest) for norm in norms]

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lightning_ire.functional._foreach import groups_of, joined
+
 __all__ = ["flat_threshold"]
 
 _BITS = {
@@ -54,7 +56,7 @@ def flat_threshold(values: Sequence[Tensor | None], gamma: float, *, exclude_zer
         TypeError: If a tensor is not of one of the four floating dtypes.
 
     Cost: one read of the data; one per 16 bits of the dtype where the sample misleads. Temporary memory of about a
-    hundredth of the values (an eighth at most) and 2^18 elements (2^24 on a GPU).
+    hundredth of the values (an eighth at most) and 2^18 elements (2^24 on a GPU), and a copy of the small tensors.
 
     Example:
         >>> values = [torch.tensor([3.0, -1.0]), torch.tensor(2.0), None, torch.tensor([0.5])]
@@ -67,6 +69,7 @@ def flat_threshold(values: Sequence[Tensor | None], gamma: float, *, exclude_zer
     if not tensors:
         raise ValueError("Expected at least one value to rank, got none (no tensors, or only empty ones).")
     dtype = _common_dtype(tensors)
+    tensors = [joined([tensors[index] for index in group]) for group in groups_of(tensors)]
     total = sum(tensor.numel() for tensor in tensors)
     zeros = sum(int((tensor == 0).sum()) for tensor in tensors) if exclude_zero else 0
     device = tensors[0].device
@@ -94,8 +97,7 @@ def _by_sample(tensors: Sequence[Tensor], rank: int, total: int, dtype: torch.dt
     if total < _LITTLE or any(tensor.device != tensors[0].device for tensor in tensors):
         return None
     wide = torch.promote_types(dtype, torch.float32)
-    stride = max(total // _SAMPLE, 1)
-    sample = torch.cat([_every(stride, chunk) for chunk in _sizes(tensors, wide)]).sort().values
+    sample = torch.cat([_every(max(total // _SAMPLE, 1), tensor).to(wide) for tensor in tensors]).abs().sort().values
     if not bool(torch.isfinite(sample[-1])):
         return None
     share = rank / total
@@ -129,7 +131,7 @@ def _by_sample(tensors: Sequence[Tensor], rank: int, total: int, dtype: torch.dt
 def _every(stride: int, values: Tensor) -> Tensor:
     """One of every `stride` values, not always in the same place: layouts have periods (channels, heads)."""
     count = torch.arange(-(-values.numel() // stride), device=values.device)
-    places = (count * stride + (count * 0.6180339887 % 1) * stride).long()
+    places = count * stride + (count * 40503 % 65536 * stride >> 16)
     return values[places.clamp_(max=values.numel() - 1)]
 
 
@@ -168,23 +170,10 @@ def _patterns(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]
 
 
 def _sizes(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Absolute values: large tensors in chunks, small ones of a device together."""
-    waiting: list[Tensor] = []
-    size = 0
+    """Absolute values in chunks."""
     for tensor in tensors:
-        limit = _CHUNK if tensor.device.type == "cpu" else _CHUNK_ON_DEVICE
-        for chunk in tensor.reshape(-1).split(limit):
-            if waiting and (size + chunk.numel() > limit or waiting[0].device != chunk.device):
-                yield _joined(waiting, dtype)
-                waiting, size = [], 0
-            waiting.append(chunk)
-            size += chunk.numel()
-    yield _joined(waiting, dtype)
-
-
-def _joined(chunks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    joined = chunks[0] if len(chunks) == 1 else torch.cat([chunk.to(dtype) for chunk in chunks])
-    return joined.to(dtype).abs()
+        for chunk in tensor.split(_CHUNK if tensor.device.type == "cpu" else _CHUNK_ON_DEVICE):
+            yield chunk.to(dtype).abs()
 
 
 def _check_finite(counts: Tensor, dtype: torch.dtype) -> None:

@@ -1,0 +1,124 @@
+"""Many tensors in few operations: torch's foreach functions, and small tensors joined to long ones.
+
+The only file that uses torch's `_foreach_*` functions, which torch documents as a beta (`torch.foreach`). Each is
+one loop in C++ on a CPU and a few kernels for all tensors together on a GPU. The results are those of the same
+operation tensor by tensor, to the bit (norms: up to the order of the sum).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_", "copied", "copy_", "groups_of", "joined", "masked_", "norms", "parts_of", "products", "subtract_"]
+
+_SMALL = 1 << 13  # elements; below, the calls cost more than copying the numbers
+_SMALL_ON_DEVICE = 1 << 20
+_TOGETHER = 1 << 18
+_TOGETHER_ON_DEVICE = 1 << 24
+_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def groups_of(tensors: Sequence[Tensor], keys: Iterable[Hashable] | None = None) -> list[list[int]]:
+    """Which tensors are to be joined: small ones of a device and dtype, up to a size that stays in the cache.
+
+    Args:
+        tensors: Dense tensors.
+        keys: Only tensors with the same key are joined; default: all.
+
+    Returns:
+        Lists of indices; a large tensor is alone.
+    """
+    groups: list[list[int]] = []
+    open_groups: dict[Hashable, tuple[list[int], int]] = {}
+    for index, (tensor, key) in enumerate(zip(tensors, keys or [None] * len(tensors), strict=True)):
+        count, device = tensor.numel(), tensor.device
+        on_cpu = device.type == "cpu"
+        if count > (_SMALL if on_cpu else _SMALL_ON_DEVICE):
+            groups.append([index])
+            continue
+        where = (device, tensor.dtype, key)
+        members, size = open_groups.get(where, ([], 0))
+        if not members or size + count > (_TOGETHER if on_cpu else _TOGETHER_ON_DEVICE):
+            members, size = [], 0
+            groups.append(members)
+        members.append(index)
+        open_groups[where] = members, size + count
+    return groups
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One vector of all elements; a copy, unless it is a single tensor without gaps."""
+    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def parts_of(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a vector with the shapes of the tensors that it was joined from."""
+    pieces = vector.split([tensor.numel() for tensor in like])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
+
+
+@torch.no_grad()
+def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A copy of each tensor, with its strides."""
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    copy_(copies, list(tensors))
+    return copies
+
+
+@torch.no_grad()
+def copy_(tensors: list[Tensor], sources: list[Tensor]) -> None:
+    """Overwrite each tensor."""
+    if tensors:
+        torch._foreach_copy_(tensors, sources)
+
+
+@torch.no_grad()
+def add_(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Add to each tensor."""
+    if tensors:
+        torch._foreach_add_(tensors, others)
+
+
+@torch.no_grad()
+def subtract_(tensors: list[Tensor], others: list[Tensor], factor: float) -> None:
+    """Subtract `factor` times the other from each tensor."""
+    if tensors:
+        torch._foreach_sub_(tensors, others, alpha=factor)
+
+
+@torch.no_grad()
+def products(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """Each tensor times a scalar tensor on its device."""
+    return list(torch._foreach_mul(tensors, factor)) if tensors else []
+
+
+@torch.no_grad()
+def norms(tensors: list[Tensor]) -> list[Tensor]:
+    """L2 norm of each tensor, in at least float32."""
+    found: list[Tensor | None] = [None] * len(tensors)
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        by_dtype.setdefault(tensor.dtype, []).append(index)
+    for dtype, members in by_dtype.items():
+        wide = torch.promote_types(dtype, torch.float32)
+        results = torch._foreach_norm([tensors[index] for index in members], 2, wide)
+        for index, norm in zip(members, results, strict=True):
+            found[index] = norm
+    return found  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def masked_(tensors: list[Tensor], mask: Tensor | list[Tensor]) -> None:
+    """Make elements +0.0 where a boolean is false, whatever they were (0 times NaN is NaN; a product of bits is not).
+
+    Args:
+        tensors: Floating-point tensors.
+        mask: One boolean for all, or a tensor for each.
+    """
+    if not tensors:
+        return
+    bits = [tensor.view(_WHOLE[tensor.element_size()]) for tensor in tensors]
+    torch._foreach_mul_(bits, mask)
