@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -337,15 +337,18 @@ def differentiable_once(tensors: Sequence[Tensor | None]) -> bool:
 
 
 @contextmanager
-def muted_logging(module: nn.Module) -> Iterator[None]:
-    """Inside the block `self.log` and `self.log_dict` do nothing, in nested LightningModules too.
+def muted_logging(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block `self.log` and `self.log_dict` of every LightningModule among `modules` do nothing.
 
     Otherwise an extra pass would log the perturbed loss, and epoch means would mix both.
 
     Private: somebody may have been handed the bound method before, so what it writes to is put aside too, the loop's
     collection of results.
+
+    Args:
+        modules: The module being trained and all below it.
     """
-    owners = [owner for owner in module.modules() if isinstance(owner, pl.LightningModule)]
+    owners = [owner for owner in modules if isinstance(owner, pl.LightningModule)]
     before = [vars(owner).get("log") for owner in owners]
     loop = getattr(owners[0]._trainer, "_active_loop", None) if owners else None
     loop = getattr(loop, "epoch_loop", loop)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import Patches, unsynchronized
-from lightning_ire.callbacks._no_trace import devices_of, no_trace, no_trace_on_the_graph
+from lightning_ire.callbacks._no_trace import no_trace, no_trace_on_the_graph
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._stepper import Stepper
 from lightning_ire.callbacks._window import AccumulationWindow
@@ -152,7 +152,7 @@ class ManualSession:
 
     def _micro_batch(self) -> MicroBatch:
         args, kwargs = self._call or ((), {})
-        return MicroBatch(args, kwargs, replay=RandomState.capture(devices_of(self.module)))
+        return MicroBatch(args, kwargs, replay=RandomState.capture(self.steppers[0].devices))
 
     def before_backward(self, loss: Tensor) -> None:
         """Too late: a GradScaler has already made another tensor of the loss (see `_around_backward`)."""
@@ -172,7 +172,7 @@ class ManualSession:
                 micro_batch = self._micro_batch()
                 micro_batch.loss, micro_batch.backward_done = loss.detach(), True
                 stepper.window.micro_batches.append(micro_batch)
-                with no_trace_on_the_graph(self.module):
+                with no_trace_on_the_graph(self.module, stepper.devices):
                     stepper.window.estimate.before_backward(micro_batch, loss)
 
     def after_backward(self) -> None:
@@ -223,7 +223,7 @@ class ManualSession:
         result = None
         state = None
         if window.perturbation is not None and window.unmoved:
-            state = RandomState.capture(devices_of(self.module)), BufferState.capture(self.module)
+            state = RandomState.capture(stepper.devices), BufferState.capture(self.module)
             window.keep_gradients()
         if closure is not None:
             with torch.enable_grad(), ExitStack() as around:
@@ -249,7 +249,7 @@ class ManualSession:
         self._extra_pass = True
         around = nullcontext() if final or window.synchronized else unsynchronized(self.trainer.strategy)
         try:
-            with torch.enable_grad(), no_trace(self.module), window.fresh_gradients(final), around:
+            with torch.enable_grad(), no_trace(self.module, window.devices), window.fresh_gradients(final), around:
                 for part in state:
                     part.restore()
                 loss = closure()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ def in_extra_pass() -> bool:
 
 
 @contextmanager
-def no_trace(module: nn.Module) -> Iterator[None]:
+def no_trace(module: nn.Module, devices: Collection[torch.device] | None = None) -> Iterator[None]:
     """After the block buffers, metric states and random number streams are what they were; nothing was logged.
 
     Not put back: Python attributes that `training_step` sets, what it writes to a logger directly, and in-place
@@ -42,15 +42,17 @@ def no_trace(module: nn.Module) -> Iterator[None]:
 
     Args:
         module: The module whose `training_step` runs inside the block.
+        devices: What :func:`devices_of` says, if it is known.
 
     Yields:
         Nothing.
     """
     global _extra_passes
-    streams = RandomState.capture(devices_of(module))
+    modules = list(module.modules())  # finding them takes longer than what is done with most of them
+    streams = RandomState.capture(devices_of(module) if devices is None else devices)
     _extra_passes += 1
     try:
-        with kept_buffers(module), _kept_metrics(module), muted_logging(module):
+        with kept_buffers(modules), _kept_metrics(modules), muted_logging(modules):
             yield
     finally:
         _extra_passes -= 1
@@ -58,16 +60,17 @@ def no_trace(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def no_trace_on_the_graph(module: nn.Module) -> Iterator[None]:
+def no_trace_on_the_graph(module: nn.Module, devices: Collection[torch.device]) -> Iterator[None]:
     """For a backward pass through a graph that training still needs: buffers and random numbers are put back.
 
     Args:
         module: The module that made the graph.
+        devices: What :func:`devices_of` says.
 
     Yields:
         Nothing.
     """
-    streams = RandomState.capture(devices_of(module))
+    streams = RandomState.capture(devices)
     try:
         with kept_for_the_graph(BufferState.capture(module)):
             yield
@@ -99,13 +102,13 @@ def devices_of(module: nn.Module) -> set[torch.device]:
 
 
 @contextmanager
-def _kept_metrics(module: nn.Module) -> Iterator[None]:
-    """After the block every torchmetrics metric below `module` holds the same objects with the same contents.
+def _kept_metrics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """After the block every torchmetrics metric among `modules` holds the same objects with the same contents.
 
     A metric's state is made of plain attributes, tensors and lists, some changed in place and some replaced, and
     metrics of one collection may share them.
     """
-    metrics = [child for child in module.modules() if isinstance(child, Metric)]
+    metrics = [child for child in modules if isinstance(child, Metric)]
     saved = [[(key, value, _copy(value)) for key, value in vars(metric).items()] for metric in metrics]
     try:
         yield

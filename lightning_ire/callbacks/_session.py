@@ -136,7 +136,7 @@ class AutomaticSession:
         if window.perturbation is not None and window.unmoved and not window.back_propagated:
             window.keep_gradients()
         if window.estimate is not None:
-            with no_trace_on_the_graph(self.module):
+            with no_trace_on_the_graph(self.module, window.devices):
                 window.estimate.before_backward(*self._live)
 
     def after_backward(self) -> None:

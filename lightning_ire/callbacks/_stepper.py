@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_ire import tags
 from lightning_ire._lightning import will_log
 from lightning_ire.callbacks._boost import OldWeights, boost
+from lightning_ire.callbacks._no_trace import devices_of
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._tensorboard import layer_fractions
 from lightning_ire.callbacks._window import AccumulationWindow, mixed_seed
@@ -37,6 +38,9 @@ class Stepper:
         module: The module being trained.
         optimizer: The optimizer.
         first_step: Optimizer step at which the boost starts, where that is known.
+
+    Attributes:
+        devices: Devices that hold a parameter of the module.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Stepper:
         self.module = module
         self.optimizer = optimizer
         self.first_step = first_step
+        self.devices = devices_of(module)
         self.logs: dict[str, Tensor | float] = {}
         self._names = self._current_names()
         self._old: OldWeights | None = None
@@ -109,6 +114,7 @@ class Stepper:
             training_step,
             self.optimizer,
             self.parameters(),
+            devices=self.devices,
             step=progress.step,
             seed=mixed_seed(progress.seed, progress.step),
             replays=replays

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import differentiable_once, loss_of, loss_scale, scaled, unsynchronized
-from lightning_ire.callbacks._no_trace import devices_of, no_trace
+from lightning_ire.callbacks._no_trace import no_trace
 from lightning_ire.curvature import Estimate, MicroBatch
 from lightning_ire.functional import BufferState, RandomState, perturbed
 from lightning_ire.perturbation import Ascent, Perturbation
@@ -33,6 +33,7 @@ class AccumulationWindow:
         training_step: The module's own `training_step`, without our wrapper.
         optimizer: The optimizer that is about to step.
         parameters: Its parameters.
+        devices: Devices that hold a parameter of the module.
         step: Its real steps so far.
         seed: Seed of this window's draws: the same on all ranks.
         replays: Whether extra passes may be asked for, so that random number states have to be kept.
@@ -53,6 +54,7 @@ class AccumulationWindow:
         optimizer: Optimizer,
         parameters: list[nn.Parameter],
         *,
+        devices: Collection[torch.device],
         step: int,
         seed: int,
         replays: bool,
@@ -63,6 +65,7 @@ class AccumulationWindow:
         self.training_step = training_step
         self.optimizer = optimizer
         self.parameters = parameters
+        self.devices = devices
         self.step = step
         self.perturbation = perturbation
         self.unmoved = perturbation is None or perturbation.uses_gradient
@@ -88,7 +91,7 @@ class AccumulationWindow:
         """
         micro_batch = MicroBatch(args, kwargs)
         if self._replays:
-            micro_batch.replay = RandomState.capture(devices_of(self.module))
+            micro_batch.replay = RandomState.capture(self.devices)
             self._buffers = self._buffers or BufferState.capture(self.module)
         self.micro_batches.append(micro_batch)
         return micro_batch
@@ -200,7 +203,7 @@ class AccumulationWindow:
         Yields:
             The loss that `training_step` returned, with its graph.
         """
-        with torch.enable_grad(), no_trace(self.module):
+        with torch.enable_grad(), no_trace(self.module, self.devices):
             if self._buffers is not None and micro_batch is self.micro_batches[0]:
                 self._buffers.restore()
             micro_batch.replay.restore()
@@ -224,7 +227,7 @@ class AccumulationWindow:
         losses = []
         todo = self.back_propagated
         synchronized = final or self.synchronized
-        with torch.enable_grad(), no_trace(self.module), self.fresh_gradients(final):
+        with torch.enable_grad(), no_trace(self.module, self.devices), self.fresh_gradients(final):
             if self._buffers is not None:  # layers may compute with buffers that they change (spectral norm, queues)
                 self._buffers.restore()
             for index, micro_batch in enumerate(todo):

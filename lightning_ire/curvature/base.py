@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ire.functional import all_finite
+
 __all__ = ["Curvature", "Estimate", "MicroBatch", "Window", "finite_or_none"]
 
 
@@ -157,7 +159,4 @@ class Curvature(ABC):
 
 def finite_or_none(values: list[Tensor | None]) -> list[Tensor | None] | None:
     """The values, or ``None`` if one of them is NaN or infinite."""
-    present = [value.detach() for value in values if value is not None and value.numel()]
-    # NaN wins in both; one look at the device for all of them
-    ends = [end.to(present[0].device, torch.float64) for value in present for end in torch.aminmax(value)]
-    return values if not ends or bool(torch.isfinite(torch.stack(ends)).all()) else None
+    return values if bool(all_finite([value.detach() for value in values if value is not None])) else None

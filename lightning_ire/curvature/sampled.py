@@ -17,7 +17,7 @@ from lightning_ire.curvature.batches import part_of, samples_in
 from lightning_ire.curvature.per_sample import one_by_one, squares_at_once
 from lightning_ire.curvature.shared_forward import SharedForward, refused_by_checkpointing
 from lightning_ire.curvature.tap import LossCall, LossTap, factors_in, weighted
-from lightning_ire.functional import fisher_diagonal, gradients_by_backward
+from lightning_ire.functional import fisher_diagonal, gradients_by_backward, products
 
 __all__ = ["SampledFisher"]
 
@@ -102,7 +102,7 @@ class _SampledSquare(SharedForward):
         self.settings = settings
         self.fisher_loss = getattr(window.module, "fisher_loss", None)
         self.sums: list[Tensor | None] = [None] * len(window.parameters)
-        self.pieces = torch.zeros((), dtype=torch.float64)  # each with its share of its micro-batch
+        self.pieces: list[Tensor] = []  # 1, or 0 without a prediction that counts, times its share of its micro-batch
         self.share_of_batch = 1.0
         self.squared = 0
         self.tap: LossTap | None = None
@@ -137,16 +137,19 @@ class _SampledSquare(SharedForward):
         """See the base class. Calls that were seen stay: their loss may be back-propagated after zero_grad."""
         super().forget()
         self.sums = [None] * len(self.window.parameters)
-        self.pieces.zero_()
+        self.pieces = []
         self.squared = 0
 
     def finish(self) -> list[Tensor | None] | None:
         self.tap = None
         self.run_own_passes()
         sums = self.window.average(self.sums)
-        pieces = float(self.window.total(self.pieces))
-        if pieces == 0:  # no prediction counted anywhere: all positions ignored, or nothing back-propagated
+        device = next((total.device for total in sums if total is not None), None)
+        if device is None:  # nothing back-propagated
             return None
+        counted = [piece.to(device, torch.float32) for piece in self.pieces] or [torch.zeros((), device=device)]
+        pieces = self.window.total(torch.stack(counted).sum())
+        # without a prediction that counts anywhere (all positions ignored) 0 / 0 below, which is not finite
         world = self.window.world_size
         if self.settings.form == "batch":
             return finite_or_none(fisher_diagonal(sums, world**2 / pieces))
@@ -156,7 +159,7 @@ class _SampledSquare(SharedForward):
                 "`micro_batch_size`, or `trainer.accumulate_grad_batches`.",
                 stacklevel=2,
             )
-        return finite_or_none([None if total is None else total * (world / pieces) for total in sums])
+        return finite_or_none([None if total is None else total * (world / pieces).to(total.device) for total in sums])
 
     def own_pass(self, micro_batch: MicroBatch) -> None:
         """With the labels that a shared pass would have drawn."""
@@ -181,7 +184,7 @@ class _SampledSquare(SharedForward):
         if at_once is not None:
             squares, counted = at_once
             self._add_to_sums(squares)
-            self.pieces += counted.cpu()
+            self.pieces.append(counted)
             return
         warnings.warn("SampledFisher(form='sample') takes the samples one by one here, which is slow.", stacklevel=2)
         with one_by_one(self.window.module):
@@ -250,15 +253,17 @@ class _SampledSquare(SharedForward):
             gradients = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep_graph, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             return
+        seen = [index for index, gradient in zip(indices, gradients, strict=True) if gradient is not None]
+        dense = [gradient.detach().to_dense() for gradient in gradients if gradient is not None]
+        wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in dense]
+        found: Sequence[Tensor | None] = products(wide, factor / scale)
+        if self.settings.form != "batch":
+            found = fisher_diagonal(found, self.share_of_batch)
         pieces: list[Tensor | None] = [None] * len(self.sums)
-        for index, gradient in zip(indices, gradients, strict=True):
-            if gradient is not None:
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                gradient = gradient.detach().to_dense().to(wide) * (factor.to(gradient.device, wide) / scale)
-                squared = self.settings.form != "batch"
-                pieces[index] = gradient.square_().mul_(self.share_of_batch) if squared else gradient
+        for index, piece in zip(seen, found, strict=True):
+            pieces[index] = piece
         self._add_to_sums(pieces)
-        self.pieces += counts.double().cpu() * self.share_of_batch
+        self.pieces.append(counts * self.share_of_batch)
         self.squared += 1
 
     def _add_to_sums(self, pieces: Sequence[Tensor | None]) -> None:

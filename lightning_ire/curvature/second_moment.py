@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
 from lightning_ire.curvature.base import Curvature, Estimate, Window, finite_or_none
+from lightning_ire.functional import quotients
 
 __all__ = ["SecondMoment"]
 
@@ -47,30 +48,42 @@ class _ReadMoment(Estimate):
         if self.window.step == 0:  # nothing has been averaged yet
             return None
         optimizer = self.window.optimizer
-        moments: dict[int, Tensor] = {}
+        owners: list[int] = []
+        found: list[Tensor] = []
+        decays: list[float | None] = []
+        steps: list[Any] = []
         missing = 0
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 state = optimizer.state.get(parameter, {})
-                moment = _moment(state, group, parameter)
-                if moment is not None:
-                    moments[id(parameter)] = moment
-                missing += moment is None and bool(state)
-        if missing or not moments:
+                moment = next((state[name] for name in _NAMES if isinstance(state.get(name), Tensor)), None)
+                if moment is None or moment.shape != parameter.shape:
+                    missing += bool(state)
+                    continue
+                owners.append(id(parameter))
+                found.append(moment.detach())
+                decays.append(_decay(state, group))
+                steps.append(state.get("step", group.get("step", 0)) or 0)
+        if missing or not found:
             raise _no_second_moment(optimizer, missing)
+        # without the bias towards 0 that the first steps have
+        corrections = [
+            1.0 if decay is None or not step else 1 - decay**step
+            for decay, step in zip(decays, _numbers(steps), strict=True)
+        ]
+        moments = dict(zip(owners, quotients(found, corrections), strict=True))
         return finite_or_none([moments.get(id(parameter)) for parameter in self.window.parameters])
 
 
-@torch.no_grad()
-def _moment(state: Mapping[str, Any], group: Mapping[str, Any], parameter: Tensor) -> Tensor | None:
-    """What the state holds for this parameter, without the bias towards 0 that the first steps have."""
-    found = next((state[name] for name in _NAMES if isinstance(state.get(name), Tensor)), None)
-    if found is None or found.shape != parameter.shape:
-        return None
-    wide = found.detach().to(torch.promote_types(found.dtype, torch.float32), copy=True)
-    step = float(state.get("step", group.get("step", 0)) or 0)
-    decay = _decay(state, group)
-    return wide if decay is None or not step else wide.div_(1 - decay**step)
+def _numbers(values: Sequence[Any]) -> list[float]:
+    """Numbers and scalar tensors as numbers, with one look at the device."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    read = iter(
+        torch.stack([tensor.detach().to(tensors[0].device, torch.float32) for tensor in tensors]).tolist()
+        if tensors
+        else []
+    )
+    return [float(next(read) if isinstance(value, Tensor) else value) for value in values]
 
 
 def _decay(state: Mapping[str, Any], group: Mapping[str, Any]) -> float | None:

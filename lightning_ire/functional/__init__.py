@@ -27,7 +27,7 @@ SGD-IRE in a plain PyTorch loop (the mask from one sampled-label gradient, every
 For SAM put `with perturbed(weights, sam_displacement(weights, gradients, rho=0.05)[0]):` around a second backward.
 """
 
-from lightning_ire.functional._foreach import copied
+from lightning_ire.functional._foreach import all_finite, copied, products, quotients
 from lightning_ire.functional.averages import (
     MeanEstimate,
     adaptive_mean,
@@ -86,6 +86,7 @@ __all__ = [
     "SpectralDensity",
     "adam_limit",
     "adaptive_mean",
+    "all_finite",
     "ascent_in_ball",
     "average_sam_displacement",
     "boost_",
@@ -110,6 +111,8 @@ __all__ = [
     "pack_mask",
     "per_sample_squares",
     "perturbed",
+    "products",
+    "quotients",
     "rademacher",
     "ratio_of_means",
     "sam_displacement",

@@ -7,12 +7,27 @@ operation tensor by tensor, to the bit (norms: up to the order of the sum).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_", "copied", "copy_", "groups_of", "joined", "masked_", "norms", "parts_of", "products", "subtract_"]
+__all__ = [
+    "add_",
+    "all_finite",
+    "copied",
+    "copy_",
+    "groups_of",
+    "joined",
+    "masked_",
+    "multiply_",
+    "norms",
+    "parts_of",
+    "products",
+    "quotients",
+    "squares",
+    "subtract_",
+]
 
 _SMALL = 1 << 13  # elements; below, the calls cost more than copying the numbers
 _SMALL_ON_DEVICE = 1 << 20
@@ -71,8 +86,8 @@ def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
 @torch.no_grad()
 def copy_(tensors: list[Tensor], sources: list[Tensor]) -> None:
     """Overwrite each tensor."""
-    if tensors:
-        torch._foreach_copy_(tensors, sources)
+    for members in _alike(tensors):
+        torch._foreach_copy_([tensors[index] for index in members], [sources[index] for index in members])
 
 
 @torch.no_grad()
@@ -91,23 +106,54 @@ def subtract_(tensors: list[Tensor], others: list[Tensor], factor: float) -> Non
 
 @torch.no_grad()
 def products(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
-    """Each tensor times a scalar tensor on its device."""
-    return list(torch._foreach_mul(tensors, factor)) if tensors else []
+    """Each tensor times a scalar tensor."""
+    return _of_each(tensors, lambda some: torch._foreach_mul(some, factor.to(some[0])))
+
+
+@torch.no_grad()
+def squares(tensors: list[Tensor]) -> list[Tensor]:
+    """Each tensor times itself."""
+    return _of_each(tensors, lambda some: torch._foreach_mul(some, some))
+
+
+@torch.no_grad()
+def quotients(tensors: Sequence[Tensor], divisors: Sequence[float]) -> list[Tensor]:
+    """Each tensor in at least float32, divided by a number of its own; always copies."""
+    found = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+    for divisor in set(divisors):
+        members = [index for index, one in enumerate(divisors) if one == divisor]
+        results = _of_each([found[index] for index in members], lambda some: torch._foreach_div(some, divisor))  # noqa: B023
+        for index, result in zip(members, results, strict=True):
+            found[index] = result
+    return found
+
+
+@torch.no_grad()
+def multiply_(tensors: list[Tensor], factor: Tensor | float) -> None:
+    """Multiply each tensor by a number or a scalar tensor."""
+    for members in _alike(tensors):
+        some = [tensors[index] for index in members]
+        torch._foreach_mul_(some, factor.to(some[0]) if isinstance(factor, Tensor) else factor)
 
 
 @torch.no_grad()
 def norms(tensors: list[Tensor]) -> list[Tensor]:
     """L2 norm of each tensor, in at least float32."""
-    found: list[Tensor | None] = [None] * len(tensors)
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        by_dtype.setdefault(tensor.dtype, []).append(index)
-    for dtype, members in by_dtype.items():
-        wide = torch.promote_types(dtype, torch.float32)
-        results = torch._foreach_norm([tensors[index] for index in members], 2, wide)
-        for index, norm in zip(members, results, strict=True):
-            found[index] = norm
-    return found  # type: ignore[return-value]
+    return _of_each(
+        tensors, lambda some: torch._foreach_norm(some, 2, torch.promote_types(some[0].dtype, torch.float32))
+    )
+
+
+@torch.no_grad()
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether no element is NaN or infinite: a boolean scalar on the first tensor's device; of nothing, true."""
+    present = [tensor for tensor in tensors if tensor.numel()]
+    ends = [
+        end  # NaN wins in both
+        for group in groups_of(present)
+        for end in torch.aminmax(joined([present[index] for index in group]))
+    ]
+    return torch.stack([torch.isfinite(end).to(ends[0].device) for end in ends]).all() if ends else torch.tensor(True)
 
 
 @torch.no_grad()
@@ -122,3 +168,19 @@ def masked_(tensors: list[Tensor], mask: Tensor | list[Tensor]) -> None:
         return
     bits = [tensor.view(_WHOLE[tensor.element_size()]) for tensor in tensors]
     torch._foreach_mul_(bits, mask)
+
+
+def _alike(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
+    """Indices of the tensors of each device and dtype: a GPU takes lists of one kind in few kernels."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
+    return kinds.values()
+
+
+def _of_each(tensors: list[Tensor], function: Callable[[list[Tensor]], Sequence[Tensor]]) -> list[Tensor]:
+    """What a function of tensors of one kind returns, in the order of the tensors."""
+    found: dict[int, Tensor] = {}
+    for members in _alike(tensors):
+        found.update(zip(members, function([tensors[index] for index in members]), strict=True))
+    return [found[index] for index in range(len(tensors))]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lightning_ire.functional._foreach import multiply_, squares
+
 __all__ = ["fisher_diagonal", "per_sample_squares"]
 
 
@@ -26,9 +28,14 @@ def fisher_diagonal(gradients: Sequence[Tensor | None], batch: float | Tensor = 
         >>> fisher_diagonal([torch.tensor([0.5, -2.0]), None], batch=8)
         [tensor([ 2., 32.]), None]
     """
-    return [
-        None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)).square().mul_(batch) for g in gradients
-    ]
+    present = [index for index, gradient in enumerate(gradients) if gradient is not None]
+    wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients if g is not None]
+    found = squares(wide)
+    multiply_(found, batch)
+    diagonal: list[Tensor | None] = [None] * len(gradients)
+    for index, square in zip(present, found, strict=True):
+        diagonal[index] = square
+    return diagonal
 
 
 def per_sample_squares(

@@ -67,22 +67,27 @@ def sam_displacement(
         >>> moves, norm
         ([tensor([0.3000, 0.4000])], tensor(5.))
     """
-    scaled: list[Tensor | None] = [
-        None if gradient is None else _times_size(weight, gradient.to_dense(), adaptive)
+    present = [index for index, gradient in enumerate(gradients) if gradient is not None]
+    scaled = [
+        _times_size(weight, gradient.to_dense(), adaptive)
         for weight, gradient in zip(parameters, gradients, strict=True)
+        if gradient is not None
     ]
     norm = global_norm(scaled)
-    moves: list[Tensor | None] = [None] * len(scaled)
+    radii = _each(rho, parameters)
     alike: dict[tuple[float, torch.device], list[int]] = {}  # usually one
-    for index, (gradient, radius) in enumerate(zip(scaled, _each(rho, parameters), strict=True)):
-        if gradient is not None:
-            alike.setdefault((radius, gradient.device), []).append(index)
-    for (radius, device), members in alike.items():
+    for place, (index, gradient) in enumerate(zip(present, scaled, strict=True)):
+        alike.setdefault((radii[index], gradient.device), []).append(place)
+    moves: list[Tensor | None] = [None] * len(parameters)
+    for (radius, device), places in alike.items():
         factor = radius / norm.to(device)
         usable = torch.isfinite(norm).to(device) & torch.isfinite(factor)  # the second not for a norm near 0
-        chosen = [_times_size(parameters[index], scaled[index], adaptive) for index in members]  # type: ignore[arg-type]
-        for index, move in zip(members, _zero_unless(usable, products(chosen, factor)), strict=True):
-            moves[index] = move.to(parameters[index].dtype)
+        if adaptive:
+            for place in places:
+                scaled[place] = scaled[place] * parameters[present[place]].abs()
+        found = _zero_unless(usable, products([scaled[place] for place in places], factor))
+        for place, move in zip(places, found, strict=True):
+            moves[present[place]] = move.to(parameters[present[place]].dtype)
     return moves, norm
 
 

@@ -32,6 +32,8 @@ __all__ = [
 
 Reduction = Literal["mean", "sum", "none"]
 _IGNORED = -100
+_PART = 1 << 20  # logits looked at together
+_PART_ON_DEVICE = 1 << 26
 
 
 class SampledLoss(NamedTuple):
@@ -66,19 +68,26 @@ def sample_labels(logits: Tensor, generator: torch.Generator | None = None) -> T
     Returns:
         int64 labels of shape [N, ...] (without the class dimension), on the device of the logits.
 
-    Cost: one softmax and one cumulative sum over the logits.
+    Cost: one softmax and one cumulative sum over the logits, in parts (no second tensor of their size).
 
     Example:
         >>> sample_labels(torch.tensor([[0.0, 99.0], [99.0, 0.0]]))
         tensor([1, 0])
     """
     scores = logits.detach().movedim(1 if logits.dim() > 1 else 0, -1)
-    scores = scores.to(_wide(scores))
-    cumulative = scores.softmax(-1).cumsum(-1)
-    draws = torch.rand(cumulative.shape[:-1], dtype=torch.float64, generator=generator)
+    shape, classes = scores.shape[:-1], scores.size(-1)
+    draws = torch.rand(shape, dtype=torch.float64, generator=generator).view(-1)
+    rows = max((_PART if scores.device.type == "cpu" else _PART_ON_DEVICE) // max(classes, 1), 1)
+    parts = zip(scores.reshape(-1, classes).split(rows), draws.split(rows), strict=True)
+    return torch.cat([_labels(part, drawn) for part, drawn in parts]).view(shape)
+
+
+def _labels(scores: Tensor, draws: Tensor) -> Tensor:
+    """Labels for scores of shape [n, C] and n uniform numbers."""
+    cumulative = scores.to(_wide(scores)).softmax(-1).cumsum(-1)
     # below 1 in the logits' precision, or the search could fall behind the last class that has any probability
     draws = draws.clamp(max=1 - torch.finfo(cumulative.dtype).eps).to(cumulative)
-    target = draws.unsqueeze(-1) * cumulative[..., -1:]
+    target = draws.unsqueeze(-1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=scores.size(-1) - 1)
 
 

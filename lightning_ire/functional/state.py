@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ire.functional._foreach import copied, copy_
+
 __all__ = ["BufferState", "RandomState", "kept_buffers", "seeded"]
 
 
@@ -77,22 +79,19 @@ class BufferState:
     saved: tuple[tuple[nn.Module, str, Tensor, Tensor], ...]
 
     @classmethod
-    def capture(cls, module: nn.Module) -> BufferState:
+    def capture(cls, module: nn.Module | Iterable[nn.Module]) -> BufferState:
         """Copy all buffers.
 
         Args:
-            module: Any module.
+            module: Any module; or modules without their children, each once.
 
         Returns:
-            The state; the module is not changed.
+            The state; no module is changed.
         """
-        return cls(
-            tuple(
-                (owner, name, buffer, buffer.detach().clone())
-                for owner in module.modules()
-                for name, buffer in owner.named_buffers(recurse=False)
-            )
-        )
+        modules = module.modules() if isinstance(module, nn.Module) else module
+        found = [(owner, name, buffer) for owner in modules for name, buffer in owner.named_buffers(recurse=False)]
+        copies = copied([buffer for _, _, buffer in found])
+        return cls(tuple((*each, copy) for each, copy in zip(found, copies, strict=True)))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -101,21 +100,21 @@ class BufferState:
         A buffer that was replaced or deleted meanwhile is put back; one that was registered stays. Contents are put
         back in place, so a graph that saved a buffer for its backward pass cannot be back-propagated afterwards.
         """
-        for owner, name, buffer, before in self.saved:
+        for owner, name, buffer, _ in self.saved:
             if not hasattr(owner, name):
                 owner.register_buffer(name, buffer)
             elif getattr(owner, name) is not buffer:
                 setattr(owner, name, buffer)
-            if not _overlaps_itself(buffer):
-                buffer.copy_(before)
+        writable = [(buffer, before) for _, _, buffer, before in self.saved if not _overlaps_itself(buffer)]
+        copy_([buffer for buffer, _ in writable], [before for _, before in writable])
 
 
 @contextmanager
-def kept_buffers(module: nn.Module) -> Iterator[None]:
+def kept_buffers(module: nn.Module | Iterable[nn.Module]) -> Iterator[None]:
     """After the block all buffers of the module are as before, see :class:`BufferState`.
 
     Args:
-        module: Any module.
+        module: As in :meth:`BufferState.capture`.
 
     Yields:
         Nothing.

@@ -98,30 +98,25 @@ def _by_sample(tensors: Sequence[Tensor], rank: int, total: int, dtype: torch.dt
         return None
     wide = torch.promote_types(dtype, torch.float32)
     sample = torch.cat([_every(max(total // _SAMPLE, 1), tensor).to(wide) for tensor in tensors]).abs().sort().values
-    if not bool(torch.isfinite(sample[-1])):
-        return None
     share = rank / total
     spread = 4 * (len(sample) * share * (1 - share)) ** 0.5 + 2  # four standard deviations
     middle = share * len(sample)
-    first, last = int(middle - spread), int(middle + spread)
-    low = float(sample[first]) if middle >= spread else -1.0
-    high = float(sample[last]) if last < len(sample) else float("inf")
+    ends = sample.new_tensor([-1.0, float("inf")])
+    low = sample[int(middle - spread)] if middle >= spread else ends[0]
+    high = sample[int(middle + spread)] if middle + spread < len(sample) else ends[1]
     below, largest = [], []
     between: list[Tensor] = []
-    collected = 0
     for chunk in _sizes(tensors, wide):
         under = chunk <= low
         below.append(torch.count_nonzero(under))
         between.append(_chosen(chunk, under.logical_xor_(chunk < high)))
-        collected += between[-1].numel()
         largest.append(chunk.max())  # NaN, if there is one
-        if collected > total // 8:
+        if sum(map(len, between)) > total // 8:
             return None
-    if not bool(torch.isfinite(torch.stack(largest)).all()):
-        return None
     inside = torch.cat(between)
-    place = rank - int(torch.stack(below).sum())
-    if not 1 <= place <= inside.numel():
+    under_all, finite = torch.stack([torch.stack(below).sum(), torch.isfinite(torch.stack(largest)).all()]).tolist()
+    place = rank - under_all
+    if not finite or not 1 <= place <= len(inside):
         return None
     # `kthvalue` is not among what torch calls deterministic on CUDA
     found = inside.kthvalue(place).values if inside.device.type == "cpu" else inside.sort().values[place - 1]

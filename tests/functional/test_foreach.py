@@ -89,6 +89,26 @@ def test_copies_keep_strides_and_have_no_graph():
     assert copy.data_ptr() != weight.data_ptr()
 
 
+def test_quotients_are_copies_with_a_divisor_each():
+    tensors = [torch.tensor([2.0, 6.0]), torch.tensor([3.0], dtype=torch.bfloat16), torch.tensor([5.0])]
+    found = _foreach.quotients(tensors, [2.0, 2.0, 1.0])
+    assert [(one.tolist(), one.dtype) for one in found] == [
+        ([v / d for v in t.tolist()], torch.float32) for t, d in zip(tensors, [2, 2, 1], strict=True)
+    ]
+    assert found[2].data_ptr() != tensors[2].data_ptr()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", range(len(SHAPES)))
+def test_one_value_that_is_not_finite_is_found(bad, where):
+    tensors = [*drawn(0), torch.full((2,), 1e300, dtype=torch.float64)]
+    assert bool(_foreach.all_finite(tensors))
+    if tensors[where].numel():
+        tensors[where].view(-1)[-1] = bad
+        assert not bool(_foreach.all_finite(tensors))
+    assert bool(_foreach.all_finite([]))
+
+
 def test_nothing_at_all():
     assert _foreach.copied([]) == _foreach.products([], torch.tensor(1.0)) == norms([]) == groups_of([]) == []
     assert float(global_norm([None])) == 0.0
