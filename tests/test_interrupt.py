@@ -278,7 +278,7 @@ def in_a_child(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 def ctrl_c_everywhere(settings: dict[str, Any], stride: int, function: str | None = None) -> set[str]:
     lines, wrong = in_a_child(interrupted, 0, settings, function)
-    assert lines > (1000 if function is None else 2)
+    assert lines > (1000 if function is None else 0)
     found = set(wrong)
     for line in range(1, lines + 1, stride):
         found.update(in_a_child(interrupted, line, settings, function)[1])

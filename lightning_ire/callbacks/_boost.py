@@ -83,9 +83,10 @@ class OldWeights:
 
 def _blocks(weight: Tensor, old: Tensor, mask: Tensor | None) -> Iterable[tuple[Tensor, Tensor, Tensor | None]]:
     """Views of parts: a CPU's allocator asks the system anew for each copy of 32 MB or more, page by page."""
-    tensors = [weight, old] if mask is None else [weight, old, mask]
-    if weight.numel() <= _BLOCK or weight.device.type != "cpu" or not all(one.is_contiguous() for one in tensors):
-        return [(weight, old, mask)]
+    if weight.numel() <= _BLOCK or not weight.is_cpu:
+        return ((weight, old, mask),)
+    if not all(one is None or one.is_contiguous() for one in (weight, old, mask)):
+        return ((weight, old, mask),)
     masks = [None] * -(-weight.numel() // _BLOCK) if mask is None else mask.view(-1).split(_BLOCK)
     return zip(weight.view(-1).split(_BLOCK), old.view(-1).split(_BLOCK), masks, strict=True)
 

@@ -135,7 +135,7 @@ class AutomaticSession:
             return
         if window.perturbation is not None and window.unmoved and not window.back_propagated:
             window.keep_gradients()
-        if window.estimate is not None:
+        if window.estimate is not None and window.estimate.uses_graph:
             with no_trace_on_the_graph(self.module, window.devices):
                 window.estimate.before_backward(*self._live)
 

@@ -125,6 +125,11 @@ class Window(Protocol):
 class Estimate:
     """One refresh. The hooks are called in the order of the methods below; the base class does nothing in them."""
 
+    @property
+    def uses_graph(self) -> bool:
+        """Whether :meth:`before_backward` does anything."""
+        return type(self).before_backward is not Estimate.before_backward
+
     def watch(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
         """A context for Lightning's own `training_step` of this micro-batch."""
         return nullcontext()

@@ -49,12 +49,11 @@ def groups_of(tensors: Sequence[Tensor], keys: Iterable[Hashable] | None = None)
     groups: list[list[int]] = []
     open_groups: dict[Hashable, tuple[list[int], int]] = {}
     for index, (tensor, key) in enumerate(zip(tensors, keys or [None] * len(tensors), strict=True)):
-        count, device = tensor.numel(), tensor.device
-        on_cpu = device.type == "cpu"
+        count, on_cpu = tensor.numel(), tensor.is_cpu
         if count > (_SMALL if on_cpu else _SMALL_ON_DEVICE):
             groups.append([index])
             continue
-        where = (device, tensor.dtype, key)
+        where = (tensor.device, tensor.dtype, key)
         members, size = open_groups.get(where, ([], 0))
         if not members or size + count > (_TOGETHER if on_cpu else _TOGETHER_ON_DEVICE):
             members, size = [], 0

@@ -69,7 +69,7 @@ def boost_(
     for group in groups_of([parameters[index] for index in chosen], keys):
         members = [chosen[position] for position in group]
         strength, shrunk = keys[group[0]]
-        weights = [parameters[index].detach() for index in members]
+        weights = [parameters[index] for index in members]
         olds = [old_parameters[index] for index in members]
         flat: list[Tensor] = [masks[index] for index in members]  # type: ignore[misc]
         if len(members) == 1:
