@@ -285,17 +285,25 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--output", type=Path, help="JSON file to write; nothing is written without")
+    parser.add_argument("--output", type=Path, help="JSON file to write or to add to; without, none is")
     options = parser.parse_args()
     if not SETTINGS.keys() <= os.environ.keys():  # read when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], SETTINGS | dict(os.environ))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    found = {name: measure(name, options) for name in WORKLOADS if name.startswith(options.only)}
-    if options.output:
-        settings = {"device": options.device, "precision": options.precision, "compile": options.compile}
-        content = {"machine": machine(options.device), **settings, "rounds": options.rounds, "workloads": found}
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+    settings = {"device": options.device, "precision": options.precision, "compile": options.compile}
+    content: dict[str, Any] = {"machine": machine(options.device), **settings, "workloads": {}}
+    if options.output and options.output.exists():  # runs of single workloads add up, on the same machine
+        before = json.loads(options.output.read_text())
+        if {**before, "workloads": {}} == content:
+            content = before
+    for name in WORKLOADS:
+        if not name.startswith(options.only):
+            continue
+        content["workloads"][name] = {"rounds": options.rounds, **measure(name, options)}
+        if options.output:
+            options.output.parent.mkdir(exist_ok=True)
+            options.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
