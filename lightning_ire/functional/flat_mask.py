@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire.functional._foreach import groups_of, joined, parts_of
-from lightning_ire.functional.threshold import flat_threshold
+from lightning_ire.functional.threshold import threshold_of_vectors
 
 __all__ = ["count_true", "flat_masks", "mask_below", "masks_and_threshold", "pack_mask", "unpack_mask"]
 
@@ -79,14 +79,16 @@ def masks_and_threshold(
     Raises:
         ValueError: As there.
 
-    Cost: that of :func:`flat_threshold`, one more read of the values, and one byte per value.
+    Cost: that of :func:`flat_threshold` and one byte per value; for little data and ties one more read of the values.
     """
     groups = groups_of(values)
     flat = [joined([values[index] for index in group]) for group in groups]
-    threshold = flat_threshold(flat, gamma, exclude_zero=exclude_zero)
+    found = [torch.empty_like(vector, dtype=torch.bool) for vector in flat]
+    threshold, filled = threshold_of_vectors(flat, gamma, exclude_zero=exclude_zero, masks=found)
     masks: list[Tensor] = [threshold] * len(values)
-    for group, vector in zip(groups, flat, strict=True):
-        mask = mask_below(vector, threshold, exclude_zero=exclude_zero)
+    for group, vector, mask in zip(groups, flat, found, strict=True):
+        if not filled:
+            mask = mask_below(vector, threshold, exclude_zero=exclude_zero)
         for index, part in zip(group, parts_of(mask, [values[index] for index in group]), strict=True):
             masks[index] = part
     return masks, threshold

@@ -56,31 +56,52 @@ def flat_threshold(values: Sequence[Tensor | None], gamma: float, *, exclude_zer
         TypeError: If a tensor is not of one of the four floating dtypes.
 
     Cost: one read of the data; one per 16 bits of the dtype where the sample misleads. Temporary memory of about a
-    hundredth of the values (an eighth at most) and 2^18 elements (2^24 on a GPU), and a copy of the small tensors.
+    twentieth of the values (a quarter at most) and 2^18 elements (2^24 on a GPU), and a copy of the small tensors.
 
     Example:
         >>> values = [torch.tensor([3.0, -1.0]), torch.tensor(2.0), None, torch.tensor([0.5])]
         >>> flat_threshold(values, gamma=0.75)
         tensor(2.)
     """
+    tensors = [value.detach() for value in values if value is not None and value.numel()]
+    vectors = [joined([tensors[index] for index in group]) for group in groups_of(tensors)]
+    return threshold_of_vectors(vectors, gamma, exclude_zero=exclude_zero)[0]
+
+
+def threshold_of_vectors(
+    values: Sequence[Tensor], gamma: float, *, exclude_zero: bool = False, masks: Sequence[Tensor] = ()
+) -> tuple[Tensor, bool]:
+    r"""The threshold, and on the way what is at most that.
+
+    Args:
+        values: Vectors, as those of :func:`flat_threshold`.
+        gamma: As there.
+        exclude_zero: As there.
+        masks: Boolean vectors of the same lengths, for \|values\| <= threshold (and not 0, with `exclude_zero`).
+
+    Returns:
+        The threshold, and whether the masks hold the result: only a sample that did not mislead leads to it.
+
+    Raises:
+        ValueError: As there.
+        TypeError: As there.
+    """
     if not 0 < gamma <= 1:
         raise ValueError(f"Expected `gamma` to be a number in (0, 1], got {gamma!r}.")
-    tensors = [value.detach() for value in values if value is not None and value.numel()]
-    if not tensors:
+    total = sum(value.numel() for value in values)
+    if not total:
         raise ValueError("Expected at least one value to rank, got none (no tensors, or only empty ones).")
-    dtype = _common_dtype(tensors)
-    tensors = [joined([tensors[index] for index in group]) for group in groups_of(tensors)]
-    total = sum(tensor.numel() for tensor in tensors)
-    zeros = sum(int((tensor == 0).sum()) for tensor in tensors) if exclude_zero else 0
-    device = tensors[0].device
+    dtype = _common_dtype(values)
+    zeros = sum(int((value == 0).sum()) for value in values) if exclude_zero else 0
+    device = values[0].device
     if total == zeros:
-        return torch.zeros((), dtype=dtype, device=device)
+        return torch.zeros((), dtype=dtype, device=device), False
     rank = zeros + max(1, int((total - zeros) * gamma))
-    found = _by_sample(tensors, rank, total, dtype)
+    found = _by_sample(values, rank, total, dtype, exclude_zero, masks)
     if found is not None:
-        return found.to(device)
-    pattern = _kth_pattern(tensors, rank, dtype)
-    return torch.tensor(pattern, dtype=_BITS[dtype]).view(dtype).to(device)
+        return found, True
+    pattern = _kth_pattern(values, rank, dtype)
+    return torch.tensor(pattern, dtype=_BITS[dtype]).view(dtype).to(device), False
 
 
 def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -92,12 +113,14 @@ def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _by_sample(tensors: Sequence[Tensor], rank: int, total: int, dtype: torch.dtype) -> Tensor | None:
+def _by_sample(
+    values: Sequence[Tensor], rank: int, total: int, dtype: torch.dtype, exclude_zero: bool, masks: Sequence[Tensor]
+) -> Tensor | None:
     """The `rank`-th smallest (from 1) absolute value; ``None`` if no sample leads to it, or one is not finite."""
-    if total < _LITTLE or any(tensor.device != tensors[0].device for tensor in tensors):
+    if total < _LITTLE or any(value.device != values[0].device for value in values):
         return None
     wide = torch.promote_types(dtype, torch.float32)
-    sample = torch.cat([_every(max(total // _SAMPLE, 1), tensor).to(wide) for tensor in tensors]).abs().sort().values
+    sample = torch.cat([_every(max(total // _SAMPLE, 1), value).to(wide) for value in values]).abs().sort().values
     share = rank / total
     spread = 4 * (len(sample) * share * (1 - share)) ** 0.5 + 2  # four standard deviations
     middle = share * len(sample)
@@ -106,20 +129,33 @@ def _by_sample(tensors: Sequence[Tensor], rank: int, total: int, dtype: torch.dt
     high = sample[int(middle + spread)] if middle + spread < len(sample) else ends[1]
     below, largest = [], []
     between: list[Tensor] = []
-    for chunk in _sizes(tensors, wide):
-        under = chunk <= low
-        below.append(torch.count_nonzero(under))
-        between.append(_chosen(chunk, under.logical_xor_(chunk < high)))
-        largest.append(chunk.max())  # NaN, if there is one
+    doubtful: list[tuple[Tensor, Tensor, Tensor]] = []
+    parts = list(_chunks(masks))
+    for place, source in enumerate(_chunks(values)):
+        chunk = source.to(wide).abs()
+        under = torch.le(chunk, low, out=parts[place]) if parts else chunk <= low
+        below.append(_count(under))
+        rows, chosen = _few(torch.lt(chunk, high).bitwise_xor_(under))
+        between.append(_rows(chunk, rows, chosen)[chosen.index_select(0, rows)])
+        largest.append(chunk.amax())  # NaN, if there is one
         if sum(map(len, between)) > total // 8:
             return None
+        if parts:
+            doubtful.append((under.view(chosen.shape), rows, source))
+            if exclude_zero:
+                under &= chunk > 0
     inside = torch.cat(between)
     under_all, finite = torch.stack([torch.stack(below).sum(), torch.isfinite(torch.stack(largest)).all()]).tolist()
-    place = rank - under_all
-    if not finite or not 1 <= place <= len(inside):
+    position = rank - under_all
+    if not finite or not 1 <= position <= len(inside):
         return None
     # `kthvalue` is not among what torch calls deterministic on CUDA
-    found = inside.kthvalue(place).values if inside.device.type == "cpu" else inside.sort().values[place - 1]
+    on_cpu = inside.device.type == "cpu"
+    found = inside.kthvalue(position).values if on_cpu else inside.sort().values[position - 1]
+    for under, rows, source in doubtful:
+        near = _rows(source, rows, under).to(wide).abs()
+        flat = near <= found
+        under.index_copy_(0, rows, flat.logical_and_(near > 0) if exclude_zero else flat)
     return found.to(dtype)
 
 
@@ -130,12 +166,23 @@ def _every(stride: int, values: Tensor) -> Tensor:
     return values[places.clamp_(max=values.numel() - 1)]
 
 
-def _chosen(values: Tensor, chosen: Tensor) -> Tensor:
-    """`values[chosen]` where few are: eight booleans are looked at together."""
-    if values.numel() % 8:
-        return values[chosen]
-    rows = chosen.view(torch.int64).nonzero().squeeze(1)
-    return values.view(-1, 8)[rows][chosen.view(-1, 8)[rows]]
+def _few(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of the rows in which something is chosen, and `chosen` in rows: eight booleans are one number."""
+    if chosen.numel() % 8:
+        rows = chosen.unsqueeze(1)
+        return chosen.nonzero().squeeze(1), rows
+    return chosen.view(torch.int64).nonzero().squeeze(1), chosen.view(-1, 8)
+
+
+def _rows(vector: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    return vector.view(like.shape).index_select(0, rows)
+
+
+def _count(chosen: Tensor) -> Tensor:
+    """How many of the booleans are true: bytes of 64-bit words are added up, 32 words at a time (fewer than 256)."""
+    if chosen.numel() % (8 * 32 * 32):
+        return chosen.count_nonzero()
+    return chosen.view(torch.int64).view(-1, 32, 32).sum(1).view(torch.uint8).sum()
 
 
 def _kth_pattern(tensors: Sequence[Tensor], rank: int, dtype: torch.dtype) -> int:
@@ -160,15 +207,13 @@ def _kth_pattern(tensors: Sequence[Tensor], rank: int, dtype: torch.dtype) -> in
 
 def _patterns(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
     """Bit patterns of the absolute values."""
-    for sizes in _sizes(tensors, dtype):
-        yield sizes.view(_BITS[dtype])
+    for chunk in _chunks(tensors):
+        yield chunk.to(dtype).abs().view(_BITS[dtype])
 
 
-def _sizes(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
-    """Absolute values in chunks."""
-    for tensor in tensors:
-        for chunk in tensor.split(_CHUNK if tensor.device.type == "cpu" else _CHUNK_ON_DEVICE):
-            yield chunk.to(dtype).abs()
+def _chunks(vectors: Sequence[Tensor]) -> Iterator[Tensor]:
+    for vector in vectors:
+        yield from vector.split(_CHUNK if vector.device.type == "cpu" else _CHUNK_ON_DEVICE)
 
 
 def _check_finite(counts: Tensor, dtype: torch.dtype) -> None:

@@ -5,7 +5,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_ire.functional import flat_masks, flat_threshold, mask_below, pack_mask, unpack_mask
+from lightning_ire.functional import (
+    flat_masks,
+    flat_threshold,
+    mask_below,
+    masks_and_threshold,
+    pack_mask,
+    unpack_mask,
+)
+from lightning_ire.functional.threshold import threshold_of_vectors
 
 VALUES = [torch.tensor([[1.0, -8.0], [3.0, 2.0]]), None, torch.tensor([-50.0, 40.0]), torch.tensor(7.0)]
 
@@ -151,3 +159,31 @@ def test_lowest_bit_comes_first():
 def test_wrong_number_of_bytes_is_refused(size, shape, needed):
     with pytest.raises(ValueError, match=f"Expected {needed} bytes for a mask of shape .*, got {size}"):
         unpack_mask(torch.zeros(size, dtype=torch.uint8), shape)
+
+
+@pytest.mark.parametrize("exclude_zero", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_much_data_gets_its_masks_on_the_way_to_the_threshold(dtype: torch.dtype, exclude_zero: bool) -> None:
+    """Several chunks, lengths that are no multiple of 8, both signs, a matrix without gaps and one with."""
+    torch.manual_seed(0)
+    values = [torch.randn(shape).to(dtype) for shape in [(600, 1001), (7,), (250_003,), (64, 64)]]
+    values[0][:100] = 0
+    values[2] = values[2][1:]
+    values[3] = values[3].T
+    for gamma in (0.5, 0.9):
+        masks, threshold = masks_and_threshold(values, gamma, exclude_zero=exclude_zero)
+        assert threshold.equal(flat_threshold(values, gamma, exclude_zero=exclude_zero))
+        for value, mask in zip(values, masks, strict=True):
+            size = value.double().abs()
+            assert mask.equal((size <= threshold.double()) & ((size > 0) | (not exclude_zero)))
+
+
+@pytest.mark.parametrize(("kind", "filled"), [("spread", True), ("tied", False), ("little", False)])
+def test_masks_are_filled_where_the_sample_leads_to_the_threshold(kind: str, filled: bool) -> None:
+    value = torch.randn(100 if kind == "little" else 300_000, generator=torch.Generator().manual_seed(0))
+    value = value.sign() if kind == "tied" else value
+    mask = torch.empty_like(value, dtype=torch.bool)
+    threshold, found = threshold_of_vectors([value], 0.8, masks=[mask])
+    assert found is filled
+    if filled:
+        assert mask.equal(value.abs() <= threshold)
