@@ -7,7 +7,7 @@ WORKERS ?= 2
 # threads of torch in `make run`: on a busy machine two that wait for each other were 9 times slower than one
 THREADS ?= 1
 
-.PHONY: help env run test test-all lint clean
+.PHONY: help env run test test-all bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,6 +29,11 @@ test: env lint  ## lint, types and the fast tests
 
 test-all: env  ## the long cells too
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m slow
+
+bench: env  ## measure what a step costs (about an hour on one core) and write benchmarks/RESULTS.md and the README's table
+	$(BIN)/python benchmarks/step_cost.py --output benchmarks/results/step_cost.json
+	$(BIN)/python benchmarks/optimizer_step.py --output benchmarks/results/optimizer_step.json
+	$(BIN)/python benchmarks/report.py
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

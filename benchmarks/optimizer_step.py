@@ -2,7 +2,8 @@
 
     python benchmarks/optimizer_step.py       # about 5 minutes on one CPU core, 8 GB of memory
 
-- step: the optimizer's step with the copy of the old weights before it and the boost after it, next to the step alone.
+- step: the optimizer's step with the copy of the old weights before it and the boost after it, next to the step alone;
+  for the fastest optimizer also the copy and the boost by themselves, next to its step.
 - mask: `flat_masks` of given estimates, next to concatenating them, `torch.kthvalue`, and comparing.
 - ascent: SAM's displacement there and back, next to a copy of the weights.
 
@@ -65,7 +66,10 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 }
 
 
-def step_pair(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], tensors: list[Tensor]) -> Pair:
+def step_pair(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], tensors: list[Tensor], part: str = "all"
+) -> Pair:
+    """The step with all that the boost adds, or what it adds by itself, and the step alone."""
     parameters = [nn.Parameter(tensor) for tensor in tensors]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -74,12 +78,17 @@ def step_pair(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], tenso
     names = {id(parameter): str(index) for index, parameter in enumerate(parameters)}
     masks = {str(index): torch.rand_like(parameter) < GAMMA for index, parameter in enumerate(parameters)}
 
+    def save() -> OldWeights:
+        return OldWeights.save(optimizer, names, masks, {}, False)
+
     def boosted() -> None:
-        weights = OldWeights.save(optimizer, names, masks, {}, False)
+        weights = save()
         optimizer.step()
         boost(optimizer, weights, KAPPA, None, True, False)
 
-    return boosted, optimizer.step
+    weights = save()
+    mine = {"all": boosted, "copy": save, "boost": lambda: boost(optimizer, weights, KAPPA, None, True, False)}
+    return mine[part], optimizer.step
 
 
 def mask_pair(tensors: list[Tensor]) -> Pair:
@@ -126,6 +135,10 @@ def main() -> None:
         f"step + boost: {name}": lambda tensors, make=make: step_pair(make, tensors)
         for name, make in OPTIMIZERS.items()
     }
+    for part in ("copy", "boost"):
+        measurements[f"{part}: AdamW, fused"] = lambda tensors, part=part: step_pair(
+            OPTIMIZERS["AdamW, fused"], tensors, part
+        )
     measurements |= {"mask": mask_pair, "ascent": ascent_pair}
     found: dict[str, dict[str, Any]] = {}
     for size, make in models(options.sizes, device).items():

@@ -1,6 +1,6 @@
 """What a training step costs with the callback, next to the same module without it.
 
-    python benchmarks/step_cost.py            # everything: about 40 minutes on one CPU core
+    python benchmarks/step_cost.py            # everything: about an hour on one CPU core
     python benchmarks/step_cost.py --only Transformer --rounds 6
 
 Every variant is a run of Lightning's Trainer of its own. The runs take turns, one step each in a new order every
@@ -279,10 +279,11 @@ def measure(name: str, options: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=10, help="steps of each variant, even")
+    parser.add_argument("--rounds", type=int, default=12, help="steps of each variant, even")
     parser.add_argument("--only", default="", help="workloads whose names begin so")
     parser.add_argument("--variants", nargs="*", default=[], help="these only: " + ", ".join(VARIANTS))
     parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--tf32", action="store_true", help="float32 products in TF32, on a GPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON file to write or to add to; without, none is")
@@ -291,7 +292,10 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], SETTINGS | dict(os.environ))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    settings = {"device": options.device, "precision": options.precision, "compile": options.compile}
+    if options.tf32:
+        torch.set_float32_matmul_precision("high")
+    precision = options.precision + (", TF32" if options.tf32 else "")
+    settings = {"device": options.device, "precision": precision, "compile": options.compile}
     content: dict[str, Any] = {"machine": machine(options.device), **settings, "workloads": {}}
     if options.output and options.output.exists():  # runs of single workloads add up, on the same machine
         before = json.loads(options.output.read_text())

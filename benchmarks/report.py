@@ -1,0 +1,217 @@
+"""What the committed JSON says: the tables of benchmarks/RESULTS.md, the README's cost table and docs/step_cost.png.
+
+    python benchmarks/report.py
+
+`make bench` measures first. tests/test_benchmarks.py checks that the tables are those of the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "step_cost.png"
+STEPS, SIZES = RESULTS / "step_cost.json", RESULTS / "optimizer_step.json"
+ROWS = {  # of the table: the run whose memory belongs to it
+    "off": "off",
+    "IRE, K=10": "IRE",
+    "IRE, fraction=0.25, K=10": "IRE, fraction=0.25",
+    "IRE, SecondMoment, K=10": "IRE, SecondMoment",
+    "IRE, K=1": "IRE",
+    "SAM": "SAM",
+    "SAM-IRE, K=10": "SAM-IRE",
+    "AverageSAM-IRE, K=10": "AverageSAM-IRE",
+    "SAM-IRE, K=10, against SAM": "",
+}
+CODE = {
+    "off": "`IRE(kappa=0)`",
+    "IRE, K=10": "`IRE()`: K = 10",
+    "IRE, fraction=0.25, K=10": "`IRE(curvature=SampledFisher(fraction=0.25))`",
+    "IRE, SecondMoment, K=10": "`IRE(curvature=SecondMoment())`",
+    "IRE, K=1": "`IRE(interval=1)`",
+    "SAM": "`IRE(kappa=0, perturbation=SAM(0.05))`",
+    "SAM-IRE, K=10": "`IRE(perturbation=SAM(0.05))`",
+    "AverageSAM-IRE, K=10": "`IRE(perturbation=AverageSAM(0.05))`",
+    "SAM-IRE, K=10, against SAM": "the same against SAM's step",
+}
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def where(content: Mapping[str, Any]) -> str:
+    """Hardware, versions and settings, in a line."""
+    machine = content["machine"]
+    device = "on the GPU" if content["device"] == "cuda" else f"threads: {machine['threads']}"
+    packages = ", ".join(f"{name} {machine[name]}" for name in ("torch", "lightning", "lightning_ire"))
+    settings = [content[name] for name in ("precision",) if name in content]
+    settings += ["compiled"] if content.get("compile") else []
+    return f"{machine['hardware']}, {device}, Python {machine['python']}, {packages}" + "".join(
+        f", {setting}" for setting in settings
+    )
+
+
+def step_table(content: Mapping[str, Any]) -> str:
+    """Ratios with quartiles, and the floor of each."""
+    workloads = content["workloads"]
+    lines = []
+    for row in ROWS:
+        cells = []
+        for one in workloads.values():
+            found = one["rows"].get(row)
+            cells.append(
+                f"**{found['ratio']:.3f}** ({found['low']:.2f} to {found['high']:.2f}), {found['floor']:.3f}"
+                if found
+                else "-"
+            )
+        if set(cells) != {"-"}:
+            lines.append([row, *cells])
+    heads = [
+        f"{name}: {one['parameters'] / 1e6:.1f} M, {one['seconds']:.2g} s, {one['rounds']} rounds"
+        for name, one in workloads.items()
+    ]
+    return table(["", *heads], lines)
+
+
+def memory_table(content: Mapping[str, Any]) -> str:
+    """Bytes per parameter beyond plain training: most inside a step, and between two steps."""
+    workloads = {name: one for name, one in content["workloads"].items() if "memory" in one}
+    lines = [
+        [run, *(f"{one['memory'][run]['peak']:.1f}, {one['memory'][run]['kept']:.2f}" for one in workloads.values())]
+        for run in dict.fromkeys(filter(None, ROWS.values()))
+    ]
+    return table(["", *workloads], lines)
+
+
+def size_table(content: Mapping[str, Any]) -> str:
+    """Ratios and nanoseconds per parameter, by size."""
+    measurements = content["measurements"]
+    sizes = list(dict.fromkeys(size for each in measurements.values() for size in each))
+    lines = []
+    for name, each in measurements.items():
+        cells = []
+        for size in sizes:
+            one = each.get(size)
+            scale = 1e9 / one["parameters"] if one else 0.0
+            cells.append(
+                f"**{one['ratio']:.2f}** ({one['ours'] * scale:.2f} / {one['theirs'] * scale:.2f})" if one else "-"
+            )
+        lines.append([name, *cells])
+    return table(["", *sizes], lines)
+
+
+def cost_table(content: Mapping[str, Any]) -> str:
+    """What a user wants to know: ratios, and memory as a range over the networks."""
+    workloads = content["workloads"]
+    lines = []
+    for row, run in ROWS.items():
+        cells = [f"{one['rows'][row]['ratio']:.2f}" for one in workloads.values()]
+        memory = [one["memory"][run] for one in workloads.values()] if run else []
+        kept, peak = (
+            (spread([one["kept"] for one in memory]), spread([one["peak"] for one in memory])) if run else ("", "")
+        )
+        lines.append([CODE[row], *cells, kept, peak])
+    return table(["step, against the same without the callback", *workloads, "bytes kept", "bytes in a step"], lines)
+
+
+def spread(values: list[float]) -> str:
+    """The smallest and the largest, rounded to whole numbers."""
+    ends = sorted({round(min(values)), round(max(values))})
+    return " to ".join(map(str, ends))
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def blocks() -> dict[Path, dict[str, str]]:
+    """For each file, what stands between its markers."""
+    steps, sizes = load(STEPS), load(SIZES)
+    gpu = []
+    for path in sorted((RESULTS / "gpu").glob("*.json")):
+        content = load(path)
+        make = size_table if "measurements" in content else step_table
+        gpu.append(f"{where(content)}\n\n{make(content)}")
+        if any("memory" in one for one in content.get("workloads", {}).values()):
+            gpu.append(memory_table(content))
+    return {
+        ROOT / "benchmarks" / "RESULTS.md": {
+            "steps": f"{where(steps)}\n\n{step_table(steps)}",
+            "memory": memory_table(steps),
+            "sizes": f"{where(sizes)}\n\n{size_table(sizes)}",
+            "gpu": "\n\n".join(gpu) or "None yet: no session has had such a machine.",
+        },
+        ROOT / "README.md": {"cost": f"{cost_table(steps)}\n\n*{where(steps)}*"},
+    }
+
+
+def marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: made by benchmarks/report.py, checked by tests/test_benchmarks.py -->\n", (
+        f"\n<!-- end of {name} -->"
+    )
+
+
+def between(text: str, name: str) -> str:
+    """What stands between the markers."""
+    begin, end = marks(name)
+    return text.split(begin)[1].split(end)[0]
+
+
+def rewrite(path: Path, contents: Mapping[str, str]) -> None:
+    text = path.read_text()
+    for name, content in contents.items():
+        begin, end = marks(name)
+        text = text.replace(begin + between(text, name) + end, begin + content + end)
+    path.write_text(text)
+
+
+def draw() -> None:
+    import matplotlib.pyplot as plt
+
+    steps, sizes = load(STEPS), load(SIZES)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained", width_ratios=(3, 2))
+    rows = [row for row in ROWS if row != "SAM-IRE, K=10, against SAM"]
+    for number, (name, one) in enumerate(steps["workloads"].items()):
+        found = [one["rows"][row] for row in rows]
+        ratios = [each["ratio"] for each in found]
+        height = [index + 0.18 * (number - 1.5) for index in range(len(rows))]
+        ends = [[each["ratio"] - each["low"] for each in found], [each["high"] - each["ratio"] for each in found]]
+        left.errorbar(ratios, height, xerr=ends, fmt="o", markersize=4, capsize=2, label=name)
+        left.plot([each["floor"] for each in found], height, "k|", markersize=9, label="" if number else "floor")
+    left.set_yticks(range(len(rows)), rows)
+    left.invert_yaxis()
+    left.set(xlabel="step, against the same step without the callback", title="Step cost: median, quartiles, floor")
+    left.legend(loc="lower right")
+    left.grid(alpha=0.3)
+    growth: dict[str, tuple[str, Callable[[dict[str, float]], float]]] = {
+        "AdamW, fused": ("step + boost: AdamW, fused", lambda one: one["theirs"]),
+        "AdamW, fused + boost": ("step + boost: AdamW, fused", lambda one: one["ours"]),
+        "concatenate + kthvalue": ("mask", lambda one: one["theirs"]),
+        "new mask": ("mask", lambda one: one["ours"]),
+    }
+    for (name, (measurement, pick)), style in zip(growth.items(), ("--", "-", "--", "-"), strict=True):
+        each = [one for size, one in sizes["measurements"][measurement].items() if "x" not in size]
+        counts = [one["parameters"] for one in each]
+        right.plot(counts, [pick(one) / one["parameters"] * 1e9 for one in each], style, marker="o", label=name)
+    right.set(xscale="log", yscale="log", xlabel="parameters", ylabel="ns per parameter", title="Growth (flat: linear)")
+    right.legend()
+    right.grid(alpha=0.3)
+    figure.savefig(PICTURE, dpi=100)
+
+
+def main() -> None:
+    for path, contents in blocks().items():
+        rewrite(path, contents)
+        print(f"wrote {path.relative_to(ROOT)}")
+    draw()
+    print(f"wrote {PICTURE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
