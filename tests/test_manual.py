@@ -306,6 +306,17 @@ def test_an_exception_in_a_closure_leaves_unmoved_weights(where: int) -> None:
     assert {"training_step", "log"}.isdisjoint(vars(module))
 
 
+def test_a_step_inside_the_capture_of_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here only what is asked of torch; with a real graph: tests/test_gpu.py."""
+    module = cases.Classifier()
+    start = cases.clone(module)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ConfigurationError, match=r"SGD to step outside of a CUDA graph.*reduce-overhead"):
+        cases.fit(module, [IRE(kappa=1.0)])
+    cases.assert_same_bits(module, start)
+
+
 def test_before_the_start_nothing_is_wrapped() -> None:
     seen = []
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire import tags
+from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import will_log
 from lightning_ire.callbacks._boost import OldWeights, boost
 from lightning_ire.callbacks._no_trace import devices_of
@@ -194,6 +195,12 @@ class Stepper:
 
     def _stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Torch runs the hooks for a step and again for the `super().step()` inside it: only the outer one counts."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise ConfigurationError(
+                f"Expected {type(optimizer).__name__} to step outside of a CUDA graph, got a step that is being "
+                "captured: its replays would be neither counted nor boosted. Capture the network alone "
+                '(`torch.compile(net, mode="reduce-overhead")`), or leave IRE out.'
+            )
         self._depth += 1
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
