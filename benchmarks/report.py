@@ -38,6 +38,16 @@ CODE = {
     "AverageSAM-IRE, K=10": "`IRE(perturbation=AverageSAM(0.05))`",
     "SAM-IRE, K=10, against SAM": "the same against SAM's step",
 }
+TARGETS = {  # the project's own
+    "off": 1.0,
+    "IRE, K=10": 1.07,
+    "IRE, fraction=0.25, K=10": 1.035,
+    "IRE, SecondMoment, K=10": 1.02,
+    "SAM": 2.03,
+    "SAM-IRE, K=10, against SAM": 1.05,
+}
+SIZE_TARGETS = {"mask": 0.2, "step + boost: AdamW, fused": 2.0}
+KEPT_TARGET = 1.0  # bytes
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -120,6 +130,28 @@ def cost_table(content: Mapping[str, Any]) -> str:
     return table(["step, against the same without the callback", *workloads, "bytes kept", "bytes in a step"], lines)
 
 
+def target_table(steps: Mapping[str, Any], sizes: Mapping[str, Any]) -> str:
+    """What was aimed at and what was found."""
+    workloads = steps["workloads"]
+    lines = [
+        [row, f"{target:g}", *(verdict(one["rows"][row], target) for one in workloads.values())]
+        for row, target in TARGETS.items()
+    ]
+    kept = [max(each["kept"] for each in one["memory"].values()) for one in workloads.values()]
+    lines.append(["bytes kept per parameter", f"{KEPT_TARGET:g}", *(f"{most:.2f}: met" for most in kept)])
+    assert max(kept) < KEPT_TARGET + 0.01
+    for name, target in SIZE_TARGETS.items():
+        one = sizes["measurements"][name]["25 M"]
+        lines.append([f"{name}, 25 M", f"{target:g}", verdict(one, target), *["-"] * (len(workloads) - 1)])
+    return table(["", "at most", *workloads], lines)
+
+
+def verdict(found: Mapping[str, float], target: float) -> str:
+    if found["ratio"] <= target:
+        return f"{found['ratio']:.3f}: met"
+    return f"{found['ratio']:.3f}: " + ("within the quartiles" if found["low"] <= target else "missed")
+
+
 def spread(values: list[float]) -> str:
     """The smallest and the largest, rounded to whole numbers."""
     ends = sorted({round(min(values)), round(max(values))})
@@ -145,6 +177,7 @@ def blocks() -> dict[Path, dict[str, str]]:
             "steps": f"{where(steps)}\n\n{step_table(steps)}",
             "memory": memory_table(steps),
             "sizes": f"{where(sizes)}\n\n{size_table(sizes)}",
+            "targets": target_table(steps, sizes),
             "gpu": "\n\n".join(gpu) or "None yet: no session has had such a machine.",
         },
         ROOT / "README.md": {"cost": f"{cost_table(steps)}\n\n*{where(steps)}*"},
@@ -187,7 +220,7 @@ def draw() -> None:
     left.set_yticks(range(len(rows)), rows)
     left.invert_yaxis()
     left.set(xlabel="step, against the same step without the callback", title="Step cost: median, quartiles, floor")
-    left.legend(loc="lower right")
+    left.legend(loc="upper right")
     left.grid(alpha=0.3)
     growth: dict[str, tuple[str, Callable[[dict[str, float]], float]]] = {
         "AdamW, fused": ("step + boost: AdamW, fused", lambda one: one["theirs"]),
@@ -200,7 +233,8 @@ def draw() -> None:
         counts = [one["parameters"] for one in each]
         right.plot(counts, [pick(one) / one["parameters"] * 1e9 for one in each], style, marker="o", label=name)
     right.set(xscale="log", yscale="log", xlabel="parameters", ylabel="ns per parameter", title="Growth (flat: linear)")
-    right.legend()
+    right.set_ylim(bottom=0.1)
+    right.legend(loc="lower left")
     right.grid(alpha=0.3)
     figure.savefig(PICTURE, dpi=100)
 

@@ -279,7 +279,7 @@ def measure(name: str, options: Any) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=12, help="steps of each variant, even")
+    parser.add_argument("--rounds", type=int, default=12, help="steps of each variant, even, at least 4")
     parser.add_argument("--only", default="", help="workloads whose names begin so")
     parser.add_argument("--variants", nargs="*", default=[], help="these only: " + ", ".join(VARIANTS))
     parser.add_argument("--precision", default="32-true")
@@ -288,6 +288,8 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--output", type=Path, help="JSON file to write or to add to; without, none is")
     options = parser.parse_args()
+    if options.rounds < 4 or options.rounds % 2:
+        parser.error(f"expected --rounds to be even and at least 4, got {options.rounds}")
     if not SETTINGS.keys() <= os.environ.keys():  # read when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], SETTINGS | dict(os.environ))
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
