@@ -51,7 +51,9 @@ class FlatMasks:
             if not group:
                 continue
             values_of_group = [present[name] for name in group]
-            made, threshold = masks_and_threshold(values_of_group, self.gamma, exclude_zero=self.exclude_zero)
+            made, threshold = masks_and_threshold(
+                values_of_group, self.gamma, exclude_zero=self.exclude_zero, finite=True
+            )
             thresholds.append(threshold)
             masks |= dict(zip(group, made, strict=True))
         self.logs = _statistics(self.masks, masks, thresholds)

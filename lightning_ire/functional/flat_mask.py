@@ -63,7 +63,7 @@ def flat_masks(
 
 @torch.no_grad()
 def masks_and_threshold(
-    values: Sequence[Tensor], gamma: float, *, exclude_zero: bool = False
+    values: Sequence[Tensor], gamma: float, *, exclude_zero: bool = False, finite: bool = False
 ) -> tuple[list[Tensor], Tensor]:
     """The masks of :func:`flat_masks` over all values at once, and the threshold that made them.
 
@@ -71,6 +71,7 @@ def masks_and_threshold(
         values: Curvature estimates, one tensor per parameter.
         gamma: As there.
         exclude_zero: As there.
+        finite: The values are known to be finite: then the host does not wait for a GPU to look.
 
     Returns:
         One boolean tensor per value (those of small values are parts of one tensor), and the scalar of
@@ -84,7 +85,7 @@ def masks_and_threshold(
     groups = groups_of(values)
     flat = [joined([values[index] for index in group]) for group in groups]
     found = [torch.empty_like(vector, dtype=torch.bool) for vector in flat]
-    threshold, filled = threshold_of_vectors(flat, gamma, exclude_zero=exclude_zero, masks=found)
+    threshold, filled = threshold_of_vectors(flat, gamma, exclude_zero=exclude_zero, masks=found, finite=finite)
     masks: list[Tensor] = [threshold] * len(values)
     for group, vector, mask in zip(groups, flat, found, strict=True):
         if not filled:

@@ -1,14 +1,14 @@
 """The exact k-th smallest value over many tensors, by counting.
 
-A sorted sample says between which two values the k-th lies, nearly for certain. One pass over the data counts what is
-not above the lower one and collects the few between the two, among which the k-th is found (Floyd & Rivest 1975,
-"Expected time bounds for selection"). Where the sample was misleading (ties, an order that it followed) and for little
-data, bit patterns are counted instead:
-
 The bits of a non-negative IEEE float order like integers. So a histogram of the upper 16 bits finds the bucket that
 holds the k-th value, and a histogram of the next 16 bits inside that bucket finds it exactly: one pass over the data
-for 16-bit types, two for float32, four for float64. Nothing is sorted, no copy of the whole is made, and the counts of
-several tensors (or devices) simply add up.
+for 16-bit types, two for float32, four for float64. Nothing is sorted, no copy of the whole is made, the counts of
+several tensors (or devices) simply add up, and no shape depends on the data, so that nobody waits for a GPU.
+
+Much data on a CPU is ranked faster: a sorted sample says between which two values the k-th lies, nearly for certain.
+One pass counts what is not above the lower one and collects the few between the two, among which the k-th is found
+(Floyd & Rivest 1975, "Expected time bounds for selection"). Where the sample was misleading (ties, an order that it
+followed), the bits are counted after all.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _BITS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+_INFINITY = {dtype: int(torch.tensor(float("inf"), dtype=dtype).view(bits)) for dtype, bits in _BITS.items()}
 _DIGIT = 16
 _CHUNK = 1 << 18  # elements looked at together: bounds the temporary memory and stays in cache
 _CHUNK_ON_DEVICE = 1 << 24
@@ -54,8 +55,9 @@ def flat_threshold(values: Sequence[Tensor | None], gamma: float, *, exclude_zer
         ValueError: If `gamma` is out of range, there is no value at all, or one of them is NaN or infinite.
         TypeError: If a tensor is not of one of the four floating dtypes.
 
-    Cost: one read of the data; one per 16 bits of the dtype where the sample misleads. Temporary memory of about a
-    twentieth of the values (a quarter at most) and 2^18 elements (2^24 on a GPU), and a copy of the small tensors.
+    Cost: one read of the data; one per 16 bits of the dtype on a GPU and where the sample misleads, and there the host
+    waits once, to look for values that are not finite. Temporary memory of about a twentieth of the values (a quarter
+    at most) and 2^18 elements (2^24 on a GPU), and a copy of the small tensors.
 
     Example:
         >>> values = [torch.tensor([3.0, -1.0]), torch.tensor(2.0), None, torch.tensor([0.5])]
@@ -68,7 +70,12 @@ def flat_threshold(values: Sequence[Tensor | None], gamma: float, *, exclude_zer
 
 
 def threshold_of_vectors(
-    values: Sequence[Tensor], gamma: float, *, exclude_zero: bool = False, masks: Sequence[Tensor] = ()
+    values: Sequence[Tensor],
+    gamma: float,
+    *,
+    exclude_zero: bool = False,
+    masks: Sequence[Tensor] = (),
+    finite: bool = False,
 ) -> tuple[Tensor, bool]:
     r"""The threshold, and on the way what is at most that.
 
@@ -77,6 +84,7 @@ def threshold_of_vectors(
         gamma: As there.
         exclude_zero: As there.
         masks: Boolean vectors of the same lengths, for \|values\| <= threshold (and not 0, with `exclude_zero`).
+        finite: The values are known to be finite: then nobody waits for a GPU to look.
 
     Returns:
         The threshold, and whether the masks hold the result: only a sample that did not mislead leads to it.
@@ -91,16 +99,22 @@ def threshold_of_vectors(
     if not total:
         raise ValueError("Expected at least one value to rank, got none (no tensors, or only empty ones).")
     dtype = _common_dtype(values)
-    zeros = sum(int((value == 0).sum()) for value in values) if exclude_zero else 0
     device = values[0].device
-    if total == zeros:
-        return torch.zeros((), dtype=dtype, device=device), False
-    rank = zeros + max(1, int((total - zeros) * gamma))
-    found = _by_sample(values, rank, total, dtype, exclude_zero, masks)
-    if found is not None:
-        return found, True
-    pattern = _kth_pattern(values, rank, dtype)
-    return torch.tensor(pattern, dtype=_BITS[dtype]).view(dtype).to(device), False
+    zeros = torch.stack([(value == 0).sum().to(device) for value in values]).sum() if exclude_zero else None
+    if total >= _LITTLE and all(value.is_cpu for value in values):
+        none = 0 if zeros is None else int(zeros)
+        if total > none:
+            place = none + max(1, int((total - none) * gamma))
+            found = _by_sample(values, place, total, dtype, exclude_zero, masks)
+            if found is not None:
+                return found, True
+    if zeros is None:
+        zeros = torch.zeros((), dtype=torch.int64, device=device)
+    rank = zeros + ((total - zeros).double() * gamma).long().clamp(min=1)
+    pattern, bad = _kth_pattern(values, rank.clamp(max=total), dtype)  # nothing but zeros: the largest is one
+    if not finite and (count := int(bad)):
+        raise ValueError(f"Expected finite values to rank, got {count} that are NaN or infinite.")
+    return pattern.to(_BITS[dtype]).view(dtype), False
 
 
 def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -115,9 +129,10 @@ def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 def _by_sample(
     values: Sequence[Tensor], rank: int, total: int, dtype: torch.dtype, exclude_zero: bool, masks: Sequence[Tensor]
 ) -> Tensor | None:
-    """The `rank`-th smallest (from 1) absolute value; ``None`` if no sample leads to it, or one is not finite."""
-    if total < _LITTLE or any(value.device != values[0].device for value in values):
-        return None
+    """The `rank`-th smallest (from 1) absolute value; ``None`` if no sample leads to it, or one is not finite.
+
+    For a CPU: how much is collected depends on the data.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     stride = round(total ** (1 / 3))  # a sample of p^(2/3): as much work to sort it as to look through what it leaves
     sample = torch.cat([_every(stride, value).to(wide) for value in values]).abs().sort().values
@@ -149,9 +164,7 @@ def _by_sample(
     position = rank - under_all
     if not finite or not 1 <= position <= len(inside):
         return None
-    # `kthvalue` is not among what torch calls deterministic on CUDA
-    on_cpu = inside.device.type == "cpu"
-    found = inside.kthvalue(position).values if on_cpu else inside.sort().values[position - 1]
+    found = inside.kthvalue(position).values
     for under, rows, source in doubtful:
         near = _rows(source, rows, under).to(wide).abs()
         flat = near <= found
@@ -185,24 +198,32 @@ def _count(chosen: Tensor) -> Tensor:
     return chosen.view(torch.int64).view(-1, 32, 32).sum(1).view(torch.uint8).sum()
 
 
-def _kth_pattern(tensors: Sequence[Tensor], rank: int, dtype: torch.dtype) -> int:
-    """Bit pattern of the `rank`-th smallest (from 1) absolute value: most significant digit first."""
-    width = torch.finfo(dtype).bits
-    prefix = 0
-    for shift in range(width - _DIGIT, -1, -_DIGIT):
-        first = shift == width - _DIGIT
-        counts = torch.zeros(1 << _DIGIT, dtype=torch.int64)
-        for bits in _patterns(tensors, dtype):
-            if not first:  # only values whose higher digits are those found so far
-                bits = bits[(bits >> (shift + _DIGIT)) == prefix] & ((1 << (shift + _DIGIT)) - 1)
-            counts += torch.bincount(bits >> shift, minlength=1 << _DIGIT).cpu()
-        if first:
-            _check_finite(counts, dtype)
-        below = counts.cumsum(0)
-        digit = int(torch.searchsorted(below, rank))
-        rank -= int(below[digit - 1]) if digit else 0
-        prefix = (prefix << _DIGIT) | digit
-    return prefix
+def _kth_pattern(values: Sequence[Tensor], rank: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Bit pattern of the `rank`-th smallest (from 1) absolute value, and how many are NaN or infinite.
+
+    The most significant digit first. Shapes do not depend on the data: the host never waits for a GPU.
+    """
+    device = rank.device
+    first_shift = torch.finfo(dtype).bits - _DIGIT
+    prefix = bad = torch.zeros_like(rank)
+    rank = rank.view(1)
+    for shift in range(first_shift, -1, -_DIGIT):
+        below = torch.zeros((1 << _DIGIT) + 1, dtype=torch.int64, device=device)  # [i]: digits less than i
+        for bits in _patterns(values, dtype):
+            digits = (bits >> shift).long()
+            # those whose higher digits are the ones found so far
+            fits = (
+                torch.ones_like(digits) if shift == first_shift else (digits >> _DIGIT == prefix.to(bits.device)).long()
+            )
+            counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=bits.device)
+            below[1:] += counts.index_add_(0, digits & ((1 << _DIGIT) - 1), fits).to(device)
+        below = below.cumsum(0)
+        if shift == first_shift:
+            bad = below[-1] - below[_INFINITY[dtype] >> shift]  # the patterns of infinity and NaN are the largest
+        digit = torch.searchsorted(below[1:], rank).clamp_(max=(1 << _DIGIT) - 1)
+        rank = rank - below.index_select(0, digit)
+        prefix = (prefix << _DIGIT) | digit.squeeze(0)
+    return prefix, bad
 
 
 def _patterns(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
@@ -214,11 +235,3 @@ def _patterns(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]
 def _chunks(vectors: Sequence[Tensor]) -> Iterator[Tensor]:
     for vector in vectors:
         yield from vector.split(_CHUNK if vector.device.type == "cpu" else _CHUNK_ON_DEVICE)
-
-
-def _check_finite(counts: Tensor, dtype: torch.dtype) -> None:
-    """The patterns of infinity and NaN are the largest: look at the buckets from infinity's upwards."""
-    infinity = int(torch.tensor(float("inf"), dtype=dtype).view(_BITS[dtype])) >> (torch.finfo(dtype).bits - _DIGIT)
-    bad = int(counts[infinity:].sum())
-    if bad:
-        raise ValueError(f"Expected finite values to rank, got {bad} that are NaN or infinite.")

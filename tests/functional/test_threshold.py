@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_ire.functional import flat_threshold, threshold
+from lightning_ire.functional import flat_threshold, masks_and_threshold, threshold
 
 BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 DTYPES = list(BITS)
@@ -215,3 +216,37 @@ def test_much_data_is_ranked_by_a_sample_to_the_bit(kind: str, gamma: float, mon
         assert not counted
     if kind == "misleading" and gamma in (0.3, 0.8):
         assert counted
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for which the host of a GPU would wait: numbers and shapes that depend on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        copies = "_to_copy" in name and (kwargs or {}).get("device") is not None
+        if copies or any(part in name for part in ("scalar_dense", "nonzero", "bincount", "masked_select", "unique")):
+            self.seen.append(name)
+        if name == "aten.index.Tensor" and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("exclude_zero", [False, True])
+def test_of_finite_values_the_host_wants_to_know_nothing(exclude_zero: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of a GPU, on much data too; that values are finite is the only question otherwise."""
+    monkeypatch.setattr(threshold, "_LITTLE", 1 << 40)
+    values = [torch.randn(100, 3), torch.randn(300_000), torch.zeros(())]
+    options = {"exclude_zero": exclude_zero}
+    with Waits() as waits:
+        masks, found = masks_and_threshold(values, 0.8, finite=True, **options)
+    assert waits.seen == []
+    with Waits() as waits:
+        again = flat_threshold(values, 0.8, **options)
+    assert waits.seen == ["aten._local_scalar_dense.default"]
+    assert_same_bits(again, found)
+    assert_same_bits(found, reference(values, 0.8, exclude_zero))
+    assert masks[1].equal(values[1].abs() <= found)
