@@ -30,7 +30,7 @@ test: env lint  ## lint, types and the fast tests
 test-all: env  ## the long cells too
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m slow
 
-bench: env  ## measure what a step costs (about an hour on one core) and write benchmarks/RESULTS.md and the README's table
+bench: env  ## measure what a step costs (20 to 60 minutes on one core) and write benchmarks/RESULTS.md and the README's table
 	$(BIN)/python benchmarks/step_cost.py --output benchmarks/results/step_cost.json
 	$(BIN)/python benchmarks/optimizer_step.py --output benchmarks/results/optimizer_step.json
 	$(BIN)/python benchmarks/report.py

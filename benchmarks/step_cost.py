@@ -1,6 +1,6 @@
 """What a training step costs with the callback, next to the same module without it.
 
-    python benchmarks/step_cost.py            # everything: about an hour on one CPU core
+    python benchmarks/step_cost.py            # everything: 20 to 60 minutes on one CPU core
     python benchmarks/step_cost.py --only Transformer --rounds 6
 
 Every variant is a run of Lightning's Trainer of its own. The runs take turns, one step each in a new order every

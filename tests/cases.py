@@ -182,3 +182,9 @@ def recorded(curvature: Curvature) -> list[list[Tensor | None] | None]:
 
     curvature.begin = begin_recorded  # type: ignore[method-assign]
     return found
+
+
+def leave_together() -> None:
+    """End of a distributed script: one that leaves while others still talk to it is now and then torn down by C++."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from cases import leave_together
 
 from lightning_ire.cli import main
 
@@ -19,3 +20,4 @@ if __name__ == "__main__":
         print(*arguments, file=sys.stderr)
         if code := main(arguments):
             sys.exit(code)
+    leave_together()

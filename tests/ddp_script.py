@@ -342,3 +342,4 @@ if __name__ == "__main__":
     results["refusals"] = refusals()
     rank = torch.distributed.get_rank()
     torch.save(results, Path(sys.argv[1]) / f"rank{rank}.pt")
+    cases.leave_together()

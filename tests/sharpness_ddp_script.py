@@ -532,3 +532,4 @@ if __name__ == "__main__":
     if not sys.argv[2:]:
         results["validated"] = validated()
     torch.save(results, folder / f"rank{rank}.pt")
+    cases.leave_together()
