@@ -138,8 +138,8 @@ def target_table(steps: Mapping[str, Any], sizes: Mapping[str, Any]) -> str:
         for row, target in TARGETS.items()
     ]
     kept = [max(each["kept"] for each in one["memory"].values()) for one in workloads.values()]
-    lines.append(["bytes kept per parameter", f"{KEPT_TARGET:g}", *(f"{most:.2f}: met" for most in kept)])
-    assert max(kept) < KEPT_TARGET + 0.01
+    verdicts = [f"{most:.2f}: " + ("met" if round(most, 2) <= KEPT_TARGET else "missed") for most in kept]
+    lines.append(["bytes kept per parameter", f"{KEPT_TARGET:g}", *verdicts])
     for name, target in SIZE_TARGETS.items():
         one = sizes["measurements"][name]["25 M"]
         lines.append([f"{name}, 25 M", f"{target:g}", verdict(one, target), *["-"] * (len(workloads) - 1)])

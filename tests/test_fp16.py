@@ -1,4 +1,4 @@
-"""fp16 with a GradScaler, on the CPU: scales cancel, and a skipped step is no step."""
+"""fp16 with a GradScaler, on the CPU (more on a GPU: test_gpu.py): scales cancel, and a skipped step is no step."""
 
 from typing import Any
 
@@ -10,10 +10,15 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_ire import IRE, SAM, EmpiricalFisher, tags
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-def fit(module: Classifier, callbacks: list[Any], scale: float, **kwargs: Any) -> tuple[Any, float]:
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=5)
-    trainer = cases.fit(module, callbacks, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **kwargs)
+
+def fit(
+    module: Classifier, callbacks: list[Any], scale: float, device: str = "cpu", **kwargs: Any
+) -> tuple[Any, float]:
+    scaler = torch.amp.GradScaler(device, init_scale=scale, growth_interval=5)
+    plugin = MixedPrecision("16-mixed", device, scaler)
+    trainer = cases.fit(module, callbacks, plugins=[plugin], accelerator=device, **kwargs)
     return trainer, scaler.get_scale()
 
 
@@ -38,21 +43,22 @@ def adamw(fused: bool) -> Any:
     return lambda module: torch.optim.AdamW(module.parameters(), lr=0.01, fused=fused)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
 @pytest.mark.parametrize("fused", [False, True])
-def test_skipped_steps_are_neither_counted_nor_boosted(fused: bool) -> None:
+def test_skipped_steps_are_neither_counted_nor_boosted(fused: bool, device: str) -> None:
     """Halved from 2^30 until the gradients fit; until then nothing moves, and the start counts real steps."""
     module = Classifier(Net(), optimizer=adamw(fused))
     start = cases.clone(module)
     ire = IRE(kappa=2.0, start_step=1, perturbation=SAM(0.1))
     with pytest.warns(UserWarning, match="IRE never switched on"):
-        trainer, _ = fit(module, [ire], HOPELESS)
+        trainer, _ = fit(module, [ire], HOPELESS, device)
     assert trainer.global_step == 16
     assert ire._progress.step == 0
     assert ire.started_at is None
-    cases.assert_same_bits(module, start)
+    cases.assert_same_bits(module.cpu(), start)
     module = cases.clone(start)
     ire = IRE(kappa=2.0, start_step=1)
-    fit(module, [ire], 2.0**22)
+    fit(module, [ire], 2.0**22, device)
     assert 0 < ire._progress.step < 16
     assert ire.started_at == 1
 

@@ -76,23 +76,6 @@ def test_new_masks_leave_the_random_streams_alone(precision: str, curvature: Any
     assert torch.equal(after, torch.cuda.get_rng_state())
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_skipped_steps_are_neither_counted_nor_boosted(fused: bool) -> None:
-    torch.manual_seed(0)
-    module = Classifier(Net(), optimizer=adam(fused=fused))
-    start = cases.clone(module)
-    ire = IRE(kappa=2.0, start_step=1, perturbation=SAM(0.1))
-    with pytest.warns(UserWarning, match="IRE never switched on"):
-        fit(module, [ire], plugins=[half(2.0**126)])
-    assert ire._progress.step == 0
-    cases.assert_same_bits(module.cpu(), start)
-    module = cases.clone(start)
-    ire = IRE(kappa=2.0, start_step=1)
-    fit(module, [ire], plugins=[half(2.0**22)])
-    assert 0 < ire._progress.step < 16
-    assert ire.started_at == 1
-
-
 class Watched(Callback):
     """Weights before and after one step."""
 
@@ -171,9 +154,6 @@ class Waits(Callback):
 
     def __init__(self) -> None:
         self.counts: list[int] = []
-
-    def setup(self, *args: Any, **kwargs: Any) -> None:
-        self.caught: list[Any] = []
 
     def on_train_batch_start(self, *args: Any) -> None:
         self.recording = warnings.catch_warnings(record=True)

@@ -64,7 +64,7 @@ def flat_threshold(values: Sequence[Tensor | None], gamma: float, *, exclude_zer
         >>> flat_threshold(values, gamma=0.75)
         tensor(2.)
     """
-    tensors = [value.detach() for value in values if value is not None and value.numel()]
+    tensors = [value.detach() for value in values if value is not None]
     vectors = [joined([tensors[index] for index in group]) for group in groups_of(tensors)]
     return threshold_of_vectors(vectors, gamma, exclude_zero=exclude_zero)[0]
 
@@ -95,23 +95,22 @@ def threshold_of_vectors(
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"Expected `gamma` to be a number in (0, 1], got {gamma!r}.")
-    total = sum(value.numel() for value in values)
-    if not total:
+    values = [value for value in values if value.numel()]
+    if not values:
         raise ValueError("Expected at least one value to rank, got none (no tensors, or only empty ones).")
+    total = sum(value.numel() for value in values)
     dtype = _common_dtype(values)
     device = values[0].device
-    zeros = torch.stack([(value == 0).sum().to(device) for value in values]).sum() if exclude_zero else None
-    if total >= _LITTLE and all(value.is_cpu for value in values):
-        none = 0 if zeros is None else int(zeros)
-        if total > none:
-            place = none + max(1, int((total - none) * gamma))
-            found = _by_sample(values, place, total, dtype, exclude_zero, masks)
-            if found is not None:
-                return found, True
-    if zeros is None:
-        zeros = torch.zeros((), dtype=torch.int64, device=device)
+    zeros = torch.zeros((), dtype=torch.int64, device=device)
+    if exclude_zero:
+        zeros = torch.stack([(value == 0).sum().to(device) for value in values]).sum()
     rank = zeros + ((total - zeros).double() * gamma).long().clamp(min=1)
-    pattern, bad = _kth_pattern(values, rank.clamp(max=total), dtype)  # nothing but zeros: the largest is one
+    rank = rank.clamp(max=total)  # nothing but zeros: the largest is one
+    if total >= _LITTLE and all(value.is_cpu for value in values):
+        found = _by_sample(values, int(rank), total, dtype, exclude_zero, [mask for mask in masks if mask.numel()])
+        if found is not None:
+            return found, True
+    pattern, bad = _kth_pattern(values, rank, dtype)
     if not finite and (count := int(bad)):
         raise ValueError(f"Expected finite values to rank, got {count} that are NaN or infinite.")
     return pattern.to(_BITS[dtype]).view(dtype), False

@@ -187,3 +187,11 @@ def test_masks_are_filled_where_the_sample_leads_to_the_threshold(kind: str, fil
     assert found is filled
     if filled:
         assert mask.equal(value.abs() <= threshold)
+
+
+def test_an_empty_tensor_of_another_dtype_takes_no_part_among_much_data() -> None:
+    values = [torch.zeros(0, dtype=torch.float64), torch.randn(300_000, generator=torch.Generator().manual_seed(0))]
+    masks, threshold = masks_and_threshold(values, 0.8)
+    assert threshold.dtype == torch.float32
+    assert masks[0].numel() == 0
+    assert masks[1].equal(values[1].abs() <= threshold)
