@@ -1,0 +1,14 @@
+"""The paper's claims, tested at a size that fits: `make claims`; the verdicts are in benchmarks/CLAIMS.md.
+
+One module per claim. Each has
+
+- `QUESTION`: the claim, as a question.
+- `plan(size, runs)`: the settings of all runs that can be named so far; later ones may depend on results of earlier
+  ones (a tuned learning rate), so it is asked again until it names nothing new. `size` is "default", "full" (which
+  contains "default") or "tiny" (what the tests train; it says nothing).
+- `measure(settings)`: one run, in a process of its own: numbers, by name.
+- `verdict(runs)`: a short name of the outcome and a sentence with the numbers. `tables(runs)`: Markdown.
+- `draw(runs)`: the figure.
+
+What was measured is in results/CLAIM.json, one line per run; a run that is there is not made again.
+"""

@@ -1,0 +1,110 @@
+"""Runs in two processes, and the JSON file that remembers them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from tqdm import tqdm
+
+import lightning_ire
+
+__all__ = ["Result", "Runs", "Settings", "collect"]
+
+Settings = Mapping[str, Any]
+Result = dict[str, Any]
+
+
+def _key(settings: Settings) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+class Runs:
+    """Results by the settings that made them.
+
+    Args:
+        file: Where they are kept; None: nowhere.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
+        self.versions: dict[str, str] = {}
+        self._results: dict[str, Result] = {}
+        if file is not None and file.exists():
+            content = json.loads(file.read_text())
+            self.versions = content["versions"]
+            self._results = {_key(run["settings"]): run["result"] for run in content["runs"]}
+
+    def __contains__(self, settings: Settings) -> bool:
+        return _key(settings) in self._results
+
+    def __getitem__(self, settings: Settings) -> Result:
+        return self._results[_key(settings)]
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], Result]]:
+        """Settings and result of each run."""
+        return ((json.loads(key), result) for key, result in self._results.items())
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def where(self, **wanted: Any) -> list[tuple[dict[str, Any], Result]]:
+        """The runs with these values among their settings."""
+        return [each for each in self if wanted.items() <= each[0].items()]
+
+    def add(self, settings: Settings, result: Result) -> None:
+        """Remember one run, on disk too. The file is whole at any moment."""
+        self._results[_key(settings)] = result
+        if self.file is None:
+            return
+        self.versions = {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "lightning_ire": lightning_ire.__version__,
+        }
+        lines = sorted(json.dumps({"settings": json.loads(key), "result": one}) for key, one in self._results.items())
+        text = f'{{"versions": {json.dumps(self.versions)}, "runs": [\n' + ",\n".join(lines) + "\n]}\n"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.file.with_suffix(".new")
+        beside.write_text(text)
+        beside.replace(self.file)
+
+
+def _quiet() -> None:
+    """One thread per process, and no more words from Lightning than errors."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    importlib.import_module("lightning.pytorch")  # sets the level of its logger, so ours has to come after
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+def collect(
+    runs: Runs,
+    plan: Callable[[Runs], list[dict[str, Any]]],
+    measure: Callable[[Settings], Result],
+    name: str,
+    processes: int = 2,
+) -> None:
+    """Make every run that the plan names and `runs` does not have, until the plan names no more."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    while todo := {_key(each): each for each in plan(runs) if each not in runs}:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
+            futures = {pool.submit(measure, settings): settings for settings in todo.values()}
+            try:
+                for future in tqdm(as_completed(futures), name, len(futures), unit="run", dynamic_ncols=True):
+                    runs.add(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
