@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ import report
 from claims._report import FIGURES, ROOT
 from claims._runs import Runs, collect
 
-CLAIMS = ["trajectories", "drift", "accuracy", "language"]
+CLAIMS = ["trajectories", "drift", "sharpness_grid", "accuracy", "language", "ablations"]
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("default", "full", "tiny")
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="CLAIM", help=f"one of {', '.join(CLAIMS)}; none: all")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended, too
     size = os.environ.get("CLAIMS_SIZE", "default")
     if size not in SIZES[:2]:
         parser.error(f"Expected CLAIMS_SIZE to be default or full, got {size!r}.")

@@ -99,9 +99,15 @@ def collect(
 ) -> None:
     """Make every run that the plan names and `runs` does not have, until the plan names no more."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    while todo := {_key(each): each for each in plan(runs) if each not in runs}:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
-            futures = {pool.submit(measure, settings): settings for settings in todo.values()}
+
+    def missing() -> list[dict[str, Any]]:
+        return list({_key(each): each for each in plan(runs) if each not in runs}.values())
+
+    if not missing():
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
+        while todo := missing():
+            futures = {pool.submit(measure, settings): settings for settings in todo}
             try:
                 for future in tqdm(as_completed(futures), name, len(futures), unit="run", dynamic_ncols=True):
                     runs.add(futures[future], future.result())
