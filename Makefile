@@ -7,7 +7,7 @@ WORKERS ?= 2
 # threads of torch in `make run`: on a busy machine two that wait for each other were 9 times slower than one
 THREADS ?= 1
 
-.PHONY: help env run test test-all bench lint clean
+.PHONY: help env run test test-all bench claims notebooks lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -34,6 +34,13 @@ bench: env  ## measure what a step costs (20 to 60 minutes on one core) and writ
 	$(BIN)/python benchmarks/step_cost.py --output benchmarks/results/step_cost.json
 	$(BIN)/python benchmarks/optimizer_step.py --output benchmarks/results/optimizer_step.json
 	$(BIN)/python benchmarks/report.py
+
+claims: env  ## test the paper's claims: makes the runs that benchmarks/claims/results lacks (CLAIMS_SIZE=full: more of them)
+	PYTHONPATH=benchmarks $(BIN)/python -m claims
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mask_agreement.py
+
+notebooks: env  ## execute the notebooks again and keep their outputs
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 
 lint: env  ## ruff and mypy
 	$(BIN)/ruff check .

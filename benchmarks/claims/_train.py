@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -58,12 +58,8 @@ class Digits(LightningDataModule):
         source = load_digits()
         images = torch.from_numpy(source.images).float().unsqueeze(1) / 16
         labels = torch.from_numpy(source.target).long()
-        train, rest = train_test_split(
-            range(len(labels)), train_size=count, stratify=labels.numpy(), random_state=seed
-        )
-        val, test = train_test_split(
-            rest, train_size=VALIDATION, stratify=labels[rest].numpy(), random_state=seed
-        )
+        train, rest = train_test_split(range(len(labels)), train_size=count, stratify=labels.numpy(), random_state=seed)
+        val, test = train_test_split(rest, train_size=VALIDATION, stratify=labels[rest].numpy(), random_state=seed)
         images = (images - images[train].mean()) / images[train].std()
         generator = torch.Generator().manual_seed(seed)
         noisy = labels[train].clone()

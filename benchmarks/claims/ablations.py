@@ -1,9 +1,9 @@
 """What users ask: which estimate, how often, which scope, from when on, with or without decay and dropout.
 
-One change at a time from fixed, untuned settings (kappa 2, gamma 0.8, K = 10), so this compares variants of IRE with each
-other, not IRE with a tuned baseline: `noisy labels` is SGD-IRE on the digits (lr 0.3, decay 3e-3, on after 30 % of 300
-steps), `bytes` AdmIRE on the standard library's text (lr 9.6e-3, decay 0.1, on after the warm-up, 300 steps). Differences
-are paired by seed.
+One change at a time from fixed, untuned settings (kappa 2, gamma 0.8, K = 10), so this compares variants of IRE with
+each other, not IRE with a tuned baseline: `noisy labels` is SGD-IRE on the digits (lr 0.3, decay 3e-3, on after 30 %
+of 300 steps), `bytes` AdmIRE on the standard library's text (lr 9.6e-3, decay 0.1, on after the warm-up, 300 steps).
+Differences are paired by seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "on after 60 %": {"start_step": 0.6},
     "on after 90 %": {"start_step": 0.9},
 }
-TASKS = {"noisy labels": ("test_accuracy", 100, 2, 1), "bytes": ("test_loss", 1, 3, -1)}  # value, factor, digits, better
+TASKS = {
+    "noisy labels": ("test_accuracy", 100, 2, 1),
+    "bytes": ("test_loss", 1, 3, -1),
+}  # value, factor, digits, better
 CELLS = [(decay, dropout) for decay in (0.0, 0.1) for dropout in (0.0, 0.1)]  # on the text
 SEEDS = {"default": {"noisy labels": 10, "bytes": 4}, "full": dict.fromkeys(TASKS, 20), "tiny": dict.fromkeys(TASKS, 2)}
 
@@ -109,13 +112,13 @@ def verdict(runs: Runs) -> Verdict:
     said = []
     for task, (_, factor, digits, _) in TASKS.items():
         gains = _gains(runs, task, DEFAULT)
-        clear = {
-            name: one for name, one in gains.items() if abs(one.mean) > one.half and name != NONE
-        }
+        clear = {name: one for name, one in gains.items() if abs(one.mean) > one.half and name != NONE}
         listed = ", ".join(f"{name} {one.show(digits, factor)}" for name, one in clear.items()) or "none"
         base = _gains(runs, task, NONE)[DEFAULT]
         said.append(f"{task}: default against no IRE {base.show(digits, factor)}; differ from the default: {listed}")
-    return Verdict("measured", ". ".join(said) + " (positive is better; 95 % intervals, not corrected for their number).")
+    return Verdict(
+        "measured", ". ".join(said) + " (positive is better; 95 % intervals, not corrected for their number)."
+    )
 
 
 def tables(runs: Runs) -> str:
@@ -144,7 +147,7 @@ def tables(runs: Runs) -> str:
 def draw(runs: Runs) -> None:
     figure, axes = plt.subplots(1, len(TASKS), figsize=(12, 5), layout="constrained", sharey=True)
     names = [name for name in VARIANTS if name != DEFAULT]
-    for axis, (task, (value, factor, _, _)) in zip(axes, TASKS.items(), strict=True):
+    for axis, (task, (_, factor, _, _)) in zip(axes, TASKS.items(), strict=True):
         gains = _gains(runs, task, DEFAULT)
         for row, name in enumerate(names):
             if name in gains:

@@ -1,11 +1,12 @@
 """Figure 2 in small: Tr F, training loss and test accuracy of SAM-IRE on the digits over kappa and gamma.
 
-As in the paper: SAM with rho 0.05 on SGD without momentum, weight decay 5e-4, label smoothing 0.1, IRE on after 30 % of
-the run, lr constant or divided by 5 at 20, 50 and 80 %. Ours: a ResNet of 19,074 parameters, 500 images, 600 steps,
-lr 0.3 (the paper's 0.1 is for another network), Tr F on 250 training images with 16 draws, in eval mode. Training loss:
-cross entropy in eval mode, which label smoothing keeps from 0.
+As in the paper: SAM with rho 0.05 on SGD without momentum, weight decay 5e-4, label smoothing 0.1, IRE on after 30 %
+of the run, lr constant or divided by 5 at 20, 50 and 80 %. Ours: a ResNet of 19,074 parameters, 500 images, 600
+steps, lr 0.3 (the paper's 0.1 is for another network), Tr F on 250 training images with 16 draws, in eval mode.
+Training loss: cross entropy in eval mode, which label smoothing keeps from 0.
 
-Is it monotone? Per gamma and schedule the rank correlation (Spearman) of kappa and Tr F over all seeds, with its p-value.
+Is it monotone? Per gamma and schedule the rank correlation (Spearman) of kappa and Tr F over all seeds, with its
+p-value.
 """
 
 from __future__ import annotations
@@ -83,8 +84,7 @@ def verdict(runs: Runs) -> Verdict:
     }
     wanted = {"trace_fisher": -1, "train_loss": -1, "test_accuracy": 1}
     counts = {
-        value: sum(p < 0.05 and wanted[value] * rho > 0 for rho, p in found.values())
-        for value, found in trends.items()
+        value: sum(p < 0.05 and wanted[value] * rho > 0 for rho, p in found.values()) for value, found in trends.items()
     }
     flatter = sum(
         mean(_cell(runs, s, 10.0, gamma, "trace_fisher")) < mean(_cell(runs, s, 0.0, gamma, "trace_fisher"))
@@ -96,9 +96,9 @@ def verdict(runs: Runs) -> Verdict:
     ranges = [f"{min(r for r, _ in f.values()):+.2f} to {max(r for r, _ in f.values()):+.2f}" for f in trends.values()]
     return Verdict(
         "reproduced" if done == 3 else "partly reproduced" if any(counts.values()) else "not reproduced",
-        f"Of {rows} rows (schedule, gamma) Tr F falls with kappa in {counts['trace_fisher']} (rank correlation {ranges[0]}; "
-        f"flatter at kappa 10 than at 0 in {flatter}), the training loss falls in {counts['train_loss']} ({ranges[1]}), "
-        f"the test accuracy rises in {counts['test_accuracy']} ({ranges[2]}), each at p < 0.05.",
+        f"Of {rows} rows (schedule, gamma) Tr F falls with kappa in {counts['trace_fisher']} (rank correlation "
+        f"{ranges[0]}; flatter at kappa 10 than at 0 in {flatter}), the training loss falls in {counts['train_loss']} "
+        f"({ranges[1]}), the test accuracy rises in {counts['test_accuracy']} ({ranges[2]}), each at p < 0.05.",
     )
 
 

@@ -64,7 +64,7 @@ def verdict(runs: Runs) -> Verdict:
     holds = diverged and ends[0.0] > 0.99 and sizes == sorted(sizes, reverse=True) and error < 1e-12
     return Verdict(
         "reproduced" if holds else "not reproduced",
-        f"After {STEPS} steps with eta = 1 gradient descent is at u = {ends[0.0]:.3f}; with kappa = 90, 900, 9000 IRE ends "
+        f"After {STEPS} steps with eta = 1 GD is at u = {ends[0.0]:.3f}; with kappa = 90, 900, 9000 IRE ends "
         f"at {ends[90.0]:.3f}, {ends[900.0]:.3f}, {ends[9000.0]:.3f} (kappa = 9000 is at {two_steps:.4f} after two "
         f"steps); eta = 2 {'diverges' if diverged else 'does not diverge'}. Largest distance from the recursion: "
         f"{error:.0e}.",
@@ -90,7 +90,10 @@ def draw(runs: Runs) -> None:
         shown = points[:3] if eta == 2 else points
         axes[0].plot([p[1] for p in shown], [p[2] for p in shown], "o-", markersize=3, label=label)
         if eta == 1:
-            axes[1].plot([p[0] for p in points], [abs(p[1]) for p in points], "o-", markersize=3, label=label)
+            colour = axes[0].lines[-1].get_color()
+            axes[1].plot(
+                [p[0] for p in points], [abs(p[1]) for p in points], "o-", markersize=3, color=colour, label=label
+            )
     axes[0].axhline(0, color="black", linewidth=0.6, linestyle=":")
     axes[0].set(xlabel="u (flat)", ylabel="v (sharp)", title="trajectories over the loss", ylim=(-0.012, 0.022))
     axes[0].legend(fontsize=8, loc="upper center", ncols=2)

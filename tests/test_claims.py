@@ -1,0 +1,153 @@
+"""The verdicts are those of the committed runs, nothing planned is missing, and what they rest on is right."""
+
+import itertools
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from claims import __main__ as main
+from claims import _statistics, accuracy, drift, language
+from claims._inverted import InvertedFisher
+from claims._runs import Runs, collect
+from scipy import stats
+
+from lightning_ire import SampledFisher
+from lightning_ire.curvature import Estimate
+
+
+def test_the_readme_and_the_page_say_what_the_runs_say() -> None:
+    assert main.PAGE.read_text() == main.page(), "call make claims"
+    text = main.README.read_text()
+    assert text.split(main.BEGIN)[1].split(main.END)[0] == main.summary(), "call make claims"
+
+
+@pytest.mark.parametrize("name", main.CLAIMS)
+def test_nothing_is_missing(name: str) -> None:
+    runs = main.known(name)
+    planned = main.claim(name).plan("default", runs)
+    assert all(settings in runs for settings in planned)
+    assert planned or name == "step_cost"
+
+
+@pytest.mark.parametrize("name", sorted(set(main.CLAIMS) - {"step_cost"}))
+def test_full_contains_default(name: str) -> None:
+    runs = main.known(name)
+    small, large = (main.claim(name).plan(size, runs) for size in ("default", "full"))
+    assert all(settings in large for settings in small)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 90.0, 900.0, 9000.0])
+def test_figure_1_is_reproduced_to_the_digit(kappa: float) -> None:
+    settings = {"eta": 1.0, "kappa": kappa}
+    known = main.known("trajectories")[settings]
+    again = main.claim("trajectories").measure(settings)
+    paths = (torch.tensor(one["path"], dtype=torch.float64) for one in (again, known))
+    torch.testing.assert_close(*paths, rtol=1e-12, atol=1e-300)
+    assert again["error"] < 1e-12
+
+
+@pytest.mark.parametrize("problem", drift.PROBLEMS)
+def test_drift_jacobians_and_projections(problem: str) -> None:
+    one = drift.PROBLEMS[problem]
+    theta = one.start + 0.1 * torch.randn(3, len(one.start), dtype=torch.float64)
+    expected = torch.func.vmap(torch.func.jacrev(lambda weights: one.residuals(weights[None])[0]))(theta)
+    jacobian = one.jacobian(theta)
+    torch.testing.assert_close(jacobian, expected)
+    minimum = drift.to_minimum(one, theta)
+    assert one.residuals(minimum).abs().max() < 1e-10
+    flat = torch.eye(len(one.start), dtype=torch.float64) - drift.pseudo_inverse(jacobian) @ jacobian
+    torch.testing.assert_close(flat @ flat, flat)
+    hessian = torch.func.vmap(torch.func.hessian(lambda weights: one.residuals(weights[None]).square().mean() / 2))
+    torch.testing.assert_close(hessian(minimum).diagonal(dim1=1, dim2=2).sum(1), one.trace(minimum))
+
+
+@pytest.mark.parametrize("method", drift.METHODS)
+def test_drift_of_the_toy_is_measured_again(method: str) -> None:
+    """The longest of its boosted runs takes a second."""
+    settings, known = main.known("drift").where(problem="toy", method=method, part="ratio", kappa=30.0)[0]
+    again = drift.measure(settings)
+    assert again["falls"] == pytest.approx(known["falls"], rel=1e-3)
+    assert again["predicted"] == pytest.approx(known["predicted"], rel=1e-3)
+
+
+def test_paired_differences_are_scipys() -> None:
+    treated, base = {0: 1.0, 1: 2.5, 2: 2.0, 3: 9.0}, {0: 0.5, 1: 1.0, 2: 2.5}
+    one = _statistics.paired(treated, base)
+    reference = stats.ttest_rel([1.0, 2.5, 2.0], [0.5, 1.0, 2.5])
+    low, high = reference.confidence_interval(0.95)
+    assert (one.mean - one.half, one.mean + one.half) == pytest.approx((low, high))
+    assert one.p == pytest.approx(reference.pvalue)
+    assert one.pairs == 3
+
+
+def test_holm_by_hand() -> None:
+    assert _statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_runs_are_remembered_and_a_plan_may_depend_on_results(tmp_path: Path) -> None:
+    def plan(runs: Runs) -> list[dict]:
+        first = [{"x": x} for x in (-3.0, -2.0)]
+        best = max((result["y"] for _, result in runs), default=None)
+        return first + ([{"x": best}] if len(runs) >= 2 else [])
+
+    file = tmp_path / "runs.json"
+    runs = Runs(file)
+    collect(runs, plan, _double, "test", processes=1)
+    assert [settings["x"] for settings, _ in runs] == [-3.0, -2.0, -4.0]
+    again = Runs(file)
+    assert sorted(map(str, again)) == sorted(map(str, runs))
+    collect(again, plan, _fails, "test", processes=1)  # makes none
+    with pytest.raises(ZeroDivisionError):
+        collect(again, lambda known: [{"x": 7.0}], _fails, "test", processes=1)
+    assert len(Runs(file)) == 3
+
+
+def _double(settings: dict) -> dict:
+    return {"y": 2 * settings["x"]}
+
+
+def _fails(settings: dict) -> dict:
+    return {"y": 1 / 0}
+
+
+def test_every_method_has_as_many_trials() -> None:
+    empty = Runs()
+    for plan in (accuracy.plan("default", empty), language.plan("default", empty)):
+        counts: dict[tuple, int] = {}
+        for settings in plan:
+            key = settings.get("split") or settings["task"], settings["method"]
+            counts[key] = counts.get(key, 0) + 1
+            assert settings["seed"] >= 1000, "nothing is reported before it is tuned"
+        assert len(set(counts.values())) == 1
+
+
+def test_the_inverted_mask_prefers_the_sharpest(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Known(Estimate):
+        def finish(self) -> list[torch.Tensor | None]:
+            return [torch.tensor([3.0, 0.0, 1.0]), None]
+
+    monkeypatch.setattr(SampledFisher, "begin", lambda self, window: Known())
+    values, nothing = InvertedFisher().begin(None).finish()
+    assert nothing is None
+    assert values.isfinite().all()
+    assert values.argsort().tolist() == [0, 2, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(main.CLAIMS) - {"step_cost"}))
+def test_a_tiny_claim_is_measured(name: str, tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "runs.json")
+    module = main.claim(name)
+    collect(runs, partial(_a_few, module), module.measure, name, processes=2)
+    assert len(runs) >= 2
+    for _, result in runs:
+        numbers = itertools.chain.from_iterable(one if isinstance(one, list) else [one] for one in result.values())
+        assert all(math.isfinite(one) for one in numbers if isinstance(one, float))
+
+
+def _a_few(module, runs: Runs) -> list[dict]:
+    """Runs of each stage of the plan."""
+    planned = module.plan("tiny", runs)
+    return planned[:: max(1, len(planned) // 8)] if len(runs) == 0 else [one for one in planned if one in runs]
