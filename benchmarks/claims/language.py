@@ -272,6 +272,8 @@ def draw(runs: Runs) -> None:
         title="bytes: best trial at a learning rate",
     )
     axis.set_ylim(lowest - 0.02, lowest + 0.4)
+    axis.set_xticks(WIDE[::2], [f"{lr:g}" for lr in WIDE[::2]])
+    axis.minorticks_off()
     axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     figure.savefig(FIGURES / "language.png", dpi=100)

@@ -6,8 +6,7 @@ steps, lr 0.3 (the paper's 0.1 is for another network), Tr F on 250 training ima
 Training loss: cross entropy in eval mode, which label smoothing keeps from 0.
 
 Is it monotone? Per gamma and schedule the rank correlation (Spearman) of kappa and the value minus its median over
-the kappas of that seed, with its
-p-value.
+the kappas of that seed, with its p-value.
 """
 
 from __future__ import annotations
