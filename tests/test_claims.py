@@ -26,7 +26,7 @@ def test_the_readme_and_the_page_say_what_the_runs_say() -> None:
 @pytest.mark.parametrize("name", main.CLAIMS)
 def test_nothing_is_missing(name: str) -> None:
     runs = main.known(name)
-    planned = main.claim(name).plan("default", runs)
+    planned = main.claim(name).plan("full", runs)
     assert all(settings in runs for settings in planned)
     assert planned or name == "step_cost"
 
@@ -36,6 +36,31 @@ def test_full_contains_default(name: str) -> None:
     runs = main.known(name)
     small, large = (main.claim(name).plan(size, runs) for size in ("default", "full"))
     assert all(settings in large for settings in small)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "missing"),
+    [
+        ("accuracy", "method", set(accuracy.ON_TOP)),
+        ("language", "task", {"bpe", "unclipped"}),
+        ("ablations", "task", {"bytes"}),
+    ],
+)
+def test_what_only_full_has_may_be_missing(
+    name: str, setting: str, missing: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, all_runs, runs = main.claim(name), main.known(name), Runs()
+    for settings, result in all_runs:
+        if settings[setting] not in missing:
+            runs.add(settings, result)
+    monkeypatch.setattr(module, "FIGURES", tmp_path)
+    module.draw(runs)
+    assert (tmp_path / f"{name}.png").exists()
+    for said in (module.tables, lambda some: module.verdict(some).sentence):
+        assert said(all_runs) != said(runs)
+    for one in missing:
+        assert one in module.tables(all_runs)
+        assert one not in module.tables(runs)
 
 
 @pytest.mark.parametrize("kappa", [0.0, 90.0, 900.0, 9000.0])

@@ -31,8 +31,10 @@ TITLE = """# The paper's claims, tested
 
 What Wang et al. 2024 ([arXiv 2405.20763](https://arxiv.org/abs/2405.20763)) say, at a size for two CPU cores.
 These are small problems: what does not show here may show at the paper's sizes, which nobody has run with this package
-yet, and the other way round. `make claims` makes the runs that benchmarks/claims/results lacks (delete a file to
-measure it anew; other processors round differently, so runs of the trained networks differ) and writes this page.
+yet, and the other way round. `make claims` makes the runs that benchmarks/claims/results lacks and writes this page.
+To measure anew, delete the results: then `make claims` makes fewer trials, seeds and tasks (at most 45 minutes on two
+cores), `CLAIMS_SIZE=full make claims` all runs of this page. Other processors round differently, so what the trained
+networks give differs in detail; the text, the standard library's source, also depends on the version of Python.
 
 Results of a comparison are as good as its tuning. Every method gets the same number of trials, on seeds that are not
 reported; intervals are 95 % (Student's t over seeds, paired where two methods are compared).
@@ -52,7 +54,7 @@ def known(name: str) -> Runs:
 def summary() -> str:
     """The table of verdicts."""
     verdicts = {name: claim(name).verdict(known(name)) for name in CLAIMS}
-    rows = [[claim(name).QUESTION, f"**{one.short}**", one.sentence] for name, one in verdicts.items()]
+    rows = [[claim(name).QUESTION, f"**{one.short}**", one.brief] for name, one in verdicts.items()]
     return report.table(["claim", "verdict here", "measured"], rows) + "\n"
 
 

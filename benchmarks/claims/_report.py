@@ -14,7 +14,8 @@ FIGURES = ROOT / "docs" / "claims"
 
 
 class Verdict(NamedTuple):
-    """A few words (reproduced, not reproduced, ...) and a sentence with the numbers."""
+    """A few words (reproduced, not reproduced, ...), a sentence for the README, and all numbers for CLAIMS.md."""
 
     short: str
+    brief: str
     sentence: str

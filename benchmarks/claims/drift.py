@@ -293,6 +293,9 @@ def verdict(runs: Runs) -> Verdict:
     good = close == len(found)
     return Verdict(
         "reproduced" if good and inverse else "partly reproduced" if close > len(found) // 2 else "not reproduced",
+        f"With exact projections the drift with IRE over that without is {min(found.values()):.2f} to "
+        f"{max(found.values()):.2f} times 1 + kappa (kappa 1 to 30, {len(found)} cases); kappa = 1 / rho is "
+        f"{'always' if inverse else 'not always'} stable.",
         f"Drift with IRE over drift without is {min(found.values()):.2f} to {max(found.values()):.2f} times 1 + kappa "
         f"(kappa 1 to 30, rho {RHO}; within 10 % in {close} of {len(found)} cases). kappa = 1 / rho is "
         f"{'stable in all cases' if inverse else 'not always stable'}; the largest stable kappa grows like rho to the "

@@ -18,8 +18,8 @@ few steps this way; so AdamW and AdmIRE are also trained with half the steps, as
 Tr F at equal loss: both curves of Tr F (8 draws on 16 training sequences) at the higher of the two final validation
 losses, interpolated.
 
-`unclipped`: no gradient clipping and a run 2.5 times as long, with a wider range of learning rates: there AdamW's
-learning rate is limited by stability, the regime in which IRE should win by the paper's theory.
+`unclipped`: no gradient clipping and a run 2.5 times as long, meant to be limited by stability, where IRE should win by
+the paper's theory. The trials show how far it is: AdamW loses from its best learning rate on, with clipping or without.
 
 A 2-layer Transformer of width 64 (133,121 parameters for bytes), 1,024 tokens per step, warm-up 10 % (IRE starts at
 its end), cosine to a twentieth, betas 0.9 and 0.95, weight decay 0.1.
@@ -64,7 +64,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "methods": ["AdamW", "AdmIRE", "gamma = 1"],
     },
 }  # fmt: skip
-SEEDS = {"default": {"bytes": 8, "bpe": 6, "unclipped": 4}, "full": dict.fromkeys(TASKS, 20), "tiny": {"bytes": 2}}
+SEEDS = {"default": {"bytes": 3}, "full": {"bytes": 8, "bpe": 6, "unclipped": 4}, "tiny": {"bytes": 2}}
 
 
 def plan(size: str, runs: Runs) -> list[dict[str, Any]]:
@@ -82,6 +82,10 @@ def plan(size: str, runs: Runs) -> list[dict[str, Any]]:
                 if task == "bytes" and method in ("AdamW", "AdmIRE"):
                     planned += [{**best, "seed": seed, "steps": best["steps"] // 2} for seed in range(seeds)]
     return planned
+
+
+def _tasks(runs: Runs) -> list[str]:
+    return [task for task in TASKS if runs.where(task=task)]
 
 
 def _steps(size: str, task: str) -> int:
@@ -174,7 +178,7 @@ def _trace_at(result: Result, level: float) -> float:
 
 
 def verdict(runs: Runs) -> Verdict:
-    gap = {task: _gap(runs, task, "AdmIRE", "AdamW") for task in TASKS}
+    gap = {task: _gap(runs, task, "AdmIRE", "AdamW") for task in _tasks(runs)}
     against = {control: _gap(runs, "bytes", "AdmIRE", control) for control in CONTROLS}
     half = _gap(runs, "bytes", "AdmIRE", "AdamW", share=2)
     wins = all(one.mean < -one.half for one in gap.values())
@@ -183,8 +187,13 @@ def verdict(runs: Runs) -> Verdict:
         short = "reproduced"
     else:
         short = "partly reproduced" if flat and any(one.mean < -one.half for one in gap.values()) else "not reproduced"
+    controls = ", ".join(f"{control} {one.show(3)}" for control, one in against.items())
+    reason = "" if flat else " So what it gains is not due to flatness."
     return Verdict(
         short,
+        "AdmIRE minus AdamW, both tuned, in nats of test loss: "
+        + ", ".join(f"{task} {one.show(3)}" for task, one in gap.items())
+        + f", with half of AdamW's steps {half.show(3)}; minus its controls: {controls}.{reason}",
         "AdmIRE minus AdamW, both tuned, in nats of test loss: "
         + ", ".join(
             f"{task} {one.show(3)} (reaches AdamW's final loss in {_speed(runs, task, 'AdmIRE')})"
@@ -192,16 +201,14 @@ def verdict(runs: Runs) -> Verdict:
         )
         + "; with half of AdamW's steps "
         + half.show(3)
-        + ". AdmIRE minus its controls on bytes: "
-        + ", ".join(f"{control} {one.show(3)}" for control, one in against.items())
-        + f". Tr F at equal loss: {1 + trace_ratio(runs, 'bytes', 'AdmIRE').mean:.2f} of AdamW's."
-        + ("" if flat else " So what it gains is not due to flatness."),
+        + f". AdmIRE minus its controls on bytes: {controls}. Tr F at equal loss: "
+        + f"{1 + trace_ratio(runs, 'bytes', 'AdmIRE').mean:.2f} of AdamW's.{reason}",
     )
 
 
 def tables(runs: Runs) -> str:
     parts = []
-    for task in TASKS:
+    for task in _tasks(runs):
         rows = []
         rows_of = [(method, 1) for method in TASKS[task]["methods"]]
         rows_of += [("AdamW", 2), ("AdmIRE", 2)] if task == "bytes" else []
@@ -230,7 +237,7 @@ def tables(runs: Runs) -> str:
 def _tuning_table(runs: Runs) -> str:
     """Validation loss of all trials: how much a method depends on its learning rate."""
     rows = []
-    for task in TASKS:
+    for task in _tasks(runs):
         for method in TASKS[task]["methods"]:
             found = {(s["lr"], s.get("kappa")): r for s, r in runs.where(task=task, method=method, seed=TUNING_SEED)}
             for kappa in sorted({kappa for _, kappa in found}, key=lambda kappa: kappa or 0):
@@ -246,8 +253,9 @@ def _loss(result: Result | None) -> str:
 
 
 def draw(runs: Runs) -> None:
-    figure, axes = plt.subplots(1, len(TASKS) + 1, figsize=(17, 4.2), layout="constrained")
-    for axis, task in zip(axes, TASKS, strict=False):
+    tasks = _tasks(runs)
+    figure, axes = plt.subplots(1, len(tasks) + 1, figsize=(4.25 * (len(tasks) + 1), 4.2), layout="constrained")
+    for axis, task in zip(axes, tasks, strict=False):
         for method in TASKS[task]["methods"]:
             curves = [one["curve"] for one in results(runs, task, method).values()]
             average = [mean(values) for values in zip(*curves, strict=True)]

@@ -64,6 +64,8 @@ def verdict(runs: Runs) -> Verdict:
     holds = diverged and ends[0.0] > 0.99 and sizes == sorted(sizes, reverse=True) and error < 1e-12
     return Verdict(
         "reproduced" if holds else "not reproduced",
+        f"After {STEPS} steps u, the distance from the flattest minimum, is {ends[9000.0]:.3f} with kappa = 9000 and "
+        f"{ends[0.0]:.3f} without IRE; twice the learning rate {'diverges' if diverged else 'does not diverge'}.",
         f"After {STEPS} steps with eta = 1 GD is at u = {ends[0.0]:.3f}; with kappa = 90, 900, 9000 IRE ends "
         f"at {ends[90.0]:.3f}, {ends[900.0]:.3f}, {ends[9000.0]:.3f} (kappa = 9000 is at {two_steps:.4f} after two "
         f"steps); eta = 2 {'diverges' if diverged else 'does not diverge'}. Largest distance from the recursion: "
