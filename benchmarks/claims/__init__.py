@@ -7,8 +7,8 @@ One module per claim. Each has
   ones (a tuned learning rate), so it is asked again until it names nothing new. `size` is "full" (what is committed),
   "default" (a part of it, for 45 minutes in all) or "tiny" (what the tests train; it says nothing).
 - `measure(settings)`: one run, in a process of its own: numbers, by name.
-- `verdict(runs)`: a short name of the outcome, a sentence, all numbers. `tables(runs)`: Markdown. Tasks that only "full"
-  has may be missing.
+- `verdict(runs)`: a short name of the outcome, a sentence, all numbers. `tables(runs)`: Markdown. Tasks that only
+  "full" has may be missing.
 - `draw(runs)`: the figure.
 
 What was measured is in results/CLAIM.json, one line per run; a run that is there is not made again.
