@@ -1,6 +1,7 @@
 """The verdicts are those of the committed runs, nothing planned is missing, and what they rest on is right."""
 
 import itertools
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,34 @@ def test_the_readme_and_the_page_say_what_the_runs_say() -> None:
     assert text.split(main.BEGIN)[1].split(main.END)[0] == main.summary(), "call make claims"
 
 
+def test_what_the_readme_quotes_in_its_text_is_measured() -> None:
+    text = " ".join(main.README.read_text().split())
+    runs = main.known("language")
+
+    def loss(**settings: object) -> str:
+        ((_, result),) = runs.where(task="bytes", seed=language.TUNING_SEED, **settings)
+        return f"{result['val_loss']:.3f}"
+
+    treated = loss(method="AdmIRE", lr=4.8e-3, kappa=3.0)
+    base, twice = (loss(method="AdamW", lr=lr) for lr in (4.8e-3, 9.6e-3))
+    assert f"(validation loss {treated} against {base} nats in one trial), and so does AdamW at twice" in text
+    assert f"that rate ({twice})" in text
+
+    masks = json.loads((main.ROOT / "benchmarks" / "results" / "mask_agreement.json").read_text())["runs"]
+    quoted = {
+        "SampledFisher()": "the paper's estimate reaches {:.2f}",
+        "SampledFisher(form='micro_batch', micro_batch_size=16)": "micro-batches of 16 give {:.2f}",
+        "SampledFisher(form='sample')": "single samples {:.2f}",
+        "EmpiricalFisher()": "`EmpiricalFisher` {:.2f}",
+        "HutchinsonHessian()": "`HutchinsonHessian` {:.2f}",
+        "RandomMask()": "`RandomMask` {:.2f}",
+    }
+    assert quoted.keys() == masks.keys()
+    for name, words in quoted.items():
+        assert words.format(masks[name]["mask_iou"]) in text
+        assert f"chance is {masks[name]['mask_iou_chance']:.2f}" in text
+
+
 @pytest.mark.parametrize("name", main.CLAIMS)
 def test_nothing_is_missing(name: str) -> None:
     runs = main.known(name)
@@ -41,7 +70,7 @@ def test_full_contains_default(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "setting", "missing"),
     [
-        ("accuracy", "method", set(accuracy.ON_TOP)),
+        ("accuracy", "method", {*accuracy.ON_TOP, *accuracy.CONTROLS}),
         ("language", "task", {"bpe", "unclipped"}),
         ("ablations", "task", {"bytes"}),
     ],
@@ -111,6 +140,58 @@ def test_holm_by_hand() -> None:
     assert _statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
 
 
+def _search(scores: dict[str, list[float]], tests: dict[str, list[float]]) -> Runs:
+    """Tuning runs of two seeds, whose means these are."""
+    runs = Runs()
+    for method, values in scores.items():
+        for trial, (score, test) in enumerate(zip(values, tests[method], strict=True)):
+            for seed, shift in ((1000, 0.1), (1001, -0.1)):
+                settings = {"split": "digits", "method": method, "trial": trial, "seed": seed}
+                result = {"val_accuracy": score + shift, "val_loss": 0.0, "test_accuracy": test - shift}
+                runs.add(settings, result)
+    return runs
+
+
+def test_the_luck_of_the_search_by_hand() -> None:
+    """Halves of four trials; by validation SAM takes trial 3, 1, 0, 2 and SGD 0, 1, 2, 3, whichever comes first."""
+    runs = _search(
+        {"SAM": [0.2, 0.3, 0.1, 0.4], "SGD": [0.4, 0.3, 0.2, 0.1]},
+        {"SAM": [0.5, 0.6, 0.7, 0.8], "SGD": [0.6, 0.5, 0.7, 0.9]},
+    )
+    assert accuracy.chosen(runs, "digits", "SAM")["trial"] == 3
+    halves = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    differences = [0.6 - 0.6, 0.5 - 0.6, 0.8 - 0.6, 0.6 - 0.5, 0.8 - 0.5, 0.8 - 0.7]
+    found = accuracy.searches(runs, "digits", "SAM", "SGD")
+    assert found.mean == pytest.approx(sum(differences) / len(halves))
+    assert found.better == pytest.approx(4 / 6)
+    low, high = torch.tensor(differences).quantile(torch.tensor([0.025, 0.975])).tolist()
+    assert (found.low, found.high) == pytest.approx((low, high))
+    # with n trials: the mean over all; of the halves 0.6 0.5 0.8 0.6 0.8 0.8; of three: 0.8 but for (0, 1, 2); trial 3
+    expected = [0.65, 4.1 / 6, (3 * 0.8 + 0.6) / 4, 0.8]
+    assert accuracy.curve(accuracy.ranked(runs, "digits", "SAM")) == pytest.approx(expected)
+
+
+def test_controls_are_tuned_like_what_they_control() -> None:
+    for method, one in accuracy.CONTROLS.items():
+        for trial in range(16):
+            own, other = (accuracy._point(each, trial) for each in (method, one))
+            if method.endswith("gamma = 1"):
+                assert own.pop("gamma") == 1
+                assert other.pop("gamma") < 1
+            assert own == other
+
+
+def test_runs_say_what_machine_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(tmp_path / "runs.json")
+    for hardware, count in (("slow", 1), ("fast", 2)):
+        monkeypatch.setattr("workloads.machine", lambda device, name=hardware: {"hardware": name, "threads": 8})
+        for number in range(count):
+            runs.add({"hardware": hardware, "number": number}, {"x": 0})
+    expected = [({"hardware": "fast", "threads": 1}, 2), ({"hardware": "slow", "threads": 1}, 1)]
+    assert runs.machines() == expected
+    assert Runs(tmp_path / "runs.json").machines() == expected
+
+
 def test_runs_are_remembered_and_a_plan_may_depend_on_results(tmp_path: Path) -> None:
     def plan(runs: Runs) -> list[dict]:
         first = [{"x": x} for x in (-3.0, -2.0)]
@@ -139,9 +220,9 @@ def _fails(settings: dict) -> dict:
 
 def test_every_method_has_as_many_trials() -> None:
     empty = Runs()
-    for plan in (accuracy.plan("default", empty), language.plan("default", empty)):
+    for module, size in itertools.product((accuracy, language), ("default", "full")):
         counts: dict[tuple, int] = {}
-        for settings in plan:
+        for settings in module.plan(size, empty):
             key = settings.get("split") or settings["task"], settings["method"]
             counts[key] = counts.get(key, 0) + 1
             assert settings["seed"] >= 1000, "nothing is reported before it is tuned"

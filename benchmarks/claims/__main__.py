@@ -68,9 +68,9 @@ def page() -> str:
         if (FIGURES / f"{name}.png").exists():
             parts.append(f"![{module.QUESTION}](../docs/claims/{name}.png)\n\n")
         parts.append(f"{module.tables(runs)}\n\n{inspect.cleandoc(module.__doc__ or '')}\n\n")
-        if runs.versions:
-            versions = ", ".join(f"{package} {version}" for package, version in runs.versions.items())
-            parts.append(f"*{len(runs)} runs, {versions}*\n\n")
+        for machine, count in runs.machines():
+            made = ", ".join(value if key == "hardware" else f"{key} {value}" for key, value in machine.items())
+            parts.append(f"*{count} runs: {made}*\n\n")
     return "".join(parts).rstrip() + "\n"
 
 

@@ -7,23 +7,22 @@ import json
 import logging
 import multiprocessing
 import os
-import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
+import workloads
 from tqdm import tqdm
-
-import lightning_ire
 
 __all__ = ["Result", "Runs", "Settings", "collect"]
 
 Settings = Mapping[str, Any]
 Result = dict[str, Any]
+Machine = dict[str, Any]
 
 
 def _key(settings: Settings) -> str:
@@ -39,12 +38,13 @@ class Runs:
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
-        self.versions: dict[str, str] = {}
         self._results: dict[str, Result] = {}
+        self._machines: dict[str, Machine] = {}
         if file is not None and file.exists():
             content = json.loads(file.read_text())
-            self.versions = content["versions"]
-            self._results = {_key(run["settings"]): run["result"] for run in content["runs"]}
+            for run in content["runs"]:
+                self._results[_key(run["settings"])] = run["result"]
+                self._machines[_key(run["settings"])] = content["machines"][run["machine"]]
 
     def __contains__(self, settings: Settings) -> bool:
         return _key(settings) in self._results
@@ -63,19 +63,23 @@ class Runs:
         """The runs with these values among their settings."""
         return [each for each in self if wanted.items() <= each[0].items()]
 
+    def machines(self) -> list[tuple[Machine, int]]:
+        """Processors and versions, and how many runs each made: most first."""
+        counts = Counter(tuple(machine.items()) for machine in self._machines.values())
+        return [(dict(machine), count) for machine, count in counts.most_common()]
+
     def add(self, settings: Settings, result: Result) -> None:
         """Remember one run, on disk too. The file is whole at any moment."""
         self._results[_key(settings)] = result
+        self._machines[_key(settings)] = {**workloads.machine("cpu"), "threads": 1}
         if self.file is None:
             return
-        self.versions = {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "lightning_ire": lightning_ire.__version__,
-        }
-        lines = sorted(json.dumps({"settings": json.loads(key), "result": one}) for key, one in self._results.items())
-        text = f'{{"versions": {json.dumps(self.versions)}, "runs": [\n' + ",\n".join(lines) + "\n]}\n"
+        machines = [machine for machine, _ in self.machines()]
+        lines = sorted(
+            json.dumps({"settings": json.loads(key), "result": one, "machine": machines.index(self._machines[key])})
+            for key, one in self._results.items()
+        )
+        text = f'{{"machines": {json.dumps(machines)}, "runs": [\n' + ",\n".join(lines) + "\n]}\n"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         beside = self.file.with_suffix(".new")
         beside.write_text(text)

@@ -9,29 +9,43 @@ one order of batches, the same for all methods, so differences are paired by see
 `SGD + IRE`, ... follow the paper's protocol, which is another question: the base's tuned settings are kept, and as
 many trials again go into kappa, gamma and the start. So these have had twice the tuning.
 
+`SGD-IRE, random mask` and `SGD-IRE, gamma = 1`, ... are controls, tuned with as many trials: as many coordinates are
+boosted, but random ones; all of them. Where IRE does no better than these, flatness is not the reason.
+
+Differences over seeds take what tuning chose as given. How much of them is the luck of the search? The last column
+tunes with every 8 of the 16 trials: the mean and central 95 % of the difference of what was chosen, on the test images
+of the tuning seeds, and the share of these searches in which the first method is better. The third table and the lower
+pictures show, the same way, what a search of n trials finds on average: at n = 1 settings that nobody tuned.
+
 A ResNet of 19,074 parameters, 300 steps, cosine to 0, label smoothing 0.1, SGD with momentum 0.9 or AdamW.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from itertools import combinations
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from claims._report import FIGURES, Verdict, table
 from claims._runs import Result, Runs, Settings
 from claims._statistics import Difference, holm, interval, paired
 from claims._train import SPLITS, train_digits
-from lightning_ire import IRE, SAM
+from lightning_ire import IRE, SAM, RandomMask
 
 QUESTION = "Tables 1 to 3: does IRE raise the test accuracy of SGD, SAM and AdamW at equal tuning effort?"
 BASES = {"SGD-IRE": "SGD", "SAM-IRE": "SAM", "AdmIRE": "AdamW"}
 METHODS = ["SGD", "SGD-IRE", "SAM", "SAM-IRE", "AdamW", "AdmIRE"]
 ON_TOP = {f"{base} + IRE": base for base in BASES.values()}
-PAIRS = [*BASES.items(), *ON_TOP.items(), ("SAM", "SGD")]
+CONTROLS = {f"{method}, {control}": method for control in ("random mask", "gamma = 1") for method in BASES}
+AGAINST_CONTROLS = [(method, control) for control, method in CONTROLS.items()]
+PAIRS = [*BASES.items(), *ON_TOP.items(), *AGAINST_CONTROLS, ("SAM", "SGD")]
 SIZES = {  # trials, tuning seeds, reporting seeds, steps
     "default": (8, 2, 10, 300),
     "full": (16, 2, 20, 300),
@@ -45,7 +59,7 @@ def plan(size: str, runs: Runs) -> list[dict[str, Any]]:
     planned = []
     for split in SPLITS:
         tuned = []
-        for method in [*METHODS, *(ON_TOP if size != "default" else ())]:
+        for method in [*METHODS, *([*ON_TOP, *CONTROLS] if size != "default" else ())]:
             base = ON_TOP.get(method)
             if base is not None and base not in tuned:
                 continue
@@ -82,9 +96,9 @@ def _point(method: str, trial: int) -> dict[str, Any]:
     }
     if method.startswith("SAM"):
         settings["rho"] = between(0.02, 0.5, rho)
-    if method.endswith("IRE"):
+    if "IRE" in method:
         settings["kappa"] = between(0.5, 20.0, kappa)
-        settings["gamma"] = [0.8, 0.9, 0.99][int(3 * gamma)]
+        settings["gamma"] = 1.0 if method.endswith("gamma = 1") else [0.8, 0.9, 0.99][int(3 * gamma)]
         settings["start"] = [0.0, 0.3, 0.6][int(3 * start)]
     return settings
 
@@ -111,23 +125,69 @@ def measure(settings: Settings) -> Result:
         settings["lr"],
         settings["weight_decay"],
         optimizer="AdamW" if _adam(settings["method"]) else "SGD",
-        ire=make_ire(settings),
+        ire=make_ire(settings, **({"curvature": RandomMask()} if "random" in settings["method"] else {})),
     )
 
 
-def chosen(runs: Runs, split: str, method: str) -> dict[str, Any]:
-    """The settings that are best in validation, without a seed."""
+class Trial(NamedTuple):
+    """Settings without a seed; validation accuracy and negative loss, test accuracy: means over the tuning seeds."""
+
+    settings: dict[str, Any]
+    score: tuple[float, float]
+    test_accuracy: float
+
+
+def ranked(runs: Runs, split: str, method: str) -> dict[int, Trial]:
+    """The trials by number, the best in validation first."""
     trials: dict[int, list[tuple[dict[str, Any], Result]]] = {}
     for settings, result in runs.where(split=split, method=method):
         if settings["seed"] >= TUNING_SEED:
             trials.setdefault(settings["trial"], []).append((settings, result))
+    found = {}
+    for trial, tries in sorted(trials.items()):
+        accuracy, loss, test = (
+            mean(result[value] for _, result in tries) for value in ("val_accuracy", "val_loss", "test_accuracy")
+        )
+        settings = {name: value for name, value in tries[0][0].items() if name != "seed"}
+        found[trial] = Trial(settings, (accuracy, -loss), test)
+    return dict(sorted(found.items(), key=lambda one: one[1].score, reverse=True))
 
-    def score(trial: int) -> tuple[float, float]:
-        results = [result for _, result in trials[trial]]
-        return mean(one["val_accuracy"] for one in results), -mean(one["val_loss"] for one in results)
 
-    best = trials[max(sorted(trials), key=score)][0][0]
-    return {name: value for name, value in best.items() if name != "seed"}
+def chosen(runs: Runs, split: str, method: str) -> dict[str, Any]:
+    """The settings that are best in validation, without a seed."""
+    return next(iter(ranked(runs, split, method).values())).settings
+
+
+class Searches(NamedTuple):
+    """Of the difference over all searches with half of the trials: mean, central 95 %, share where it is positive."""
+
+    mean: float
+    low: float
+    high: float
+    better: float
+
+    def show(self) -> str:
+        return f"{100 * self.mean:+.2f} ({100 * self.low:+.2f} to {100 * self.high:+.2f}), {100 * self.better:.0f} %"
+
+
+def searches(runs: Runs, split: str, treated: str, base: str) -> Searches | None:
+    """Test accuracy of one method minus that of another, each tuned with the same half of the trials, in all ways.
+
+    None for what is tuned on top of a base: its trials are not those of the base.
+    """
+    if treated in ON_TOP:
+        return None
+    trials = [ranked(runs, split, method) for method in (treated, base)]
+    both = sorted(trials[0].keys() & trials[1].keys())
+    halves = np.array(list(combinations(range(len(both)), max(1, len(both) // 2))))
+    accuracies = []
+    for ranking in trials:
+        places = np.array([list(ranking).index(trial) for trial in both])
+        best = np.take_along_axis(halves, places[halves].argmin(1)[:, None], 1)[:, 0]
+        accuracies.append(np.array([ranking[trial].test_accuracy for trial in both])[best])
+    difference = accuracies[0] - accuracies[1]
+    low, high = np.quantile(difference, (0.025, 0.975))
+    return Searches(float(difference.mean()), float(low), float(high), float((difference > 0).mean()))
 
 
 def reported(runs: Runs, split: str, method: str, value: str = "test_accuracy") -> dict[int, float]:
@@ -140,11 +200,12 @@ def reported(runs: Runs, split: str, method: str, value: str = "test_accuracy") 
 
 
 def _methods(runs: Runs) -> list[str]:
-    return [*METHODS, *(method for method in ON_TOP if runs.where(method=method))]
+    return [*METHODS, *(method for method in [*ON_TOP, *CONTROLS] if runs.where(method=method))]
 
 
 def _pairs(runs: Runs) -> list[tuple[str, str]]:
-    return [pair for pair in PAIRS if pair[0] in _methods(runs)]
+    methods = _methods(runs)
+    return [pair for pair in PAIRS if set(pair) <= set(methods)]
 
 
 def _differences(runs: Runs) -> dict[tuple[str, str, str], Difference]:
@@ -156,44 +217,58 @@ def _differences(runs: Runs) -> dict[tuple[str, str, str], Difference]:
 
 
 def _adjusted(runs: Runs) -> dict[tuple[str, str, str], float]:
-    """p-values of the comparisons of a method with and without IRE, adjusted for their number."""
-    found = {key: one.p for key, one in _differences(runs).items() if key[1] in BASES or key[1] in ON_TOP}
-    return dict(zip(found, holm(list(found.values())), strict=True))
+    """p-values adjusted for the number of comparisons: those with and without IRE, those against the controls."""
+    differences, adjusted = _differences(runs), {}
+    for family in ([*BASES.items(), *ON_TOP.items()], AGAINST_CONTROLS):
+        keys = [key for key in differences if key[1:] in family]
+        adjusted |= dict(zip(keys, holm([differences[key].p for key in keys]), strict=True))
+    return adjusted
 
 
 def verdict(runs: Runs) -> Verdict:
     differences, adjusted = _differences(runs), _adjusted(runs)
-    equal, on_top = ([key for key in adjusted if key[1] in methods] for methods in (BASES, ON_TOP))
     clear = [key for key in adjusted if adjusted[key] < 0.05]
-    better, worse = _signs(differences, clear, equal)
-    short = "not reproduced"
-    if better > worse:
-        short = "reproduced" if better > 4 and not worse else "partly reproduced"
 
     def show(keys: list[tuple[str, str, str]]) -> str:
         return ", ".join(f"{key[0]} {key[1]} {differences[key].show(scale=100)}" for key in keys)
 
+    def signs(pairs: list[tuple[str, str]]) -> tuple[int, int]:
+        """How many clear differences are positive, how many negative."""
+        means = [differences[key].mean for key in clear if key[1:] in pairs]
+        return sum(one > 0 for one in means), sum(one < 0 for one in means)
+
+    better, worse = signs(list(BASES.items()))
+    short = "not reproduced"
+    if better > worse:
+        short = "reproduced" if better > 4 and not worse else "partly reproduced"
+    equal = [key for key in adjusted if key[1:] in BASES.items()]
+    listed = [key for key in equal if key in clear]
+    counts = f"IRE is better in {better} and worse in {worse} of nine paired comparisons"
+    brief, said = "", ""
+    if any(key[1] in ON_TOP for key in adjusted):
+        better, worse = signs(list(ON_TOP.items()))
+        said += (
+            f" On top of the base's tuned settings, with as many trials again: better in {better}, worse in {worse}."
+        )
+    if any(key[2] in CONTROLS for key in adjusted):
+        parts = []
+        for control, name in (("random mask", "a random mask"), ("gamma = 1", "gamma = 1 (a longer step)")):
+            better, worse = signs([pair for pair in AGAINST_CONTROLS if pair[1].endswith(control)])
+            parts.append(f"against {name} better in {better}, worse in {worse} of nine")
+        brief = f" Controls tuned as well: {'; '.join(parts)}."
+        said += brief
+    luck = {key: searches(runs, *key) for key in listed}
+    if shares := [f"{key[0]} {key[1]} in {100 * one.better:.0f} %" for key, one in luck.items() if one]:
+        said += f" Of all searches with half of the trials IRE comes out better: {', '.join(shares)}."
     sam = ", ".join(f"{split} {differences[split, 'SAM', 'SGD'].show(scale=100)}" for split in SPLITS)
     pairs = differences["digits", "SAM", "SGD"].pairs
-    counts = f"IRE is better in {better} and worse in {worse} of nine paired comparisons"
-    listed = show([key for key in equal if key in clear]) or "none"
-    more = ""
-    if on_top:
-        better, worse = _signs(differences, clear, on_top)
-        more = f"On top of the base's tuned settings, with as many trials again: better in {better}, worse in {worse}. "
     return Verdict(
         short,
         f"Digits: {counts} over {pairs} seeds (points of test accuracy with minus without IRE, where the difference "
-        f"is clear: {listed}).",
+        f"is clear: {show(listed) or 'none'}).{brief}",
         f"At equal tuning effort {counts} (over {pairs} seeds, Holm-corrected; points of test accuracy with minus "
-        f"without IRE: {show(equal)}). {more}SAM minus SGD: {sam}.",
+        f"without IRE: {show(equal)}).{said} SAM minus SGD: {sam}.",
     )
-
-
-def _signs(differences: dict[tuple[str, str, str], Difference], clear: list, keys: list) -> tuple[int, int]:
-    """How many of the clear differences among these are positive, how many negative."""
-    means = [differences[key].mean for key in keys if key in clear]
-    return sum(one > 0 for one in means), sum(one < 0 for one in means)
 
 
 def tables(runs: Runs) -> str:
@@ -213,15 +288,29 @@ def tables(runs: Runs) -> str:
             f"{one.p:.2g}",
             f"{adjusted[split, treated, base]:.2g}" if (split, treated, base) in adjusted else "",
             f"{_ratio(runs, split, treated, base):.2f}",
+            luck.show() if (luck := searches(runs, split, treated, base)) else "",
         ]
         for (split, treated, base), one in differences.items()
     ]
-    gaps = table(["paired difference", "points of test accuracy", "p", "p after Holm", "ratio of Tr F"], rows)
+    head = ["paired difference", "points of test accuracy", "p", "p after Holm", "ratio of Tr F"]
+    gaps = table([*head, "searches with half of the trials: mean (95 %), better in"], rows)
     settings = table(
         ["what tuning chose", *SPLITS],
         [[method, *(_short(chosen(runs, split, method)) for split in SPLITS)] for method in _methods(runs)],
     )
-    return "\n\n".join([accuracy, gaps, settings])
+    return "\n\n".join([accuracy, gaps, _budgets(runs), settings])
+
+
+def _budgets(runs: Runs) -> str:
+    """What a search of few trials finds: with one, a method whose settings nobody tuned."""
+    rows = []
+    for method in _methods(runs):
+        if method not in ON_TOP:
+            curves = [[100 * one for one in curve(ranked(runs, split, method))] for split in SPLITS]
+            budgets = sorted({min(trials, len(one)) for one in curves for trials in (1, 4, 16)})
+            rows.append([method, *(" → ".join(f"{one[trials - 1]:.2f}" for trials in budgets) for one in curves)])
+    numbers = ", ".join(map(str, budgets))
+    return table([f"expected test accuracy, %, after a search of {numbers} trials", *SPLITS], rows)
 
 
 def _ratio(runs: Runs, split: str, treated: str, base: str) -> float:
@@ -236,22 +325,56 @@ def _short(settings: Settings) -> str:
     return ", ".join(f"{name} {settings[name]:g}" for name in names if name in settings)
 
 
+def curve(ranking: dict[int, Trial]) -> list[float]:
+    """Expected test accuracy of the best in validation of n of the trials, n = 1, 2, ... (all sets equally likely)."""
+    accuracies, total = [trial.test_accuracy for trial in ranking.values()], len(ranking)
+    return [
+        sum(
+            math.comb(total - 1 - place, n - 1) / math.comb(total, n) * accuracy
+            for place, accuracy in enumerate(accuracies[: total - n + 1])
+        )
+        for n in range(1, total + 1)
+    ]
+
+
 def draw(runs: Runs) -> None:
-    pairs = _pairs(runs)
-    figure, axes = plt.subplots(1, len(SPLITS), figsize=(11, 3.6), layout="constrained", sharey=True)
-    for axis, split in zip(axes, SPLITS, strict=True):
+    pairs, methods = _pairs(runs), _methods(runs)
+    figure = plt.figure(figsize=(12, 4.4 + 0.27 * len(pairs)), layout="constrained")
+    axes = figure.subplots(2, len(SPLITS), height_ratios=[0.27 * len(pairs), 3])
+    for axis, split in zip(axes[0], SPLITS, strict=True):
         for row, (treated, base) in enumerate(pairs):
             values = [reported(runs, split, method) for method in (treated, base)]
             one = paired(*values)
             points = [100 * (values[0][seed] - values[1][seed]) for seed in values[0].keys() & values[1].keys()]
-            axis.plot(points, [row + 0.18] * len(points), "|", color="grey", markersize=7)
+            axis.plot(points, [row + 0.2] * len(points), "|", color="grey", markersize=5)
             colour = "tab:green" if one.mean > one.half else "tab:red" if one.mean < -one.half else "tab:blue"
-            axis.errorbar(100 * one.mean, row, xerr=100 * one.half, fmt="o", color=colour, capsize=4)
+            axis.errorbar(100 * one.mean, row, xerr=100 * one.half, fmt="o", color=colour, capsize=3, markersize=5)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=split, xlabel="points of test accuracy", yticks=range(len(pairs)))
-        axis.set_yticklabels([f"{treated} - {base}" for treated, base in pairs])
+        axis.set_yticklabels([_label(*pair) for pair in pairs] if axis is axes[0][0] else [], fontsize=8)
         axis.set_ylim(len(pairs) - 0.5, -0.5)
         axis.grid(axis="x", alpha=0.3)
+    colours = {base: f"C{number}" for number, base in enumerate(BASES.values())}
+    for axis, split in zip(axes[1], SPLITS, strict=True):
+        for method in methods:
+            if method in ON_TOP:
+                continue
+            family = BASES.get(CONTROLS.get(method, method), method)
+            style = "-" if method in BASES else "--"
+            if method in CONTROLS:
+                style = ":" if method.endswith("random mask") else "-."
+            values = [100 * one for one in curve(ranked(runs, split, method))]
+            axis.plot(range(1, len(values) + 1), values, linestyle=style, color=colours[family], label=method)
+        axis.set(xlabel="trials of the search", title=f"{split}: what tuning finds")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    axes[1][0].set_ylabel("expected test accuracy, %")
+    figure.legend(handles=axes[1][0].get_lines(), loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle("paired differences by seed (marks) with 95 % intervals of their mean")
     figure.savefig(FIGURES / "accuracy.png", dpi=100)
     plt.close(figure)
+
+
+def _label(treated: str, base: str) -> str:
+    """SGD-IRE - its random mask."""
+    return f"{treated} - {base.removeprefix(treated + ', ')}"

@@ -367,8 +367,10 @@ def draw(runs: Runs) -> None:
         every = max(1, settings["steps"] // 20)
         axes[2].plot([every * i for i in range(len(result["curve"]))], result["curve"], label=f"SAM, kappa {kappa:g}")
     axes[2].set(xlabel="step", ylabel="Tr H at the next minimum", title="diagonal network")
+    axes[0].legend(fontsize=8, ncols=2, loc="lower left")
+    axes[1].legend(handles=[axes[1].get_lines()[-1]], fontsize=8)  # the colours are those of the first picture
+    axes[2].legend(fontsize=8)
     for axis in axes:
-        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.savefig(FIGURES / "drift.png", dpi=100)
     plt.close(figure)

@@ -1,9 +1,9 @@
 """Figures 3 and 4 and Table 6 in small: AdamW against AdmIRE and its controls on the standard library's text.
 
-Every method gets 8 trials, on one seed that is not reported: AdamW eight learning rates; AdmIRE and the controls four
-learning rates times two kappas, gamma 0.8. Trials are ranked by validation loss, reported is the loss on test text
-(it depends little on which: both are texts of the same library). Differences are paired by seed (weights, order of
-text).
+Every method gets 10 trials, on one seed that is not reported: AdamW ten learning rates; AdmIRE and the controls five
+learning rates times two kappas, gamma 0.8 (the default size: 8, four times two). Trials are ranked by validation loss,
+reported is the loss on test text (it depends little on which: both are texts of the same library). Differences are
+paired by seed (weights, order of text).
 
 - `gamma = 1`: all coordinates are flat, so only the step is longer.
 - `random mask`, `inverted mask`: as many coordinates are boosted, but random ones, or the sharpest ones.
@@ -52,7 +52,9 @@ ADMIRE: dict[str, dict[str, Any]] = {  # arguments of IRE, beside kappa and gamm
 CONTROLS = ["gamma = 1", "random mask", "inverted mask"]
 GAMMA = 0.8
 TUNING_SEED = 1000
-WIDE = [2.4e-3, 4.8e-3, 9.6e-3, 1.36e-2, 1.92e-2, 2.7e-2, 3.84e-2, 7.7e-2]
+WIDE = [2.4e-3, 4.8e-3, 9.6e-3, 1.36e-2, 1.92e-2, 2.7e-2, 3.84e-2, 7.7e-2]  # of AdamW
+COARSE = [4.8e-3, 9.6e-3, 1.92e-2, 3.84e-2]  # of the others, each with two kappas
+BETWEEN = [6.8e-3], [6.8e-3, 1.15e-2]  # not in the default size: of the others; of AdamW
 TASKS: dict[str, dict[str, Any]] = {
     "bytes": {"tokenizer": "bytes", "steps": 600, "clip": 1.0, "methods": ["AdamW", *ADMIRE], "kappas": (1.0, 3.0)},
     "bpe": {
@@ -73,7 +75,7 @@ def plan(size: str, runs: Runs) -> list[dict[str, Any]]:
         for method in TASKS[task]["methods"]:
             trials = [
                 {"task": task, "method": method, **point, "steps": _steps(size, task), "seed": TUNING_SEED}
-                for point in _points(task, method)[: 2 if size == "tiny" else None]
+                for point in _points(task, method, size)[: 2 if size == "tiny" else None]
             ]
             planned += trials
             if all(trial in runs for trial in trials):
@@ -92,11 +94,12 @@ def _steps(size: str, task: str) -> int:
     return 2 * TEXT["every"] if size == "tiny" else TASKS[task]["steps"]
 
 
-def _points(task: str, method: str) -> list[dict[str, float]]:
+def _points(task: str, method: str, size: str) -> list[dict[str, float]]:
     """Learning rates, and kappas: as many points for every method."""
+    others, base = BETWEEN if size == "full" else ([], [])
     if method == "AdamW":
-        return [{"lr": lr} for lr in WIDE]
-    return [{"lr": lr, "kappa": kappa} for lr in (4.8e-3, 9.6e-3, 1.92e-2, 3.84e-2) for kappa in TASKS[task]["kappas"]]
+        return [{"lr": lr} for lr in [*WIDE, *base]]
+    return [{"lr": lr, "kappa": kappa} for lr in [*COARSE, *others] for kappa in TASKS[task]["kappas"]]
 
 
 def measure(settings: Settings) -> Result:
@@ -237,13 +240,14 @@ def tables(runs: Runs) -> str:
 def _tuning_table(runs: Runs) -> str:
     """Validation loss of all trials: how much a method depends on its learning rate."""
     rows = []
+    rates = sorted({settings["lr"] for settings, _ in runs.where(seed=TUNING_SEED)})
     for task in _tasks(runs):
         for method in TASKS[task]["methods"]:
             found = {(s["lr"], s.get("kappa")): r for s, r in runs.where(task=task, method=method, seed=TUNING_SEED)}
             for kappa in sorted({kappa for _, kappa in found}, key=lambda kappa: kappa or 0):
                 name = f"{task}: {method}" + (f", kappa {kappa:g}" if kappa else "")
-                rows.append([name, *(_loss(found.get((lr, kappa))) for lr in WIDE)])
-    return table(["validation loss of the trials at lr =", *(f"{lr:g}" for lr in WIDE)], rows)
+                rows.append([name, *(_loss(found.get((lr, kappa))) for lr in rates)])
+    return table(["validation loss of the trials at lr =", *(f"{lr:g}" for lr in rates)], rows)
 
 
 def _loss(result: Result | None) -> str:
