@@ -53,10 +53,11 @@ def test_what_the_readme_quotes_in_its_text_is_measured() -> None:
 
 
 @pytest.mark.parametrize("name", main.CLAIMS)
-def test_nothing_is_missing(name: str) -> None:
+def test_nothing_is_missing_or_left_over(name: str) -> None:
     runs = main.known(name)
     planned = main.claim(name).plan("full", runs)
     assert all(settings in runs for settings in planned)
+    assert all(settings in planned for settings, _ in runs), "a run that no table needs"
     assert planned or name == "step_cost"
 
 
@@ -227,6 +228,14 @@ def test_every_method_has_as_many_trials() -> None:
             counts[key] = counts.get(key, 0) + 1
             assert settings["seed"] >= 1000, "nothing is reported before it is tuned"
         assert len(set(counts.values())) == 1
+
+
+def test_a_coarse_grid_is_a_part_of_the_grid() -> None:
+    runs = main.known("language")
+    points = language._points("bytes", "AdmIRE", "full")
+    assert language.chosen(runs, "bytes", "AdmIRE")["lr"] in {one["lr"] for one in points} - set(language.COARSE)
+    assert language.chosen(runs, "bytes", "AdmIRE", language.COARSE)["lr"] in language.COARSE
+    assert {one.pairs for one in language.coarse(runs).values()} == {8}
 
 
 def test_the_inverted_mask_prefers_the_sharpest(monkeypatch: pytest.MonkeyPatch) -> None:

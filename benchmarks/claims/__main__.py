@@ -33,8 +33,9 @@ What Wang et al. 2024 ([arXiv 2405.20763](https://arxiv.org/abs/2405.20763)) say
 These are small problems: what does not show here may show at the paper's sizes, which nobody has run with this package
 yet, and the other way round. `make claims` makes the runs that benchmarks/claims/results lacks and writes this page.
 To measure anew, delete the results: then `make claims` makes fewer trials, seeds and tasks (at most 45 minutes on two
-cores), `CLAIMS_SIZE=full make claims` all runs of this page. Other processors round differently, so what the trained
-networks give differs in detail; the text, the standard library's source, also depends on the version of Python.
+cores), `CLAIMS_SIZE=full make claims` all runs of this page (about three hours). Other processors round differently,
+so what the trained networks give differs in detail; the text, the standard library's source, also depends on the
+version of Python.
 
 Results of a comparison are as good as its tuning. Every method gets the same number of trials, on seeds that are not
 reported; intervals are 95 % (Student's t over seeds, paired where two methods are compared).

@@ -39,12 +39,16 @@ class Runs:
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
         self._results: dict[str, Result] = {}
+        self._settings: dict[str, Settings] = {}
         self._machines: dict[str, Machine] = {}
         if file is not None and file.exists():
             content = json.loads(file.read_text())
             for run in content["runs"]:
-                self._results[_key(run["settings"])] = run["result"]
-                self._machines[_key(run["settings"])] = content["machines"][run["machine"]]
+                self._remember(run["settings"], run["result"], content["machines"][run["machine"]])
+
+    def _remember(self, settings: Settings, result: Result, machine: Machine) -> None:
+        key = _key(settings)
+        self._settings[key], self._results[key], self._machines[key] = settings, result, machine
 
     def __contains__(self, settings: Settings) -> bool:
         return _key(settings) in self._results
@@ -52,14 +56,14 @@ class Runs:
     def __getitem__(self, settings: Settings) -> Result:
         return self._results[_key(settings)]
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], Result]]:
-        """Settings and result of each run."""
-        return ((json.loads(key), result) for key, result in self._results.items())
+    def __iter__(self) -> Iterator[tuple[Settings, Result]]:
+        """Settings and result of each run, not to be changed."""
+        return ((self._settings[key], result) for key, result in self._results.items())
 
     def __len__(self) -> int:
         return len(self._results)
 
-    def where(self, **wanted: Any) -> list[tuple[dict[str, Any], Result]]:
+    def where(self, **wanted: Any) -> list[tuple[Settings, Result]]:
         """The runs with these values among their settings."""
         return [each for each in self if wanted.items() <= each[0].items()]
 
@@ -70,8 +74,7 @@ class Runs:
 
     def add(self, settings: Settings, result: Result) -> None:
         """Remember one run, on disk too. The file is whole at any moment."""
-        self._results[_key(settings)] = result
-        self._machines[_key(settings)] = {**workloads.machine("cpu"), "threads": 1}
+        self._remember(settings, result, {**workloads.machine("cpu"), "threads": 1})
         if self.file is None:
             return
         machines = [machine for machine, _ in self.machines()]

@@ -139,7 +139,7 @@ class Trial(NamedTuple):
 
 def ranked(runs: Runs, split: str, method: str) -> dict[int, Trial]:
     """The trials by number, the best in validation first."""
-    trials: dict[int, list[tuple[dict[str, Any], Result]]] = {}
+    trials: dict[int, list[tuple[Settings, Result]]] = {}
     for settings, result in runs.where(split=split, method=method):
         if settings["seed"] >= TUNING_SEED:
             trials.setdefault(settings["trial"], []).append((settings, result))

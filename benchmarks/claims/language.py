@@ -28,6 +28,7 @@ its end), cosine to a twentieth, betas 0.9 and 0.95, weight decay 0.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
@@ -81,6 +82,8 @@ def plan(size: str, runs: Runs) -> list[dict[str, Any]]:
             if all(trial in runs for trial in trials):
                 best = chosen(runs, task, method)
                 planned += [{**best, "seed": seed} for seed in range(seeds)]
+                if size == "full" and task == "bytes" and method in ("AdmIRE", *CONTROLS):
+                    planned += [{**chosen(runs, task, method, COARSE), "seed": seed} for seed in range(seeds)]
                 if task == "bytes" and method in ("AdamW", "AdmIRE"):
                     planned += [{**best, "seed": seed, "steps": best["steps"] // 2} for seed in range(seeds)]
     return planned
@@ -121,9 +124,13 @@ def measure(settings: Settings) -> Result:
     )
 
 
-def chosen(runs: Runs, task: str, method: str) -> dict[str, Any]:
-    """The settings that are best in validation, without a seed."""
-    trials = runs.where(task=task, method=method, seed=TUNING_SEED)
+def chosen(runs: Runs, task: str, method: str, rates: Sequence[float] = ()) -> dict[str, Any]:
+    """The settings that are best in validation, without a seed; among the trials with these learning rates, if any."""
+    trials = [
+        trial
+        for trial in runs.where(task=task, method=method, seed=TUNING_SEED)
+        if not rates or trial[0]["lr"] in rates
+    ]
     best, _ = min(trials, key=lambda trial: trial[1]["val_loss"])
     return {name: value for name, value in best.items() if name != "seed"}
 
@@ -133,6 +140,15 @@ def results(runs: Runs, task: str, method: str, share: int = 1) -> dict[int, Res
     best = chosen(runs, task, method)
     wanted = {**best, "steps": best["steps"] // share}
     return {s["seed"]: result for s, result in runs.where(**wanted) if s["seed"] != TUNING_SEED}
+
+
+def coarse(runs: Runs) -> dict[str, Difference]:
+    """Test loss of AdmIRE minus that of its controls on bytes, had they been tuned on the coarse grid alone."""
+    losses = {}
+    for method in ("AdmIRE", *CONTROLS):
+        found = runs.where(**chosen(runs, "bytes", method, COARSE))
+        losses[method] = {s["seed"]: result["test_loss"] for s, result in found if s["seed"] != TUNING_SEED}
+    return {control: paired(losses["AdmIRE"], losses[control]) for control in CONTROLS}
 
 
 def _gap(runs: Runs, task: str, method: str, base: str, share: int = 1) -> Difference:
@@ -191,7 +207,12 @@ def verdict(runs: Runs) -> Verdict:
     else:
         short = "partly reproduced" if flat and any(one.mean < -one.half for one in gap.values()) else "not reproduced"
     controls = ", ".join(f"{control} {one.show(3)}" for control, one in against.items())
-    reason = "" if flat else " So what it gains is not due to flatness."
+    reason = ""
+    if not flat:
+        gains = any(one.mean < -one.half for one in gap.values())
+        reason = (
+            " So what it gains is not due to flatness." if gains else " So neither the boost nor its mask helps here."
+        )
     return Verdict(
         short,
         "AdmIRE minus AdamW, both tuned, in nats of test loss: "
@@ -234,7 +255,15 @@ def tables(runs: Runs) -> str:
         pairs = len(results(runs, task, "AdamW"))
         head = [f"{task}, {TASKS[task]['steps']} steps, {pairs} seeds", "lr, kappa", "test loss, nats", "minus AdamW's"]
         parts.append(table([*head, "reaches AdamW's final loss", "Tr F at equal loss / AdamW's"], rows))
-    return "\n\n".join(parts) + "\n\n" + _tuning_table(runs)
+    parts.append(_tuning_table(runs))
+    if runs.where(lr=BETWEEN[0][0]):
+        parts.append(
+            "How much hangs on the grid: tuned without the learning rates in between "
+            f"({', '.join(f'{lr:g}' for lr in BETWEEN[1])}), AdmIRE minus its controls on bytes would have been "
+            + ", ".join(f"{control} {one.show(3)}" for control, one in coarse(runs).items())
+            + "."
+        )
+    return "\n\n".join(parts)
 
 
 def _tuning_table(runs: Runs) -> str:
@@ -258,6 +287,7 @@ def _loss(result: Result | None) -> str:
 
 def draw(runs: Runs) -> None:
     tasks = _tasks(runs)
+    colours = {method: f"C{number}" for number, method in enumerate(["AdamW", *ADMIRE])}
     figure, axes = plt.subplots(1, len(tasks) + 1, figsize=(4.25 * (len(tasks) + 1), 4.2), layout="constrained")
     for axis, task in zip(axes, tasks, strict=False):
         for method in TASKS[task]["methods"]:
@@ -266,27 +296,27 @@ def draw(runs: Runs) -> None:
             steps = [TEXT["every"] * (number + 1) for number in range(len(average))]
             style = "-" if method in ("AdamW", "AdmIRE") else "--"
             half = len(steps) // 3
-            axis.plot(steps[half:], average[half:], style, label=f"{method}: {average[-1]:.3f}")
+            label = f"{method}: {average[-1]:.3f}"
+            axis.plot(steps[half:], average[half:], style, color=colours[method], label=label)
         axis.set(xlabel="optimizer steps", ylabel="validation loss, nats per token", title=task)
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     axis = axes[-1]
-    for number, method in enumerate(TASKS["bytes"]["methods"]):
+    for method in TASKS["bytes"]["methods"]:
         best: dict[float, float] = {}  # the better kappa at each learning rate
         for settings, result in runs.where(task="bytes", method=method, seed=TUNING_SEED):
             best[settings["lr"]] = min(result["val_loss"], best.get(settings["lr"], math.inf))
-        axis.plot(*zip(*sorted(best.items()), strict=True), "o-", color=f"C{number}", markersize=4, label=method)
+        axis.plot(*zip(*sorted(best.items()), strict=True), "o-", color=colours[method], markersize=4)
     lowest = min(result["val_loss"] for _, result in runs.where(task="bytes", seed=TUNING_SEED))
     axis.set(
         xscale="log",
         xlabel="learning rate",
         ylabel="final validation loss",
-        title="bytes: best trial at a learning rate",
+        title="bytes: best trials (colours as left)",
     )
     axis.set_ylim(lowest - 0.02, lowest + 0.4)
     axis.set_xticks(WIDE[::2], [f"{lr:g}" for lr in WIDE[::2]])
     axis.minorticks_off()
-    axis.legend(fontsize=7)
     axis.grid(alpha=0.3)
     figure.savefig(FIGURES / "language.png", dpi=100)
     plt.close(figure)
