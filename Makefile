@@ -7,6 +7,11 @@ WORKERS ?= 2
 # threads of torch in `make run`: on a busy machine two that wait for each other were 9 times slower than one
 THREADS ?= 1
 
+# bytecode is kept, inside .venv, even where the shell says not to write any: without it each process compiles torch and
+# lightning anew (25 s), and the tests start many
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX ?= $(CURDIR)/$(VENV)/bytecode
+
 .PHONY: help env run test test-all bench claims notebooks lint clean
 .DEFAULT_GOAL := help
 

@@ -193,6 +193,17 @@ def test_runs_say_what_machine_made_them(tmp_path: Path, monkeypatch: pytest.Mon
     assert Runs(tmp_path / "runs.json").machines() == expected
 
 
+def test_runs_are_found_by_any_of_their_settings() -> None:
+    runs = Runs()
+    runs.add({"x": 1, "seed": 0}, {"y": 1})
+    assert [result["y"] for _, result in runs.where(x=1)] == [1]
+    runs.add({"x": 1, "seed": 1}, {"y": 2})
+    runs.add({"x": 2, "seed": 0}, {"y": 3})
+    assert [result["y"] for _, result in runs.where(x=1)] == [1, 2]
+    assert [result["y"] for _, result in runs.where(seed=0)] == [1, 3]
+    assert runs.where(x=3) == []
+
+
 def test_runs_are_remembered_and_a_plan_may_depend_on_results(tmp_path: Path) -> None:
     def plan(runs: Runs) -> list[dict]:
         first = [{"x": x} for x in (-3.0, -2.0)]

@@ -41,6 +41,7 @@ class Runs:
         self._results: dict[str, Result] = {}
         self._settings: dict[str, Settings] = {}
         self._machines: dict[str, Machine] = {}
+        self._found: dict[str, list[tuple[Settings, Result]]] = {}  # by what was asked for; tables ask again and again
         if file is not None and file.exists():
             content = json.loads(file.read_text())
             for run in content["runs"]:
@@ -49,6 +50,7 @@ class Runs:
     def _remember(self, settings: Settings, result: Result, machine: Machine) -> None:
         key = _key(settings)
         self._settings[key], self._results[key], self._machines[key] = settings, result, machine
+        self._found.clear()
 
     def __contains__(self, settings: Settings) -> bool:
         return _key(settings) in self._results
@@ -65,7 +67,10 @@ class Runs:
 
     def where(self, **wanted: Any) -> list[tuple[Settings, Result]]:
         """The runs with these values among their settings."""
-        return [each for each in self if wanted.items() <= each[0].items()]
+        key = _key(wanted)
+        if key not in self._found:
+            self._found[key] = [each for each in self if wanted.items() <= each[0].items()]
+        return self._found[key]
 
     def machines(self) -> list[tuple[Machine, int]]:
         """Processors and versions, and how many runs each made: most first."""
