@@ -11,7 +11,7 @@ import torch
 from claims import __main__ as main
 from claims import _statistics, accuracy, drift, language
 from claims._inverted import InvertedFisher
-from claims._runs import Runs, collect
+from claims._runs import Runs, _key, collect
 from scipy import stats
 
 from lightning_ire import SampledFisher
@@ -57,7 +57,7 @@ def test_nothing_is_missing_or_left_over(name: str) -> None:
     runs = main.known(name)
     planned = main.claim(name).plan("full", runs)
     assert all(settings in runs for settings in planned)
-    assert all(settings in planned for settings, _ in runs), "a run that no table needs"
+    assert {_key(settings) for settings, _ in runs} <= set(map(_key, planned)), "a run that no table needs"
     assert planned or name == "step_cost"
 
 
@@ -65,7 +65,7 @@ def test_nothing_is_missing_or_left_over(name: str) -> None:
 def test_full_contains_default(name: str) -> None:
     runs = main.known(name)
     small, large = (main.claim(name).plan(size, runs) for size in ("default", "full"))
-    assert all(settings in large for settings in small)
+    assert set(map(_key, small)) <= set(map(_key, large))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import workloads
@@ -29,6 +29,12 @@ def _key(settings: Settings) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+class _Run(NamedTuple):
+    settings: Settings
+    result: Result
+    machine: Machine
+
+
 class Runs:
     """Results by the settings that made them.
 
@@ -38,32 +44,26 @@ class Runs:
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
-        self._results: dict[str, Result] = {}
-        self._settings: dict[str, Settings] = {}
-        self._machines: dict[str, Machine] = {}
+        self._runs: dict[str, _Run] = {}
         self._found: dict[str, list[tuple[Settings, Result]]] = {}  # by what was asked for; tables ask again and again
         if file is not None and file.exists():
             content = json.loads(file.read_text())
             for run in content["runs"]:
-                self._remember(run["settings"], run["result"], content["machines"][run["machine"]])
-
-    def _remember(self, settings: Settings, result: Result, machine: Machine) -> None:
-        key = _key(settings)
-        self._settings[key], self._results[key], self._machines[key] = settings, result, machine
-        self._found.clear()
+                one = _Run(run["settings"], run["result"], content["machines"][run["machine"]])
+                self._runs[_key(one.settings)] = one
 
     def __contains__(self, settings: Settings) -> bool:
-        return _key(settings) in self._results
+        return _key(settings) in self._runs
 
     def __getitem__(self, settings: Settings) -> Result:
-        return self._results[_key(settings)]
+        return self._runs[_key(settings)].result
 
     def __iter__(self) -> Iterator[tuple[Settings, Result]]:
         """Settings and result of each run, not to be changed."""
-        return ((self._settings[key], result) for key, result in self._results.items())
+        return ((run.settings, run.result) for run in self._runs.values())
 
     def __len__(self) -> int:
-        return len(self._results)
+        return len(self._runs)
 
     def where(self, **wanted: Any) -> list[tuple[Settings, Result]]:
         """The runs with these values among their settings."""
@@ -74,18 +74,19 @@ class Runs:
 
     def machines(self) -> list[tuple[Machine, int]]:
         """Processors and versions, and how many runs each made: most first."""
-        counts = Counter(tuple(machine.items()) for machine in self._machines.values())
+        counts = Counter(tuple(run.machine.items()) for run in self._runs.values())
         return [(dict(machine), count) for machine, count in counts.most_common()]
 
     def add(self, settings: Settings, result: Result) -> None:
         """Remember one run, on disk too. The file is whole at any moment."""
-        self._remember(settings, result, {**workloads.machine("cpu"), "threads": 1})
+        self._runs[_key(settings)] = _Run(settings, result, {**workloads.machine("cpu"), "threads": 1})
+        self._found.clear()
         if self.file is None:
             return
         machines = [machine for machine, _ in self.machines()]
         lines = sorted(
-            json.dumps({"settings": json.loads(key), "result": one, "machine": machines.index(self._machines[key])})
-            for key, one in self._results.items()
+            json.dumps({"settings": json.loads(key), "result": one.result, "machine": machines.index(one.machine)})
+            for key, one in self._runs.items()
         )
         text = f'{{"machines": {json.dumps(machines)}, "runs": [\n' + ",\n".join(lines) + "\n]}\n"
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -135,19 +135,19 @@ def chosen(runs: Runs, task: str, method: str, rates: Sequence[float] = ()) -> d
     return {name: value for name, value in best.items() if name != "seed"}
 
 
-def results(runs: Runs, task: str, method: str, share: int = 1) -> dict[int, Result]:
-    """Results by reporting seed, of runs with 1 / `share` of the steps."""
-    best = chosen(runs, task, method)
+def results(runs: Runs, task: str, method: str, share: int = 1, rates: Sequence[float] = ()) -> dict[int, Result]:
+    """Results by reporting seed, of runs with 1 / `share` of the steps, tuned with these learning rates if any."""
+    best = chosen(runs, task, method, rates)
     wanted = {**best, "steps": best["steps"] // share}
     return {s["seed"]: result for s, result in runs.where(**wanted) if s["seed"] != TUNING_SEED}
 
 
 def coarse(runs: Runs) -> dict[str, Difference]:
     """Test loss of AdmIRE minus that of its controls on bytes, had they been tuned on the coarse grid alone."""
-    losses = {}
-    for method in ("AdmIRE", *CONTROLS):
-        found = runs.where(**chosen(runs, "bytes", method, COARSE))
-        losses[method] = {s["seed"]: result["test_loss"] for s, result in found if s["seed"] != TUNING_SEED}
+    losses = {
+        method: {seed: one["test_loss"] for seed, one in results(runs, "bytes", method, rates=COARSE).items()}
+        for method in ("AdmIRE", *CONTROLS)
+    }
     return {control: paired(losses["AdmIRE"], losses[control]) for control in CONTROLS}
 
 
@@ -200,19 +200,16 @@ def verdict(runs: Runs) -> Verdict:
     gap = {task: _gap(runs, task, "AdmIRE", "AdamW") for task in _tasks(runs)}
     against = {control: _gap(runs, "bytes", "AdmIRE", control) for control in CONTROLS}
     half = _gap(runs, "bytes", "AdmIRE", "AdamW", share=2)
-    wins = all(one.mean < -one.half for one in gap.values())
+    better = [one.mean < -one.half for one in gap.values()]
+    wins, gains = all(better), any(better)
     flat = all(one.mean < -one.half for one in against.values())
     if wins and flat and half.mean <= half.half:
         short = "reproduced"
     else:
-        short = "partly reproduced" if flat and any(one.mean < -one.half for one in gap.values()) else "not reproduced"
+        short = "partly reproduced" if flat and gains else "not reproduced"
     controls = ", ".join(f"{control} {one.show(3)}" for control, one in against.items())
-    reason = ""
-    if not flat:
-        gains = any(one.mean < -one.half for one in gap.values())
-        reason = (
-            " So what it gains is not due to flatness." if gains else " So neither the boost nor its mask helps here."
-        )
+    reason = " So what it gains is not due to flatness." if gains else " So neither the boost nor its mask helps here."
+    reason = "" if flat else reason
     return Verdict(
         short,
         "AdmIRE minus AdamW, both tuned, in nats of test loss: "
