@@ -123,7 +123,8 @@ class _CIFAR(ImageData):
             data, labels = entry["data"], entry["labels" if "labels" in entry else "fine_labels"]
             if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
                 raise ValueError(f"`data` is no array of uint8 but {getattr(data, 'dtype', type(data).__name__)}")
-            images, labels = data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), list(map(operator.index, labels))
+            images = np.asarray(data).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            labels = list(map(operator.index, labels))
             if len(images) != len(labels) or not set(labels) <= set(range(self.num_classes)):
                 raise ValueError(f"not each of {len(images)} images has a label in [0, {self.num_classes})")
         except Exception as error:  # no one class: a damaged pickle may ask for any operation on any value
@@ -230,23 +231,38 @@ def _bytes(text: str, _encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _dtype(name: str, *_: Any) -> np.dtype:
-    """A type of numbers, and a new one: its state is about to be set."""
-    made = np.dtype(name, copy=True)
-    if made.kind not in "biuf":  # objects would be read as addresses in memory
-        raise pickle.UnpicklingError(f"it is to hold arrays of numbers only, and asks for one of {made}")
-    return made
+class _Kind:
+    """Stands for a type of numbers: numpy's own believes whatever state it is given, as wrong as it may be."""
 
+    def __init__(self, name: str, *_: Any) -> None:
+        self.dtype = np.dtype(name)
+        if self.dtype.kind not in "biuf":  # objects would be read as addresses in memory
+            raise pickle.UnpicklingError(f"it is to hold arrays of numbers only, and asks for one of {self.dtype}")
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array whose type comes as a `_Kind`."""
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, kind, *rest = state
+        super().__setstate__((version, shape, kind.dtype, *rest))
+
+
+_scalar: Any = np.uint8(0).__reduce__()[0]
+_from_buffer: Any = np.empty(0, np.uint8).__reduce_ex__(5)[0]
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _bytes,
     ("__builtin__", "bytes"): bytes,
     ("builtins", "bytes"): bytes,
     ("numpy", "ndarray"): None,  # only named; called it could be given any memory
-    ("numpy", "dtype"): _dtype,
-    ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.uint8),
-    ("numpy.core.multiarray", "scalar"): np.uint8(0).__reduce__()[0],
-    ("numpy.core.numeric", "_frombuffer"): np.empty(0, np.uint8).__reduce_ex__(5)[0],
+    ("numpy", "dtype"): _Kind,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.uint8).view(_Array),
+    ("numpy.core.multiarray", "scalar"): lambda kind, content: _scalar(kind.dtype, content),
+    ("numpy.core.numeric", "_frombuffer"): lambda content, kind, *rest: _from_buffer(content, kind.dtype, *rest),
 }
 """What `_Arrays` takes for which name."""
 
