@@ -32,9 +32,7 @@ def test_the_moving_average_is_the_authors(scope: Any) -> None:
     ours_before: list[Tensor] = []
     for new in estimates(6, (30, 20), (30,)):
         authors = [BETA * old + (1 - BETA) * h for old, h in zip(authors, new, strict=True)]
-        started_at_first = [
-            BETA * old + (1 - BETA) * h for old, h in zip(ours_before or new, new, strict=True)
-        ]
+        started_at_first = [BETA * old + (1 - BETA) * h for old, h in zip(ours_before or new, new, strict=True)]
         ours_before = started_at_first
         ours.refresh(["w", "b"], new)
         expected = flat_masks(authors, GAMMA, scope=scope)
