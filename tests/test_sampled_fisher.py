@@ -601,15 +601,12 @@ def expected_hessian(module: Custom, x: Tensor, y: Tensor, name: str) -> list[Te
 
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
-@pytest.mark.parametrize("perturbation", [None, AverageSAM(0.0)], ids=["shared", "own"])
 @pytest.mark.parametrize("name", LIKELIHOODS)
-def test_likelihoods_are_unbiased_for_their_fisher_information(
-    monkeypatch: pytest.MonkeyPatch, name: str, perturbation: Any
-) -> None:
+def test_likelihoods_are_unbiased_for_their_fisher_information(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     loss, _, draws, kind = LIKELIHOODS[name]
     module, (x, y) = Custom(loss, sharp_net()), two_samples()
     expected = expected_hessian(module, x, y, name)
-    got = expectation(monkeypatch, module, draws, x, y, kind=kind, perturbation=perturbation)
+    got = expectation(monkeypatch, module, draws, x, y, kind=kind)
     assert_unbiased(got, expected)
 
 
@@ -688,12 +685,12 @@ REFUSED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("perturbation", [None, AverageSAM(0.0)], ids=["shared", "own"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_likelihood_is_refused(name: str, perturbation: Any) -> None:
+def test_what_is_no_likelihood_is_refused(name: str) -> None:
+    """By the shared pass and then by one of its own."""
     module = Custom(lambda z, y, m: REFUSED[name](z, y))
     with pytest.raises(ConfigurationError, match=r"fisher_loss\(batch, batch_idx\).*EmpiricalFisher\(\)") as caught:
-        estimates(module, None, perturbation=perturbation, limit_train_batches=1)
+        estimates(module, None, limit_train_batches=1)
     assert "\n" not in str(caught.value)
 
 
