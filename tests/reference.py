@@ -211,8 +211,9 @@ def _sampled_fisher(module: nn.Module, weights: list[Tensor], window: Any, seed:
 
 
 def _remake_masks(recipe: Recipe, module: nn.Module, h: list[Tensor]) -> None:
-    if recipe.beta and recipe.average_h:
-        h = [recipe.beta * old + (1 - recipe.beta) * new for old, new in zip(recipe.average_h, h, strict=True)]
+    if recipe.beta:
+        before = recipe.average_h or [torch.zeros_like(new) for new in h]
+        h = [recipe.beta * old + (1 - recipe.beta) * new for old, new in zip(before, h, strict=True)]
     recipe.average_h = h
     h = [v.abs() for v in h]
     names = [name for name, _ in module.named_parameters()]

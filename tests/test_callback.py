@@ -1,5 +1,6 @@
 """Settings, refusals, timing, warnings, logs and state of the callback."""
 
+import copy
 import itertools
 import logging
 import warnings
@@ -18,6 +19,8 @@ from torch import nn
 
 from lightning_ire import IRE, SAM, Ascent, AverageSAM, ConfigurationError, EmpiricalFisher, Perturbation, tags
 from lightning_ire._checks import check_number
+from lightning_ire.callbacks._masks import FlatMasks
+from lightning_ire.callbacks._progress import Progress
 
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "kappa": ({"kappa": -1}, r"Expected `kappa` to be a number >= 0, got -1\."),
@@ -464,6 +467,48 @@ def test_masks_take_one_bit_per_parameter_in_a_checkpoint(tmp_path: Any) -> None
         "net.2.bias": (torch.uint8, 1),
     }
     assert flat["average"] == {}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("version", "optimizers"),
+        *Progress(FlatMasks(0.5, "global", False, 0.0)).state_dict(),
+        *FlatMasks(0.5, "global", False, 0.0).state_dict(),
+    ],
+)
+def test_a_state_of_an_older_release_goes_on_with_what_a_new_run_has(tmp_path: Any, key: str) -> None:
+    """A later release may have added any key."""
+    cases.fit(Classifier(), [IRE(interval=3, beta=0.5)], max_epochs=1).save_checkpoint(tmp_path / "old.ckpt")
+    checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    state = checkpoint["callbacks"]["IRE"]
+    one = state["optimizers"][0]
+    for holder in (state, one, one["flat"]):
+        holder.pop(key, None)
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    ire = IRE(interval=3, beta=0.5)
+    cases.fit(Classifier(), [ire], max_epochs=2, ckpt_path=str(tmp_path / "old.ckpt"))
+    assert ire._progress.step == 8 + (0 if key in ("optimizers", "step") else 8)
+    assert ire.state_dict()["version"] == 1
+    assert ire._progress.masks.masks
+
+
+@pytest.mark.parametrize("ire", [IRE(), IRE(kappa=0.0, perturbation=SAM(0.1))], ids=["boost", "sam"])
+def test_a_state_of_a_newer_release_is_refused(tmp_path: Any, ire: IRE) -> None:
+    trainer = cases.fit(Classifier(), [ire], max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    checkpoint["callbacks"]["IRE"]["version"] = 7
+    torch.save(checkpoint, tmp_path / "new.ckpt")
+    module = Classifier()
+    before = cases.clone(module)
+    with pytest.raises(ConfigurationError, match="Expected a checkpoint") as caught:
+        cases.fit(module, [copy.deepcopy(ire)], max_epochs=2, ckpt_path=str(tmp_path / "new.ckpt"))
+    assert str(caught.value) == (
+        "Expected a checkpoint whose IRE state has version 1 or an older one, got version 7: install the lightning_ire "
+        "release that wrote it, or a newer one."
+    )
+    cases.fit(before, [IRE(kappa=0.0)], max_epochs=2, ckpt_path=str(tmp_path / "new.ckpt"))  # not there at all
 
 
 def test_a_plain_checkpoint_goes_on_with_ire_and_back(tmp_path: Any) -> None:

@@ -1,9 +1,11 @@
 """SampledFisher in training: which losses it sees, what it squares, in whose forward pass, and that h is unbiased."""
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -13,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from cases import CLASSES, Classifier, Net, recorded
 from torch import Tensor, nn
+from torch import distributions as td
 from torch.nn.functional import cross_entropy as imported_directly
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ire import IRE, SAM, AverageSAM, ConfigurationError, Curvature, SampledFisher, in_extra_pass
-from lightning_ire.functional import sampled_losses
+from lightning_ire.curvature.tap import LossTap
+from lightning_ire.functional import SAMPLED, sampled_losses
 
 SLOW = "takes the samples one by one here, which is slow"
 
@@ -128,10 +132,81 @@ LOSSES: dict[str, tuple[Any, Any, float]] = {
         lambda z, y, m: F.mse_loss(z, z.detach() - 5),
         8 * CLASSES,
     ),
+    "by-hand": (lambda z, y, m: -(soft(y, z) * z.log_softmax(-1)).sum(-1).mean(), shared, 1),
+    "by-hand-timm": (lambda z, y, m: torch.sum(-soft(y, z) * F.log_softmax(z, dim=-1), dim=-1).mean(), shared, 1),
+    "by-hand-layer": (lambda z, y, m: -nn.LogSoftmax(-1)(z).gather(1, y[:, None]).mean(), shared, 1),
+    "by-hand-index": (lambda z, y, m: -torch.log_softmax(z, 1)[torch.arange(len(y)), y].sum(), shared, 8),
+    "by-hand-einsum": (lambda z, y, m: -torch.einsum("nc,nc->", soft(y, z), z.log_softmax(-1)) / len(y), shared, 1),
+    "by-hand-smoothed": (lambda z, y, m: smoothed_by_hand(z, y), shared, 1),
+    "by-hand-transposed": (lambda z, y, m: -(soft(y, z).T * z.T.log_softmax(0)).sum(0).mean(), shared, 1),
+    "by-hand-masked": (
+        lambda z, y, m: (-(soft(y, z) * z.log_softmax(-1)).sum(-1) * (y > 0)).mean(),
+        lambda z, y, m: (F.cross_entropy(z, y, reduction="none") * (y > 0)).mean(),
+        1,
+    ),
+    "by-hand-class-weights": (
+        lambda z, y, m: -(F.one_hot(y, CLASSES) * WEIGHTS * z.log_softmax(-1)).sum() / WEIGHTS[y].sum(),
+        lambda z, y, m: F.cross_entropy(z, y, weight=WEIGHTS),
+        1,
+    ),
+    "by-hand-penalty": (
+        lambda z, y, m: -(soft(y, z) * z.log_softmax(-1)).sum(-1).mean() + m.net[0].weight.square().sum(), shared, 1
+    ),
+    "by-hand-kl": (
+        lambda z, y, m: (soft(y, z) * (soft(y, z).log() - z.log_softmax(-1))).sum(-1).mean(), shared, 1
+    ),
+    "kl": (lambda z, y, m: F.kl_div(z.log_softmax(-1), soft(y, z), reduction="batchmean"), shared, 1),
+    "kl-mean": (
+        lambda z, y, m: F.kl_div(z.log_softmax(-1), soft(y, z).log(), log_target=True), shared, 1 / CLASSES
+    ),
+    "kl-sum": (lambda z, y, m: nn.KLDivLoss(reduction="sum")(z.log_softmax(-1), soft(y, z)), shared, 8),
+    "kl-none": (
+        lambda z, y, m: F.kl_div(z.log_softmax(-1), soft(y, z), reduction="none").sum(-1).mean(), shared, 1
+    ),
+    "kl-class-weights": (
+        lambda z, y, m: (F.kl_div(z.log_softmax(-1), soft(y, z), reduction="none") * WEIGHTS).sum(-1).mean(),
+        lambda z, y, m: (F.cross_entropy(z, y, reduction="none") * (soft(y, z) * WEIGHTS).sum(-1)).mean(),
+        1,
+    ),
+    "kl-classes-first": (
+        lambda z, y, m: F.kl_div(z.T.log_softmax(0) + 0.0, soft(y, z).T, reduction="sum") / 8, shared, 1
+    ),
+    "kl-of-probabilities": (
+        lambda z, y, m: F.kl_div(z.softmax(-1).log(), soft(y, z), reduction="batchmean"), shared, 1
+    ),
+    "distillation": (
+        lambda z, y, m: F.kl_div((z / 2).log_softmax(-1), (3 * z.detach()).softmax(-1), reduction="batchmean") * 4,
+        lambda z, y, m: F.cross_entropy(z / 2, y) * 4,
+        1,
+    ),
+    "two-dimensional-gaussian": (
+        lambda z, y, m: F.gaussian_nll_loss(z, z.detach() + 1, torch.full_like(z, 0.5)),
+        lambda z, y, m: F.mse_loss(z, z.detach()),
+        1,
+    ),
+    "one-variance-for-all": (
+        lambda z, y, m: nn.GaussianNLLLoss(reduction="sum", full=True)(z, z.detach() + 1, torch.ones(8, 1)),
+        lambda z, y, m: F.mse_loss(z, z.detach()),
+        8 * CLASSES / 2,
+    ),
+    "least-variance": (
+        lambda z, y, m: F.gaussian_nll_loss(z, z.detach() + 1, torch.zeros(8), eps=2.0),
+        lambda z, y, m: F.mse_loss(z, z.detach()),
+        1 / 4,
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:size_average and reduce args")
+def soft(y: Tensor, like: Tensor) -> Tensor:
+    return F.one_hot(y, CLASSES).to(like) * 0.9 + 0.025
+
+
+def smoothed_by_hand(z: Tensor, y: Tensor) -> Tensor:
+    log_p = F.log_softmax(z, -1)
+    return (-0.9 * log_p.gather(1, y[:, None]).squeeze(1) - 0.1 * log_p.mean(-1)).mean()
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args", "ignore:reduction. 'mean' divides the total loss")
 @pytest.mark.parametrize(("loss", "same_as", "factor"), LOSSES.values(), ids=LOSSES.keys())
 def test_losses_that_mean_the_same_give_the_same_estimate(loss: Any, same_as: Any, factor: float) -> None:
     """A multiple of a loss has the same multiple of its curvature."""
@@ -166,7 +241,9 @@ class EveryDraw:
 
     Labels are enumerated; so are the two sides of a probability (`kind` "logits" or "probabilities"). Noise
     (`kind` "noise") takes the two values -sqrt(1/2) and sqrt(1/2), which have the variance of the Gaussian; h is a
-    quadratic form of it, and its mean the same.
+    quadratic form of it, and its mean the same. Where the variance is predicted, too, h is of fourth order in the
+    noise, and its values are -sqrt(3), 0 and sqrt(3) (`kind` "gauss"), which have the Gaussian's first five moments.
+    Counts take two values of their mean and variance. Distributions draw in the same way.
 
     Attributes:
         chances: Probability of each refresh's combination; they add up to 1 if the run was of the right length.
@@ -178,6 +255,19 @@ class EveryDraw:
         self.rest = 0
         monkeypatch.setattr(sampled_losses, "sample_labels", self.labels)
         monkeypatch.setattr(sampled_losses, "_uniform", self.uniform)
+        monkeypatch.setattr(sampled_losses, "_counts", lambda rate, generator: self.counts(rate))
+        for kind, draw in {
+            td.Categorical: lambda d: self.digits(d.probs.reshape(-1, d.probs.size(-1))).view(d.batch_shape),
+            td.Bernoulli: lambda d: (
+                1.0 - self.digits(torch.stack([d.probs, 1 - d.probs], -1).reshape(-1, 2)).view(d.probs.shape)
+            ),
+            td.Normal: lambda d: d.loc + d.scale * torch.special.ndtri(self.uniform(d.loc)),
+            td.Poisson: lambda d: self.counts(d.rate),
+            td.MultivariateNormal: lambda d: (
+                d.loc + d.scale_tril.matmul(torch.special.ndtri(self.uniform(d.loc))[..., None])[..., 0]
+            ),
+        }.items():
+            monkeypatch.setattr(kind, "sample", lambda self, sample_shape=(), draw=draw: draw(self).detach())
 
     def attach(self, curvature: Curvature) -> None:
         begin = curvature.begin
@@ -205,12 +295,20 @@ class EveryDraw:
 
     def uniform(self, like: Tensor, generator: Any = None) -> Tensor:
         like = like.detach()
+        if self.kind == "gauss":
+            digits = self.digits(torch.tensor([[1.0, 4.0, 1.0]]).double().expand(like.numel(), 3) / 6)
+            return torch.special.ndtr(3**0.5 * (digits.double() - 1)).reshape(like.shape).to(like)
         if self.kind == "noise":
             p, low, high = torch.full_like(like, 0.5), *torch.special.ndtr(torch.tensor([-1.0, 1.0]).double())
         else:
             p, low, high = like.sigmoid() if self.kind == "logits" else like, torch.tensor(0.0), torch.tensor(1 - 1e-15)
         digits = self.digits(torch.stack([p.reshape(-1), 1 - p.reshape(-1)], dim=1)).reshape(like.shape)
         return torch.where(digits == 0, low, high).to(like)
+
+    def counts(self, rate: Tensor) -> Tensor:
+        rate = rate.detach()
+        digits = self.digits(torch.full((rate.numel(), 2), 0.5, dtype=torch.float64)).reshape(rate.shape)
+        return rate + (2 * digits - 1) * rate.sqrt()
 
     def mean(self, found: list[Any]) -> list[Tensor | None]:
         """The expectation of h."""
@@ -372,6 +470,280 @@ def test_the_mean_over_all_draws_is_the_gauss_newton_diagonal(monkeypatch: pytes
 def assert_unbiased(got: Sequence[Tensor | None], expected: Sequence[Tensor]) -> None:
     for ours, exact in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-14)
+
+
+def heteroscedastic(z: Tensor, y: Tensor) -> Tensor:
+    return F.gaussian_nll_loss(z[:, 0], y.to(z), z[:, 1].exp())
+
+
+def expected_gaussian(z: Tensor, at: Tensor) -> Tensor:
+    """Mean over y ~ N(m, v) of the loss, m and v as predicted at `at`."""
+    return 0.5 * (z[:, 1] + ((z[:, 0] - at[:, 0]).square() + at[:, 1].exp()) / z[:, 1].exp())
+
+
+def expected_normal(z: Tensor, at: Tensor) -> Tensor:
+    return z[:, 1] + ((z[:, 0] - at[:, 0]).square() + (2 * at[:, 1]).exp()) / (2 * (2 * z[:, 1]).exp())
+
+
+def log_mixture(z: Tensor) -> Tensor:
+    """Two categorical distributions of two classes each: weights z_0, classes z_1 to z_3."""
+    first, second = z[:, 1:3].log_softmax(-1), torch.stack([z[:, 3], 0 * z[:, 3]], 1).log_softmax(-1)
+    weights = torch.stack([z[:, 0], 0 * z[:, 0]], 1).log_softmax(-1)
+    return torch.stack([first, second], 1).add(weights[..., None]).logsumexp(1)
+
+
+def mixture(z: Tensor) -> td.Distribution:
+    classes = torch.stack([z[:, 1:3], torch.stack([z[:, 3], 0 * z[:, 3]], 1)], 1)
+    return td.MixtureSameFamily(
+        td.Categorical(logits=torch.stack([z[:, 0], 0 * z[:, 0]], 1)), td.Categorical(logits=classes)
+    )
+
+
+def triangle(z: Tensor) -> td.Distribution:
+    return td.MultivariateNormal(z[:, :2], scale_tril=torch.tensor([[2.0, 0.0], [-1.0, 0.5]], dtype=z.dtype))
+
+
+# training loss; its mean over targets drawn at `at`, up to a constant, as a function of the outputs z (``None``: the
+# training loss has the same Hessian); number of draws for two samples; kind
+LIKELIHOODS: dict[str, tuple[Any, Any, int, str]] = {
+    "gaussian": (lambda z, y, m: heteroscedastic(z, y), lambda z, at: expected_gaussian(z, at).mean(), 9, "gauss"),
+    "gaussian-sum": (
+        lambda z, y, m: F.gaussian_nll_loss(z[:, 0], y.to(z), z[:, 1].exp(), full=True, reduction="sum"),
+        lambda z, at: expected_gaussian(z, at).sum(), 9, "gauss",
+    ),
+    "gaussian-weighted": (
+        lambda z, y, m: (
+            F.gaussian_nll_loss(z[:, :1], y.to(z)[:, None], z[:, 1:2].exp(), reduction="none")[:, 0]
+            * torch.arange(1.0, 1 + len(y))
+        ).sum(),
+        lambda z, at: (expected_gaussian(z, at) * torch.arange(1.0, 1 + len(z))).sum(), 9, "gauss",
+    ),
+    "gaussian-one-variance": (
+        lambda z, y, m: F.gaussian_nll_loss(z[:, :2], y.to(z)[:, None].expand(-1, 2), z[:, 2].exp()),
+        lambda z, at: (
+            (z[:, 2] + ((z[:, :2] - at[:, :2]).square().sum(-1) / 2 + at[:, 2].exp()) / z[:, 2].exp()) / 2
+        ).mean(),
+        81, "gauss",
+    ),
+    "gaussian-variance-alone": (
+        lambda z, y, m: nn.GaussianNLLLoss()(y.to(z), 0 * y.to(z), z[:, 0].exp()),
+        lambda z, at: (0.5 * (z[:, 0] + at[:, 0].exp() / z[:, 0].exp())).mean(), 9, "gauss",
+    ),
+    "poisson": (lambda z, y, m: F.poisson_nll_loss(z[:, 0], y.to(z)), None, 4, "noise"),
+    "poisson-full-sum": (
+        lambda z, y, m: nn.PoissonNLLLoss(full=True, reduction="sum")(z[:, :2], y.to(z)[:, None]), None, 16, "noise"
+    ),
+    "poisson-rates": (
+        lambda z, y, m: F.poisson_nll_loss(z[:, 0].exp(), y.to(z), log_input=False, eps=0.3),
+        lambda z, at: (z[:, 0].exp() - (at[:, 0].exp() + 0.3) * (z[:, 0].exp() + 0.3).log()).mean(), 4, "noise",
+    ),
+    "kl": (lambda z, y, m: F.kl_div(z.log_softmax(-1), soft(y, z), reduction="batchmean"), None, 16, ""),
+    "by-hand": (lambda z, y, m: -(soft(y, z) * z.log_softmax(-1)).sum(-1).mean(), None, 16, ""),
+    "kl-of-unequal-weights": (
+        lambda z, y, m: F.kl_div(z.log_softmax(-1), soft(y, z) * torch.arange(1.0, 1 + len(y))[:, None]), None, 16, ""
+    ),
+    "kl-beside-cross-entropy": (
+        lambda z, y, m: 0.3 * F.cross_entropy(z[:, :2], y % 2)
+        + 0.7 * F.kl_div((z[:, 2:] / 3).log_softmax(-1), soft(y, z)[:, :2], reduction="batchmean"),
+        None, 16, "",
+    ),
+    "by-hand-of-unequal-weights": (
+        lambda z, y, m: -(soft(y, z) * torch.arange(1.0, 1 + len(y))[:, None] * z.log_softmax(-1)).sum(), None, 16, ""
+    ),
+    "by-hand-beside-squared-error": (
+        lambda z, y, m: F.mse_loss(z[:, :1], y.to(z)[:, None]) - (soft(y, z)[:, :2] * z[:, 2:].log_softmax(-1)).mean(),
+        None, 16, "noise",
+    ),
+    "by-hand-beside-a-metric": (
+        lambda z, y, m: (
+            lambda log_p: (F.nll_loss(log_p, y % 2), -log_p.gather(1, y[:, None] % 2).mean())[1]
+        )(z[:, :2].log_softmax(-1)),
+        None, 16, "",
+    ),
+    "by-hand-two-heads": (
+        lambda z, y, m: -z[:, :2].log_softmax(-1)[torch.arange(len(y)), y % 2].mean()
+        - 0.4 * z[:, 2:].log_softmax(-1)[:, 0].mean(),
+        None, 16, "",
+    ),
+    "categorical": (lambda z, y, m: -td.Categorical(logits=z).log_prob(y).mean(), None, 16, ""),
+    "one-hot": (
+        lambda z, y, m: -td.OneHotCategorical(logits=z).log_prob(F.one_hot(y, CLASSES).to(z)).sum(), None, 16, ""
+    ),
+    "bernoulli": (lambda z, y, m: -td.Bernoulli(logits=z[:, :2]).log_prob(odd(y, z)).mean(), None, 16, ""),
+    "normal": (
+        lambda z, y, m: -td.Normal(z[:, 0], z[:, 1].exp()).log_prob(y.to(z)).mean(),
+        lambda z, at: expected_normal(z, at).mean(), 9, "gauss",
+    ),
+    "independent": (
+        lambda z, y, m: -td.Independent(td.Normal(z[:, 0::2], z[:, 1::2].exp()), 1)
+        .log_prob(y.to(z)[:, None].expand(-1, 2))
+        .mean(),
+        lambda z, at: (expected_normal(z[:, :2], at[:, :2]) + expected_normal(z[:, 2:], at[:, 2:])).mean(),
+        81, "gauss",
+    ),
+    "of-a-smaller-batch": (
+        lambda z, y, m: -td.Normal(z[:, :1], 1.0).log_prob(y.to(z)[:, None].expand(-1, 2)).sum(), None, 16, "noise"
+    ),
+    "counts": (lambda z, y, m: -td.Poisson(z[:, 0].exp(), False).log_prob(y.to(z)).mean(), None, 4, ""),
+    "multivariate": (lambda z, y, m: -triangle(z).log_prob(z.detach()[:, 2:]).mean(), None, 16, "noise"),
+    "mixture": (
+        lambda z, y, m: -mixture(z).log_prob(y % 2).mean(),
+        lambda z, at: -(log_mixture(at).exp() * log_mixture(z)).sum(-1).mean(), 64, "",
+    ),
+}  # fmt: skip
+
+
+def expected_hessian(module: Custom, x: Tensor, y: Tensor, name: str) -> list[Tensor]:
+    """Diagonal of the Fisher information, densely: of the mean loss over targets that the model draws."""
+    loss, expected, _, _ = LIKELIHOODS[name]
+    at = module.net(x).detach()
+    return gauss_newton(module, x, of_outputs(loss, y, module) if expected is None else lambda z: expected(z, at))
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_likelihoods_are_unbiased_for_their_fisher_information(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    loss, _, draws, kind = LIKELIHOODS[name]
+    module, (x, y) = Custom(loss, sharp_net()), two_samples()
+    expected = expected_hessian(module, x, y, name)
+    got = expectation(monkeypatch, module, draws, x, y, kind=kind)
+    assert_unbiased(got, expected)
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{SLOW}")
+@pytest.mark.parametrize(
+    ("form", "size", "micro_batches"),
+    [("batch", None, 2), ("micro_batch", None, 2), ("micro_batch", 1, 1), ("sample", None, 1)],
+)
+@pytest.mark.parametrize("name", ["gaussian", "poisson", "kl", "by-hand", "categorical", "normal"])
+def test_likelihoods_in_every_form(
+    monkeypatch: pytest.MonkeyPatch, name: str, form: Any, size: int | None, micro_batches: int
+) -> None:
+    loss, _, draws, kind = LIKELIHOODS[name]
+    module, (x, y) = Custom(never_shown(loss) if form == "sample" else loss, sharp_net()), two_samples()
+    expected = expected_hessian(module, x, y, name)
+    curvature = SampledFisher(form=form, micro_batch_size=size)
+    got = expectation(monkeypatch, module, draws, x, y, curvature, kind=kind, micro_batches=micro_batches)
+    assert_unbiased(got, expected)
+
+
+def advantage(y: Tensor, like: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, len(y)).to(like)
+
+
+class Hidden(torch.autograd.Function):
+    """The square of its argument, with a derivative that does not say that it depends on it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.double = 2 * x.detach()
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.double
+
+
+def hand(z: Tensor, y: Tensor) -> Tensor:
+    return -(soft(y, z) * z.log_softmax(-1)).sum(-1)
+
+
+def of_a_mixture(z: Tensor, y: Tensor) -> Tensor:
+    """A mixture density network, its components' losses at hand."""
+    each = F.gaussian_nll_loss(z, y.to(z)[:, None].expand_as(z), torch.ones_like(z), reduction="none")
+    return -(z.log_softmax(-1) - each).logsumexp(-1).mean()
+
+
+# nothing that is the likelihood of targets
+REFUSED: dict[str, Any] = {
+    "focal-by-hand": lambda z, y: -((1 - z.softmax(-1)).square() * soft(y, z) * z.log_softmax(-1)).sum(-1).mean(),
+    "focal-of-the-result": lambda z, y: ((1 - (-hand(z, y)).exp()).square() * hand(z, y)).mean(),
+    "entropy": lambda z, y: (hand(z, y) + 0.1 * (z.softmax(-1) * z.log_softmax(-1)).sum(-1)).mean(),
+    "entropy-of-a-distribution": lambda z, y: (hand(z, y) - 0.1 * td.Categorical(logits=z).entropy()).mean(),
+    "entropy-alone": lambda z, y: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+    "logits-elsewhere": lambda z, y: hand(z, y).mean() + 0.1 * z.square().mean(),
+    "scaled-logits": lambda z, y: hand(z / 2, y).mean() + 0.1 * z.square().mean(),
+    "reverse-kl": lambda z, y: (z.log_softmax(-1).exp() * (z.log_softmax(-1) - soft(y, z).log())).sum(-1).mean(),
+    "reverse-kl-div": lambda z, y: F.kl_div(soft(y, z).log(), z.softmax(-1), reduction="batchmean"),
+    "both-ways": lambda z, y: F.kl_div(z.log_softmax(-1), z.flip(0).softmax(-1), reduction="batchmean"),
+    "no-probabilities": lambda z, y: F.kl_div(z, soft(y, z), reduction="batchmean"),
+    "maximized": lambda z, y: -hand(z, y).mean(),
+    "contrast": lambda z, y: (advantage(y, z) * hand(z, y)).mean(),
+    "hidden": lambda z, y: Hidden.apply(hand(z, y)).mean(),
+    "squared": lambda z, y: hand(z, y).square().mean(),
+    "policy-gradient": lambda z, y: -(td.Categorical(logits=z).log_prob(y) * advantage(y, z)).mean(),
+    "proximal": lambda z, y: -(td.Categorical(logits=z).log_prob(y) - 1.0).exp().mean(),
+    "log-prob-maximized": lambda z, y: td.Normal(z[:, 0], 1.0).log_prob(y.to(z)).mean(),
+    "log-prob-alone": lambda z, y: td.Normal(z[0, 0], 1.0).log_prob(y[0].to(z)),
+    "prior": lambda z, y: -td.Normal(0.0, 1.0).log_prob(z).mean(),
+    "own-sample": lambda z, y: -(lambda d: d.log_prob(d.rsample()))(td.Normal(z[:, 0], z[:, 1].exp())).mean(),
+    "mixture-by-hand": lambda z, y: of_a_mixture(z, y),
+    "gaussian-maximized": lambda z, y: -F.gaussian_nll_loss(z[:, 0], y.to(z), z[:, 1].exp()),
+    "ctc": lambda z, y: F.ctc_loss(
+        z[:, None].log_softmax(-1), y[None, :2] % 3 + 1, torch.tensor([len(z)]), torch.tensor([2])
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_likelihood_is_refused(name: str) -> None:
+    """By the shared pass and then by one of its own."""
+    module = Custom(lambda z, y, m: REFUSED[name](z, y))
+    with pytest.raises(ConfigurationError, match=r"fisher_loss\(batch, batch_idx\).*EmpiricalFisher\(\)") as caught:
+        estimates(module, None, limit_train_batches=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_beside_a_known_loss_what_is_no_likelihood_does_not_count(name: str) -> None:
+    """As any other penalty."""
+    net = Net()
+    both = Custom(lambda z, y, m: 1.0 * F.cross_entropy(z, y) + REFUSED[name](z, y), net)
+    alone = Custom(lambda z, y, m: 1.0 * F.cross_entropy(z, y), net)
+    runs = [estimates(cases.clone(module), limit_train_batches=1) for module in (both, alone)]
+    assert_same_estimates(*runs, exact="log-prob" in name or "prior" in name)
+
+
+@pytest.mark.parametrize("name", ["by-hand", "gaussian", "normal"])
+def test_a_likelihood_with_a_learned_factor(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """exp(-s) * loss + s with an s that no prediction depends on."""
+    loss, _, draws, kind = LIKELIHOODS[name]
+    plain, (x, y) = Custom(loss, sharp_net()), two_samples()
+    expected = [math.exp(-0.7) * h for h in expected_hessian(plain, x, y, name)]
+    module = Custom(lambda z, y, m: torch.exp(-m.s) * loss(z, y, m) + m.s, plain.net)
+    module.s = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+    names = [key for key, _ in module.named_parameters()]
+    got = dict(zip(names, expectation(monkeypatch, module, draws, x, y, kind=kind), strict=True))
+    assert got.pop("s") is None
+    assert_unbiased(list(got.values()), expected)
+
+
+def test_distributions_are_left_as_they_were() -> None:
+    """Also while another thread trains, and after an error."""
+    distribution = td.Normal(torch.zeros(3, requires_grad=True), 1.0)
+    tap, seen = LossTap(None), []
+    with tap:
+        distribution.log_prob(torch.ones(3)).sum()
+        thread = threading.Thread(target=lambda: seen.append(distribution.log_prob))
+        thread.start()
+        thread.join()
+        with pytest.raises(ValueError, match="within the support"), LossTap(None) as inner:
+            distribution.log_prob(torch.ones(3)) + distribution.log_prob(torch.full((3,), math.nan))
+        distribution.log_prob(torch.ones(3))
+    distribution.log_prob(torch.ones(3))
+    assert (len(tap.calls), len(inner.calls)) == (2, 1)
+    assert seen[0].__func__ is td.Normal.log_prob
+    assert "__getattribute__" not in vars(td.Distribution)
+
+
+def test_every_list_of_losses_is_the_table() -> None:
+    """In the error, in the docstring and in the README."""
+    with pytest.raises(ConfigurationError, match="for SampledFisher to draw targets") as caught:
+        estimates(Custom(lambda z, y, m: z.square().mean()))
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for text in (str(caught.value), SampledFisher.__doc__ or "", readme):
+        missing = [loss.__name__ for loss in SAMPLED if f"`{loss.__name__}`" not in text]
+        assert not missing
 
 
 def test_a_term_with_a_learned_factor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,6 +1034,7 @@ def fixed_draws(monkeypatch: pytest.MonkeyPatch) -> None:
         sampled_losses, "sample_labels", lambda logits, generator=None: torch.full_like(logits[:, 0], ALWAYS).long()
     )
     monkeypatch.setattr(sampled_losses, "_uniform", lambda like, generator: torch.full_like(like.detach(), 0.8))
+    monkeypatch.setattr(sampled_losses, "_counts", lambda rate, generator: torch.full_like(rate, 3.0))
 
 
 NOISE = math.sqrt(0.5) * float(torch.special.ndtri(torch.tensor(0.8, dtype=torch.float64)))
@@ -674,6 +1047,11 @@ SCORES: dict[str, tuple[Any, Any]] = {
         lambda z, y, m: F.cross_entropy(z, TEACHER.to(z)[y].softmax(-1)), lambda z: -z.log_softmax(0)[ALWAYS]
     ),
     "nll": (lambda z, y, m: F.nll_loss(z.log_softmax(1), y), lambda z: -z.log_softmax(0)[ALWAYS]),
+    "kl": (
+        lambda z, y, m: F.kl_div(z.log_softmax(1), TEACHER.to(z)[y].softmax(-1), reduction="batchmean"),
+        lambda z: -z.log_softmax(0)[ALWAYS],
+    ),
+    "poisson": (lambda z, y, m: F.poisson_nll_loss(z, TEACHER.to(z)[y].exp()), lambda z: (z.exp() - 3 * z).sum() / 2),
     "mapping": (lambda z, y, m: {"loss": F.cross_entropy(z, y), "z": z.detach()}, lambda z: -z.log_softmax(0)[ALWAYS]),
     "squared-error": (
         lambda z, y, m: F.mse_loss(z, TEACHER.to(z)[y]), lambda z: (z - z.detach() - NOISE).square().sum() / 2
@@ -892,7 +1270,8 @@ def test_samples_leave_the_module_as_it_was(loss: Any, fails: bool) -> None:
     module = Fails(loss, with_statistics().float())
     tensors = [*module.parameters(), *module.buffers()]
     statistics = cases.clone(module)
-    with pytest.raises(KeyError, match="midway") if fails else nullcontext():
+    failure = pytest.raises(ConfigurationError, match=r"KeyError \('midway'\): set `form` to 'batch'")
+    with failure if fails else nullcontext():
         estimates(module, None, SampledFisher(form="sample"), limit_train_batches=2)
     assert [id(tensor) for tensor in (*module.parameters(), *module.buffers())] == [id(tensor) for tensor in tensors]
     assert all(layer.training for layer in module.modules())
@@ -1050,6 +1429,100 @@ def test_fraction_estimates_on_the_first_part_of_any_batch() -> None:
     first_parts = TensorDataset(x[keep], y[keep])
     theirs = estimates(cases.clone(Custom(shared, net)), cases.loader(first_parts, 2), precision="64-true")
     assert_same_estimates(ours, theirs, exact=False)
+
+
+class Sequences(Custom):
+    """Many-to-one over time-major sequences [T, N, features], targets [N]."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0].mean(0)), batch[1])
+
+
+class ToMany(Custom):
+    """One prediction per time step, and a check of the user's own."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        if len(x) != 5:
+            raise KeyError("no such length")
+        return F.cross_entropy(self.net(x).flatten(0, 1), y.flatten())
+
+
+class Graph(Custom):
+    """Nodes, edges between them, labels."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, edges, y = batch
+        if isinstance(edges, list):
+            edges = torch.stack(edges)
+        return F.cross_entropy(self.net(x + torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])), y)
+
+
+class Opaque(Custom):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch.x), batch.y)
+
+
+class Data:
+    """A batch that is no tuple, list or mapping of tensors, as those of graph libraries."""
+
+    def __init__(self) -> None:
+        self.x, self.y = torch.randn(5, cases.FEATURES), torch.tensor([0, 1, 2, 3, 0])
+
+
+EDGES = torch.tensor([[0, 1, 4], [4, 3, 2]])
+NODES, LABELS = torch.randn(5, cases.FEATURES), torch.tensor([0, 1, 2, 3, 0])
+UNFIT: dict[str, tuple[Any, Any, str]] = {
+    "time-major": (Sequences, (torch.randn(7, 5, cases.FEATURES), LABELS), "got first dimensions of 7, 5"),
+    "as-many-steps": (Sequences, (torch.randn(5, 5, cases.FEATURES), LABELS), "got ValueError .Expected input"),
+    "own-check": (ToMany, (torch.randn(5, 3, cases.FEATURES), torch.ones(5, 3).long()), "got KeyError .'no such"),
+    "graph": (Graph, (NODES, EDGES, LABELS), "got first dimensions of 5, 2"),
+    "edges-in-a-list": (Graph, (NODES, [*EDGES], LABELS), "got first dimensions of 5, 3"),
+    "packed": (
+        Sequences,
+        (nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(1, 2)]), LABELS),
+        "got AssertionError",
+    ),
+    "opaque": (Opaque, Data(), "got none in a Data"),
+    "edges-inside": (Graph, (NODES, torch.stack([EDGES[0], EDGES[1]]).expand(1, 2, 3)[0][None], LABELS), "got Index"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("curvature", "remedy"),
+    [
+        (SampledFisher(0.5), "set `fraction` to 1"),
+        (SampledFisher(form="micro_batch", micro_batch_size=2), "set `micro_batch_size` to null"),
+        (SampledFisher(form="sample"), "set `form` to 'batch'"),
+        (SampledFisher(0.5, "sample"), "set `fraction` to 1 and `form` to 'batch'"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.filterwarnings(f"ignore:.*{SLOW}")
+def test_a_batch_that_cannot_be_cut_is_one_line_that_names_the_setting(name: str, curvature: Any, remedy: str) -> None:
+    kind, batch, message = UNFIT[name]
+    module = kind(shared)
+    if name == "packed":
+        module.training_step = lambda batch, batch_idx: F.cross_entropy(module.net(NODES), LABELS)
+    if name == "edges-inside":
+        module = Graph(shared)
+        step = module.training_step
+        module.training_step = lambda batch, batch_idx: step((batch[0], batch[1][0], batch[2]), batch_idx)
+    train = DataLoader([0], batch_size=None, collate_fn=lambda _: batch)
+    fresh = SampledFisher(curvature.fraction, curvature.form, curvature.micro_batch_size)
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        estimates(module, train, fresh)
+    assert f"{remedy}, or put the samples first." in str(caught.value)
+    assert repr(curvature) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_fraction_of_the_modules_own_loss_that_does_not_fit() -> None:
+    module = OwnLoss(shared)
+    module.fisher_loss = lambda batch, batch_idx: module.net(batch[0]).reshape(8, 4).sum()
+    with pytest.raises(ConfigurationError, match=r"`OwnLoss.fisher_loss` to take a batch.*got RuntimeError \(shape"):
+        estimates(module, None, SampledFisher(0.5))
 
 
 def test_no_loss_to_be_seen_is_an_error_that_names_the_ways_out() -> None:

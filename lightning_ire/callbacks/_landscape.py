@@ -24,7 +24,7 @@ from lightning_ire.callbacks._module_state import AttributeState, ModuleState, M
 from lightning_ire.callbacks._no_trace import devices_of, no_trace, without_inference_tensors
 from lightning_ire.callbacks._probe import Probe
 from lightning_ire.callbacks._window import mixed_seed
-from lightning_ire.curvature.tap import LossTap, factors_in, weighted
+from lightning_ire.curvature.tap import LossTap, factors_in, known_losses
 from lightning_ire.functional import (
     finite_difference_product,
     flatten_like,
@@ -371,7 +371,7 @@ class Landscape:
             outputs, starts = [loss], [torch.ones_like(loss) * float(count) ** 0.5]
         else:
             source = torch.Generator().manual_seed(labels)
-            drawn = [weighted(call.draw(source), factor) for call, factor in self._sampled_terms(index)]
+            drawn = [call.draw(generator=source).times(factor) for call, factor in self._sampled_terms(index)]
             outputs = [term.losses for term in drawn]
             starts = [term.weights.sqrt().to(term.losses) for term in drawn]
         gradients = self._gradients(outputs, starts, keep=self._sampled is not None)
@@ -387,11 +387,10 @@ class Landscape:
         tap = LossTap(None)
         with tap:
             loss = self._loss(index)
-        used = factors_in(loss, tap.calls)
+        used = factors_in(loss, tap)
         if not used:
             raise ValueError(
-                f"the loss of {type(self.module).__name__} is not made with `cross_entropy`, `nll_loss`, "
-                "`binary_cross_entropy(_with_logits)` or `mse_loss`: give it a method "
+                f"the loss of {type(self.module).__name__} is not made with {known_losses()}: give it a method "
                 "`fisher_loss(batch, batch_idx)` that returns its loss against labels sampled from its predictions"
             )
         if len(self.probe) == 1:

@@ -26,6 +26,7 @@ from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._stepper import Stepper
 from lightning_ire.callbacks._window import AccumulationWindow
 from lightning_ire.curvature import MicroBatch
+from lightning_ire.curvature.tap import known_losses
 
 if TYPE_CHECKING:
     from lightning_ire.callbacks.ire import IRE
@@ -147,7 +148,7 @@ class ManualSession:
         name = type(self.module).__name__
         raise ConfigurationError(
             f"Expected `{name}` (manual optimization) to back-propagate a loss whose graph an estimate can use (for "
-            f"SampledFisher one made with `cross_entropy`, `mse_loss`, ...), got another loss: give {name} a method "
+            f"SampledFisher one made with {known_losses()}), got another loss: give {name} a method "
             "`fisher_loss(batch, batch_idx)` for SampledFisher, or set `curvature` to EmpiricalFisher()."
         )
 

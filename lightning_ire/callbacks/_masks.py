@@ -22,6 +22,14 @@ class FlatMasks:
         scope: Rank over all parameters at once ("global") or in each by itself ("tensor").
         exclude_zero: Leave coordinates with h = 0 out.
         beta: Weight of the past in the moving average of h; 0: none is kept.
+
+    The moving average starts at zero, as in the authors' code: after k estimates h_1, ..., h_k it is
+    sum_j (1 - beta) * beta^(k - j) * h_j, whose weights add up to 1 - beta^k. The ranking does not see that factor,
+    which is the same for all coordinates (a parameter that joins later gets it, too); the threshold is logged without.
+
+    Attributes:
+        average: The moving average, by parameter name.
+        average_weight: What its weights add up to.
     """
 
     def __init__(self, gamma: float, scope: str, exclude_zero: bool, beta: float) -> None:
@@ -31,6 +39,7 @@ class FlatMasks:
         self.beta = beta
         self.masks: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
+        self.average_weight = 0.0
         self.logs: dict[str, Tensor] = {}
         self.new = False  # made since somebody looked
 
@@ -43,6 +52,7 @@ class FlatMasks:
         """
         present = {name: h for name, h in zip(names, values, strict=True) if h is not None and h.numel()}
         if self.beta:
+            self.average_weight = self.beta * self.average_weight + (1 - self.beta)
             present = {name: self._averaged(name, h) for name, h in present.items()}
             self.average = present
         masks: dict[str, Tensor] = {}
@@ -54,7 +64,7 @@ class FlatMasks:
             made, threshold = masks_and_threshold(
                 values_of_group, self.gamma, exclude_zero=self.exclude_zero, finite=True
             )
-            thresholds.append(threshold)
+            thresholds.append(threshold / self.average_weight if self.beta else threshold)
             masks |= dict(zip(group, made, strict=True))
         self.logs = _statistics(self.masks, masks, thresholds)
         self.masks = masks
@@ -62,15 +72,17 @@ class FlatMasks:
 
     def _averaged(self, name: str, h: Tensor) -> Tensor:
         before = self.average.get(name)
-        if before is None or before.shape != h.shape:
-            return h
+        if before is None or before.shape != h.shape:  # as if its earlier estimates had been the same
+            return h * self.average_weight
         return before.to(h).lerp(h, 1 - self.beta)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks as bits, and the moving average, on the CPU."""
+        """Masks as bits with their shapes, and the moving average, on the CPU."""
         return {
             "masks": {name: pack_mask(mask) for name, mask in self.masks.items()},
+            "shapes": {name: list(mask.shape) for name, mask in self.masks.items()},
             "average": {name: h.cpu() for name, h in self.average.items()},
+            "average_weight": self.average_weight,
             "logs": {tag: value.cpu() for tag, value in self.logs.items()},
         }
 
@@ -78,25 +90,36 @@ class FlatMasks:
         """Put saved masks on the parameters' devices.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: What :meth:`state_dict` returned, of this or an older release; what it lacks is as in a new run.
             parameters: The run's parameters by name.
 
         Returns:
             Names in the state that fit no parameter; their masks are dropped.
         """
         misfits = []
+        packed, shapes = state.get("masks", {}), state.get("shapes", {})
+        average = state.get("average", {})
         self.masks, self.average = {}, {}
-        for name, packed in state["masks"].items():
+        for name, bits in packed.items():
             parameter = parameters.get(name)
-            if parameter is None or packed.numel() != -(-parameter.numel() // 8):
+            if parameter is None or not _fits(parameter, bits, shapes.get(name), average.get(name)):
                 misfits.append(name)
                 continue
-            self.masks[name] = unpack_mask(packed, parameter.shape).to(parameter.device)
-        for name, h in state["average"].items():
-            if self.beta and name in self.masks and h.shape == parameters[name].shape:
-                self.average[name] = h.to(parameters[name].device)
-        self.logs = dict(state["logs"])
+            self.masks[name] = unpack_mask(bits, parameter.shape).to(parameter.device)
+            if self.beta and name in average:
+                self.average[name] = average[name].to(parameter.device)
+        # in the state of an older release the average starts at the first estimate, and its weights add up to 1
+        self.average_weight = state.get("average_weight", 1.0 if average else 0.0)
+        self.logs = dict(state.get("logs", {}))
         return misfits
+
+
+def _fits(parameter: Tensor, bits: Tensor, shape: Sequence[int] | None, average: Tensor | None) -> bool:
+    """Whether a saved mask is of this parameter; older releases saved no shape but that of a moving average."""
+    if shape is None and average is not None:
+        shape = average.shape
+    size = bits.numel() == -(-parameter.numel() // 8)
+    return size and (shape is None or tuple(shape) == tuple(parameter.shape))
 
 
 def _statistics(

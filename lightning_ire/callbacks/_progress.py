@@ -10,10 +10,14 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_ire._checks import ConfigurationError
 from lightning_ire.callbacks._boost import learning_rates
 from lightning_ire.callbacks._masks import FlatMasks
 
-__all__ = ["Progress"]
+__all__ = ["STATE_VERSION", "Progress", "check_version"]
+
+STATE_VERSION = 1
+"""Of the saved state: raised when an older release could no longer read it right. States without a number are of 0."""
 
 
 @dataclass
@@ -76,18 +80,36 @@ class Progress:
         """Take up a saved state.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: What :meth:`state_dict` returned, of this or an older release; what it lacks stays as it is.
             parameters: The run's parameters by name, on their devices.
 
         Returns:
             Names of parameters whose saved masks fit none of them.
         """
-        self.step = state["step"]
-        self.started_at = state["started_at"]
-        self.loss_sum, self.loss_count = state["loss_sum"], state["loss_count"]
-        self.peak_lrs = list(state["peak_lrs"])
-        self.seed = state["seed"]
-        self.shown = dict(state["shown"])
-        misfits = self.masks.load_state_dict(state["flat"], parameters)
-        self.retry = state["retry"] or bool(misfits)
+        self.step = state.get("step", self.step)
+        self.started_at = state.get("started_at", self.started_at)
+        self.loss_sum = state.get("loss_sum", self.loss_sum)
+        self.loss_count = state.get("loss_count", self.loss_count)
+        self.peak_lrs = list(state.get("peak_lrs", self.peak_lrs))
+        self.seed = state.get("seed", self.seed)
+        self.shown = dict(state.get("shown", self.shown))
+        misfits = self.masks.load_state_dict(state.get("flat", {}), parameters)
+        self.retry = state.get("retry", self.retry) or bool(misfits)
         return misfits
+
+
+def check_version(state: Mapping[str, Any]) -> None:
+    """Refuse a callback's state that a newer release has saved, whose meaning this one cannot know.
+
+    Args:
+        state: What the callback's `state_dict` returned.
+
+    Raises:
+        ConfigurationError: If it is of a newer version.
+    """
+    version = state.get("version", 0)
+    if version > STATE_VERSION:
+        raise ConfigurationError(
+            f"Expected a checkpoint whose IRE state has version {STATE_VERSION} or an older one, got version "
+            f"{version}: install the lightning_ire release that wrote it, or a newer one."
+        )

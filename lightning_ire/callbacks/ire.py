@@ -21,7 +21,7 @@ from lightning_ire.callbacks._boost import check_decoupled_decay, check_groups, 
 from lightning_ire.callbacks._dry_run import flat_table, show_mask
 from lightning_ire.callbacks._manual import ManualSession
 from lightning_ire.callbacks._masks import FlatMasks
-from lightning_ire.callbacks._progress import Progress
+from lightning_ire.callbacks._progress import STATE_VERSION, Progress, check_version
 from lightning_ire.callbacks._session import AutomaticSession, Session
 from lightning_ire.callbacks._stepper import named_parameters, trainable_parameters
 from lightning_ire.curvature import Curvature, SampledFisher
@@ -286,7 +286,7 @@ class IRE(Callback):
 
     def _restore(self, state: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule) -> None:
         misfits = []
-        saved = zip(self._progresses, trainer.optimizers, state["optimizers"], strict=False)
+        saved = zip(self._progresses, trainer.optimizers, state.get("optimizers", []), strict=False)
         for progress, optimizer, one in saved:
             misfits += progress.restore(one, named_parameters(module, optimizer))
         if misfits and self.kappa:
@@ -382,10 +382,12 @@ class IRE(Callback):
             return {}
         if self._loaded is not None:  # not yet taken up
             return self._loaded
-        return {"optimizers": [progress.state_dict() for progress in self._progresses]}
+        return {"version": STATE_VERSION, "optimizers": [progress.state_dict() for progress in self._progresses]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a saved state until training starts and the parameters are known; inside a fit, take it up at once."""
+        if not self.idle:
+            check_version(state_dict)
         if self._session is not None and state_dict:  # a search for a learning rate puts everything back
             self._restore(state_dict, self._session.trainer, self._session.module)
         else:

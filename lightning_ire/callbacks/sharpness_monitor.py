@@ -41,7 +41,7 @@ class SharpnessMonitor(Callback):
 
     - `trace_fisher`, `sharpness/trace_fisher`: Tr F = E[B \|\|G\|\|^2] with labels drawn from the model (eq. 6 of the
       IRE paper), the paper's measure of sharpness; for a loss that is no plain mean, the trace of its Gauss-Newton
-      matrix. Needs `cross_entropy`, `mse_loss`, ... or a method `fisher_loss`, see
+      matrix. Needs a loss that SampledFisher knows or a method `fisher_loss`, see
       :class:`~lightning_ire.SampledFisher`.
     - `trace_hessian`, `sharpness/trace_hessian`: Tr H (Hutchinson's estimate; where eigenvalues are measured too, exact
       on the subspace that they have cost, which takes most of the variance away).

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["map_tensors", "part_of", "samples_in", "stacked_tensors"]
+__all__ = ["first_dimensions", "map_tensors", "part_of", "samples_in", "stacked_tensors"]
 
 
 def samples_in(batch: Any) -> int | None:
@@ -19,11 +19,20 @@ def samples_in(batch: Any) -> int | None:
             tensor with more than one says how many there are; but if there is a list of mappings (detection targets),
             its entries are the samples, and so are those of all lists of its length.
     """
+    return next(iter(first_dimensions(batch)), None)
+
+
+def first_dimensions(batch: Any) -> list[int]:
+    """Every number of samples that the batch might have, in order: more than one if its tensors do not agree.
+
+    Args:
+        batch: As in :func:`samples_in`.
+    """
     items = _list_of_samples(batch)
     if items is not None:
-        return len(items)
-    sizes = [tensor.size(0) for tensor in _tensors(batch) if tensor.dim()]
-    return next((size for size in sizes if size > 1), sizes[0] if sizes else None)
+        return [len(items)]
+    sizes = list(dict.fromkeys(tensor.size(0) for tensor in _tensors(batch) if tensor.dim()))
+    return [size for size in sizes if size > 1] or sizes[:1]
 
 
 def part_of(batch: Any, start: int, stop: int) -> Any:

@@ -101,7 +101,7 @@ def _score_of_one(
         call = next((call for call in tap.calls if call.made(loss)), None)
         if call is None:
             raise ValueError("the loss is not what one call of a known function returned")
-        sampled = call.draw(None)
+        sampled = call.draw(generator=None)
         return sampled.score * window.scale, (sampled.weights.sum() > 0).double()
 
     return score

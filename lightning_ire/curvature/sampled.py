@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire.curvature.base import Curvature, Estimate, MicroBatch, Window, finite_or_none
-from lightning_ire.curvature.batches import part_of, samples_in
+from lightning_ire.curvature.batches import first_dimensions, part_of
 from lightning_ire.curvature.per_sample import one_by_one, squares_at_once
 from lightning_ire.curvature.shared_forward import SharedForward, refused_by_checkpointing
-from lightning_ire.curvature.tap import LossCall, LossTap, factors_in, weighted
+from lightning_ire.curvature.tap import LossCall, LossTap, factors_in, known_losses
 from lightning_ire.functional import fisher_diagonal, gradients_by_backward, products
 
 __all__ = ["SampledFisher"]
@@ -30,12 +30,22 @@ class SampledFisher(Curvature):
     Eq. 6 of the IRE paper (arXiv 2405.20763), "GNB" in Sophia (Liu et al., arXiv 2305.14342): an unbiased estimate of
     the diagonal of the generalized Gauss-Newton matrix of the training loss, which is its Fisher information.
 
-    Which losses: whatever `training_step` makes with torch's `cross_entropy`, `nll_loss`,
-    `binary_cross_entropy_with_logits`, `binary_cross_entropy` and `mse_loss` (labels from the softmax or the sigmoid,
-    targets from N(prediction, 1/2)), or the layers of these names. In a loss of several terms each such term counts
-    with its factor in the loss; other terms (penalties) do not count. Weights, reduction and ignored positions are
-    those of the training loss; a class weight counts as that of the training target; label smoothing and soft targets
-    do not change the curvature. (How: :mod:`lightning_ire.functional.sampled_losses`.)
+    Which losses: whatever `training_step` makes with these functions of torch, or the layers of these names:
+
+    - `cross_entropy`, `nll_loss` and `kl_div` from soft labels: labels are drawn from the softmax.
+    - `binary_cross_entropy_with_logits` and `binary_cross_entropy`: labels are drawn from the sigmoid.
+    - `mse_loss`: targets are drawn from N(prediction, 1/2). `gaussian_nll_loss`: from N(prediction, variance).
+    - `poisson_nll_loss`: counts are drawn from the predicted rates.
+    - `log_prob` of a `torch.distributions` distribution: values are drawn with its `sample()`.
+    - Cross entropies by hand: sums of `log_softmax` with weights <= 0, if nothing else but known losses and penalties
+      on weights follows from the predictions. Labels are drawn from the softmax.
+
+    In a loss of several terms each such term counts with its factor in the loss; other terms (penalties) do not count.
+    In the last four kinds and `kl_div` a term counts only where it is a likelihood: its factor has the right sign and
+    depends on no parameter that the prediction depends on, so no policy gradients, focal losses by hand, or entropies.
+    Weights, reduction and ignored positions are those of the training loss; a class weight counts as that of the
+    training target; label smoothing and soft targets do not change the curvature. (How:
+    :mod:`lightning_ire.functional.sampled_losses`.)
 
     How the gradient is had, first of these that applies:
 
@@ -59,13 +69,15 @@ class SampledFisher(Curvature):
 
     Args:
         fraction: Part of each micro-batch used, in (0, 1]: the first `ceil(fraction * n)` of its n samples. Below 1
-            the estimate needs a forward pass of its own, on that part.
+            the estimate needs a forward pass of its own, on that part. To be cut, a batch is made of tensors in
+            tuples, lists and mappings whose first dimension goes over the samples (size 1 and no dimension: of all).
         form: "batch", "micro_batch" or "sample".
         micro_batch_size: With form "micro_batch": cut batches into pieces of so many samples, each with a forward pass
             of its own. Default: the micro-batches of gradient accumulation, each device's by itself.
 
     Raises:
-        ConfigurationError: If an argument is out of range; during training, if none of these losses is to be seen.
+        ConfigurationError: If an argument is out of range; during training, if none of these losses is to be seen, or
+            a batch that is to be cut does not fit.
 
     Cost per estimate: one backward pass (shared forward), or the forward and backward passes of the part of the batch
     that is used; one gradient-sized buffer ("sample": gradients of up to 2^26 numbers more).
@@ -86,6 +98,14 @@ class SampledFisher(Curvature):
     def begin(self, window: Window) -> Estimate:
         """See the base class."""
         return _SampledSquare(window, self)
+
+    @property
+    def remedy(self) -> str:
+        """What to change for whole batches to be taken; empty: they are."""
+        changes = ["`fraction` to 1"] if self.fraction < 1 else []
+        changes += ["`micro_batch_size` to null"] if self.micro_batch_size is not None else []
+        changes += ["`form` to 'batch'"] if self.form == "sample" else []
+        return "set " + " and ".join(changes) if changes else ""
 
     def __repr__(self) -> str:
         changed = [f"fraction={self.fraction:g}"] if self.fraction != 1 else []
@@ -108,8 +128,8 @@ class _SampledSquare(SharedForward):
         self.tap: LossTap | None = None
         self.label_states: dict[MicroBatch, Tensor] = {}
         self.by_backward = False  # reentrant checkpointing refuses autograd.grad
-        cut = settings.fraction < 1 or settings.form == "sample" or settings.micro_batch_size is not None
-        self.shares = self.fisher_loss is None and window.unmoved and not cut
+        self.cuts = bool(settings.remedy)
+        self.shares = self.fisher_loss is None and window.unmoved and not self.cuts
 
     def watch(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
         self.tap = None
@@ -120,17 +140,19 @@ class _SampledSquare(SharedForward):
         return self.tap
 
     def share(self, micro_batch: MicroBatch, loss: Tensor) -> bool:
-        calls = self.tap.calls if self.tap is not None and not self.by_backward else []
+        if self.tap is None or self.by_backward:
+            return False
         try:
-            used = factors_in(loss, calls)
+            used = factors_in(loss, self.tap)
             if not used:
                 return False
             self._add_terms(used, keep_graph=True)
         except RuntimeError as error:
             self.by_backward = refused_by_checkpointing(error)
             raise
-        for call, _ in used:  # in manual optimization one step may go backward several times
-            calls.remove(call)
+        done = {id(one) for call, _ in used for one in (call, call.source)}
+        # in manual optimization one step may go backward several times
+        self.tap.calls = [call for call in self.tap.calls if id(call) not in done]
         return True
 
     def forget(self) -> None:
@@ -176,31 +198,65 @@ class _SampledSquare(SharedForward):
 
     def _passes(self, micro_batch: MicroBatch) -> None:
         """All pieces of a micro-batch."""
-        args = _first_part(micro_batch.args, self.settings.fraction)
-        if self.settings.form != "sample":
-            self._one_after_the_other(micro_batch, args, self.settings.micro_batch_size)
+        if not self.cuts:
+            self._forward_and_backward(micro_batch, micro_batch.args)
             return
-        at_once = None if self.fisher_loss is not None else squares_at_once(self.window, micro_batch, args)
-        if at_once is not None:
-            squares, counted = at_once
-            self._add_to_sums(squares)
-            self.pieces.append(counted)
-            return
-        warnings.warn("SampledFisher(form='sample') takes the samples one by one here, which is slow.", stacklevel=2)
-        with one_by_one(self.window.module):
-            self._one_after_the_other(micro_batch, args, 1)
+        with self._blaming_the_cut():
+            batch, *rest = micro_batch.args or (None,)
+            count = math.ceil(self.settings.fraction * self._samples_in(batch))
+            args = (batch if self.settings.fraction == 1 else part_of(batch, 0, count), *rest)
+            if self.settings.form != "sample":
+                self._one_after_the_other(micro_batch, args, count, self.settings.micro_batch_size or count)
+                return
+            at_once = None if self.fisher_loss is not None else squares_at_once(self.window, micro_batch, args)
+            if at_once is not None:
+                squares, counted = at_once
+                self._add_to_sums(squares)
+                self.pieces.append(counted)
+                return
+            warnings.warn(
+                "SampledFisher(form='sample') takes the samples one by one here, which is slow.", stacklevel=2
+            )
+            with one_by_one(self.window.module):
+                self._one_after_the_other(micro_batch, args, count, 1)
 
-    def _one_after_the_other(self, micro_batch: MicroBatch, args: tuple[Any, ...], size: int | None) -> None:
-        """Pieces of so many samples (``None``: all), each with its share of them."""
-        count = samples_in(args[0]) if args and size is not None else None
-        if count is None or size is None:
-            self._forward_and_backward(micro_batch, args)
-            return
-        for start in range(0, count, size):
+    def _one_after_the_other(self, micro_batch: MicroBatch, args: tuple[Any, ...], count: int, size: int) -> None:
+        """Pieces of so many of the `count` samples, each with its share of them."""
+        for start in range(0, count, max(size, 1)):
             stop = min(start + size, count)
             self.share_of_batch = (stop - start) / count
-            self._forward_and_backward(micro_batch, (part_of(args[0], start, stop), *args[1:]))
+            piece = args[0] if stop - start == count else part_of(args[0], start, stop)
+            self._forward_and_backward(micro_batch, (piece, *args[1:]))
         self.share_of_batch = 1.0
+
+    def _samples_in(self, batch: Any) -> int:
+        """How many samples a batch has that is to be cut."""
+        sizes = first_dimensions(batch)
+        if len(sizes) == 1:
+            return sizes[0]
+        got = f"first dimensions of {', '.join(map(str, sizes))}" if sizes else f"none in a {type(batch).__name__}"
+        raise ConfigurationError(
+            f"Expected a batch of tensors with the same first dimension, that of the samples, for {self.settings!r} to "
+            f"cut it, got {got}: {self.settings.remedy}, or put the samples first."
+        )
+
+    @contextmanager
+    def _blaming_the_cut(self) -> Iterator[None]:
+        """What fails on a part of a batch has just worked on the whole of it."""
+        try:
+            yield
+        except (ConfigurationError, torch.OutOfMemoryError, Warning):
+            raise
+        except Exception as error:  # whatever the user's code raises
+            if isinstance(error, RuntimeError) and not self.by_backward and refused_by_checkpointing(error):
+                raise
+            step = "training_step" if self.fisher_loss is None else "fisher_loss"
+            reason = (str(error).strip() or "no reason given").split("\n")[0]
+            raise ConfigurationError(
+                f"Expected `{type(self.window.module).__name__}.{step}` to take a batch that {self.settings!r} has cut "
+                f"in its first dimension, got {type(error).__name__} ({reason}): {self.settings.remedy}, or put the "
+                "samples first."
+            ) from error
 
     def _forward_and_backward(self, micro_batch: MicroBatch, args: tuple[Any, ...]) -> None:
         if self.fisher_loss is not None:
@@ -208,7 +264,7 @@ class _SampledSquare(SharedForward):
             return
         tap = LossTap(self.window.labels)
         with self.window.rerun(micro_batch, tap, *args) as loss:
-            used = factors_in(loss, tap.calls) if isinstance(loss, Tensor) else []
+            used = factors_in(loss, tap) if isinstance(loss, Tensor) else []
             if not used:
                 raise _nothing_intercepted(self.window.module)
             self._add_terms(used, keep_graph=False)
@@ -227,7 +283,7 @@ class _SampledSquare(SharedForward):
 
     def _add_terms(self, used: Sequence[tuple[LossCall, Tensor]], keep_graph: bool) -> None:
         """Add the gradient of sum_i sqrt(w_i) l_i over the predictions of all terms, w_i their weight in the loss."""
-        drawn = [weighted(call.sampled, factor) for call, factor in used if call.sampled is not None]
+        drawn = [call.sampled.times(factor) for call, factor in used if call.sampled is not None]
         device = drawn[0].weights.device
         total = torch.stack([term.weights.sum().to(device) for term in drawn]).sum()
         # backward passes as large as those of training, where fp16 must neither under- nor overflow: sqrt(w_i) times
@@ -286,17 +342,10 @@ class _Seeded(AbstractContextManager[None]):
         return None
 
 
-def _first_part(args: tuple[Any, ...], fraction: float) -> tuple[Any, ...]:
-    """The arguments of the step with the first part of the batch only."""
-    count = samples_in(args[0]) if args and fraction < 1 else None
-    return args if count is None else (part_of(args[0], 0, math.ceil(fraction * count)), *args[1:])
-
-
 def _nothing_intercepted(module: nn.Module) -> ConfigurationError:
     name = type(module).__name__
     return ConfigurationError(
-        f"Expected `{name}.training_step` to return a loss made with `cross_entropy`, `nll_loss`, "
-        "`binary_cross_entropy(_with_logits)` or `mse_loss`, for SampledFisher to draw targets for it, got none: give "
-        f"{name} a method `fisher_loss(batch, batch_idx)` that returns its loss against targets sampled from its own "
-        "predictions, or set `curvature` to EmpiricalFisher()."
+        f"Expected `{name}.training_step` to return a loss made with {known_losses()}, for SampledFisher to draw "
+        f"targets for it, got none: give {name} a method `fisher_loss(batch, batch_idx)` that returns its loss against "
+        "targets sampled from its own predictions, or set `curvature` to EmpiricalFisher()."
     )

@@ -66,8 +66,12 @@ from lightning_ire.functional.sampled_losses import (
     sampled_binary_cross_entropy,
     sampled_binary_cross_entropy_with_logits,
     sampled_cross_entropy,
+    sampled_gaussian_nll_loss,
+    sampled_kl_div,
+    sampled_log_prob,
     sampled_mse_loss,
     sampled_nll_loss,
+    sampled_poisson_nll_loss,
 )
 from lightning_ire.functional.spectrum import Extremes, Krylov, SpectralDensity, extreme_eigenvalues, spectral_density
 from lightning_ire.functional.stability import adam_limit, effective_product, sgd_limit, stability_edge
@@ -120,8 +124,12 @@ __all__ = [
     "sampled_binary_cross_entropy",
     "sampled_binary_cross_entropy_with_logits",
     "sampled_cross_entropy",
+    "sampled_gaussian_nll_loss",
+    "sampled_kl_div",
+    "sampled_log_prob",
     "sampled_mse_loss",
     "sampled_nll_loss",
+    "sampled_poisson_nll_loss",
     "seeded",
     "sgd_limit",
     "spectral_density",

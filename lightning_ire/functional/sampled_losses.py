@@ -14,11 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributions import Distribution
+
+from lightning_ire.functional.state import seeded
 
 __all__ = [
     "SampledLoss",
@@ -26,14 +30,19 @@ __all__ = [
     "sampled_binary_cross_entropy",
     "sampled_binary_cross_entropy_with_logits",
     "sampled_cross_entropy",
+    "sampled_gaussian_nll_loss",
+    "sampled_kl_div",
+    "sampled_log_prob",
     "sampled_mse_loss",
     "sampled_nll_loss",
+    "sampled_poisson_nll_loss",
 ]
 
 Reduction = Literal["mean", "sum", "none"]
 _IGNORED = -100
 _PART = 1 << 20  # logits looked at together
 _PART_ON_DEVICE = 1 << 26
+_MOST = 2.0**53  # a rate beyond which float64 has no whole numbers
 
 
 class SampledLoss(NamedTuple):
@@ -42,16 +51,26 @@ class SampledLoss(NamedTuple):
     Attributes:
         losses: Loss l_i of each prediction against its draw, with the graph.
         weights: Weight w_i >= 0 of each prediction in the training loss, of the same shape, in at least float32,
-            without graph. For reduction "none": what multiplies it before the caller adds up.
+            without graph. For reduction "none": what multiplies it before the caller adds up. (`kl_div` has then
+            several elements for each prediction: those of a dimension in which the losses have size 1.)
     """
 
     losses: Tensor
     weights: Tensor
 
+    def times(self, factor: Tensor) -> SampledLoss:
+        """A term of a loss: its predictions weigh |factor| times as much in the whole as in the term.
+
+        Args:
+            factor: d loss / d term, a scalar or (reduction "none") one number per element.
+        """
+        weights = self.weights * factor.detach().to(self.weights.dtype).abs()
+        return SampledLoss(self.losses, weights.sum_to_size(self.losses.shape))
+
     @property
     def score(self) -> Tensor:
         """Sum of sqrt(w_i) l_i: the square of its gradient is h."""
-        return (self.weights.sqrt().to(self.losses) * self.losses).sum()
+        return (self.weights.sum_to_size(self.losses.shape).sqrt().to(self.losses) * self.losses).sum()
 
 
 @torch.no_grad()
@@ -249,14 +268,168 @@ def sampled_mse_loss(
         0.5
     """
     difference = prediction - target
-    uniform = _uniform(difference, generator)
-    edge = torch.finfo(uniform.dtype).eps
-    noise = math.sqrt(0.5) * torch.special.ndtri(uniform.clamp(edge, 1 - edge)).to(difference.dtype)
+    noise = math.sqrt(0.5) * _normal(difference, generator).to(difference.dtype)
     losses = (difference - difference.detach() - noise).square()
     weights = _element_weights(losses, [weight], "none" if weight is not None else reduction)
     if weight is not None and reduction == "mean":
         weights = weights / weights.sum()
     return SampledLoss(losses, weights)
+
+
+def sampled_gaussian_nll_loss(
+    prediction: Tensor,
+    target: Tensor,
+    var: Tensor | float,
+    *,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: Reduction = "mean",
+    generator: torch.Generator | None = None,
+) -> SampledLoss:
+    """Negative log-likelihood of a Gaussian against targets drawn from N(prediction, var), element by element.
+
+    Both the mean and the variance may be predicted: the Fisher information is that of the pair.
+
+    Args:
+        prediction: Means, any shape.
+        target: The training targets, as in :func:`sampled_mse_loss`.
+        var: Variances >= 0, of a shape that `gaussian_nll_loss` takes, or one number.
+        full: Whether the losses have their constant term.
+        eps: Least variance.
+        reduction: "mean", "sum" or "none".
+        generator: CPU generator for the targets.
+
+    Returns:
+        Losses and weights of the shape of `prediction - target`.
+
+    Example:
+        >>> torch.manual_seed(0).seed() and None
+        >>> drawn = sampled_gaussian_nll_loss(torch.zeros(10000), torch.ones(10000), 9.0).losses
+        >>> round(float(drawn.mean()) - 0.5 * math.log(9), 1)
+        0.5
+    """
+    variance = var if isinstance(var, Tensor) else torch.full_like(prediction.detach(), var)
+    if variance.shape != prediction.shape and variance.shape == prediction.shape[:-1]:
+        variance = variance.unsqueeze(-1)
+    difference, variance = torch.broadcast_tensors(prediction - target, variance)
+    spread = variance.detach().to(_wide(variance)).clamp(min=eps).sqrt()
+    drawn = difference.detach() + (spread * _normal(difference, generator)).to(difference.dtype)
+    losses = F.gaussian_nll_loss(difference, drawn, variance, full=full, eps=eps, reduction="none")
+    return SampledLoss(losses, _element_weights(losses, [], reduction))
+
+
+def sampled_poisson_nll_loss(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    log_input: bool = True,
+    full: bool = False,
+    eps: float = 1e-8,
+    reduction: Reduction = "mean",
+    generator: torch.Generator | None = None,
+) -> SampledLoss:
+    """Negative log-likelihood of a Poisson distribution against counts drawn from it, element by element.
+
+    Args:
+        prediction: Logarithms of the rates, or with `log_input=False` rates >= 0, any shape, with graph.
+        target: The training targets (only their shape matters, which may broadcast).
+        log_input: What the prediction is.
+        full: Whether the losses have Stirling's term.
+        eps: With `log_input=False`: what is added to the rates, in the loss and so in the draws.
+        reduction: "mean", "sum" or "none".
+        generator: CPU generator for the counts.
+
+    Returns:
+        Losses and weights of the broadcast shape.
+
+    Example:
+        >>> torch.manual_seed(0).seed() and None
+        >>> sampled_poisson_nll_loss(torch.full((3,), -30.0), torch.zeros(3)).losses  # exp(-30) - 0 * -30
+        tensor([9.3576e-14, 9.3576e-14, 9.3576e-14])
+    """
+    prediction = prediction.expand(torch.broadcast_shapes(prediction.shape, target.shape))
+    rate = prediction.detach().to(_wide(prediction))
+    counts = _counts(rate.exp() if log_input else rate + eps, generator).to(prediction.dtype)
+    losses = F.poisson_nll_loss(prediction, counts, log_input=log_input, full=full, eps=eps, reduction="none")
+    return SampledLoss(losses, _element_weights(losses, [], reduction))
+
+
+def sampled_kl_div(
+    log_probabilities: Tensor,
+    target: Tensor,
+    *,
+    log_target: bool = False,
+    reduction: Literal["batchmean", "mean", "sum", "none"] = "mean",
+    dim: int | None = None,
+    generator: torch.Generator | None = None,
+) -> SampledLoss:
+    """Kullback-Leibler divergence from soft labels, as the log-likelihood of labels drawn from the given probabilities.
+
+    The entropy of the soft labels is a constant: what is left is a cross entropy, in which a prediction weighs as much
+    as its soft labels add up to.
+
+    Args:
+        log_probabilities: Shape [N, C], [N, C, ...], ..., with graph, normalized over the classes (`log_softmax`).
+        target: Soft labels >= 0 of a shape that broadcasts, or their logarithms.
+        log_target: What the target is.
+        reduction: "batchmean", "mean" (over classes as well, as in torch), "sum" or "none".
+        dim: Dimension of the classes. Default: the last, the second, ... one over which probabilities add up to 1.
+        generator: CPU generator for the labels.
+
+    Returns:
+        Losses of shape [N, 1], with size 1 in the dimension of the classes, and weights of the same shape; for "none"
+        weights of the target's, which :meth:`SampledLoss.times` adds up over the classes.
+
+    Raises:
+        ValueError: If the probabilities add up to 1 over no dimension.
+
+    Example:
+        >>> sampled = sampled_kl_div(torch.tensor([[-99.0, 0.0]]), torch.tensor([[0.3, 0.7]]), reduction="batchmean")
+        >>> sampled.losses.abs(), sampled.weights
+        (tensor([[0.]]), tensor([[1.]]))
+    """
+    axis = _class_dim(log_probabilities) if dim is None else dim
+    log_p, soft = torch.broadcast_tensors(log_probabilities, target.detach())
+    labels = sample_labels(log_p.movedim(axis, -1).reshape(-1, log_p.size(axis)), generator)
+    labels = labels.reshape(log_p.movedim(axis, -1).shape[:-1]).unsqueeze(axis)
+    soft = soft.to(_wide(soft))
+    weights = soft.exp() if log_target else soft
+    losses = -log_p.gather(axis, labels)
+    if reduction == "none":
+        return SampledLoss(losses, weights)
+    count = {"mean": log_p.numel(), "batchmean": log_probabilities.shape[0], "sum": 1}[reduction]
+    return SampledLoss(losses, weights.sum(axis, keepdim=True) / max(count, 1))
+
+
+def sampled_log_prob(
+    distribution: Distribution, log_probabilities: Tensor, *, generator: torch.Generator | None = None
+) -> SampledLoss:
+    """Minus the log-probability of values drawn from a distribution, each of its batch a prediction of its own.
+
+    Values come from the distribution's own `sample()`, with torch's streams seeded by the generator. So other than
+    those of the other losses they depend on the device, and on how a batch is cut.
+
+    Args:
+        distribution: What the model predicts, with graph.
+        log_probabilities: Those of the training targets; only their shape and device matter.
+        generator: CPU generator; ``None``: torch's global streams.
+
+    Returns:
+        Losses of the shape of `log_probabilities`, and weights of 1.
+
+    Raises:
+        NotImplementedError: If the distribution has no `sample()`, or its batch has another shape and no `expand()`.
+
+    Example:
+        >>> certain = torch.distributions.Categorical(logits=torch.tensor([[0.0, 99.0]]))
+        >>> sampled_log_prob(certain, torch.zeros(1)).losses.abs()
+        tensor([0.])
+    """
+    shape = log_probabilities.shape
+    with nullcontext() if generator is None else seeded(_seed(generator), {log_probabilities.device}):
+        value = (distribution if distribution.batch_shape == shape else distribution.expand(shape)).sample()
+    losses = -distribution.log_prob(value.detach())
+    return SampledLoss(losses, torch.ones_like(losses, dtype=_wide(losses)).detach())
 
 
 SAMPLED: dict[Callable[..., Tensor], Callable[..., SampledLoss]] = {
@@ -265,6 +438,9 @@ SAMPLED: dict[Callable[..., Tensor], Callable[..., SampledLoss]] = {
     F.binary_cross_entropy_with_logits: sampled_binary_cross_entropy_with_logits,
     F.binary_cross_entropy: sampled_binary_cross_entropy,
     F.mse_loss: sampled_mse_loss,
+    F.gaussian_nll_loss: sampled_gaussian_nll_loss,
+    F.poisson_nll_loss: sampled_poisson_nll_loss,
+    F.kl_div: sampled_kl_div,
 }
 """Torch's losses that are log-likelihoods, and their counterparts; the keyword arguments have torch's names."""
 
@@ -318,6 +494,34 @@ def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
     wide = _wide(like)
     draws = torch.rand(like.shape, dtype=torch.float64, generator=generator)
     return draws.clamp(max=1 - torch.finfo(wide).eps).to(like.device, wide)  # rounding must not reach 1
+
+
+def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers, from :func:`_uniform` by the inverse of the distribution function."""
+    uniform = _uniform(like, generator)
+    edge = torch.finfo(uniform.dtype).eps
+    return torch.special.ndtri(uniform.clamp(edge, 1 - edge))
+
+
+def _counts(rate: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Poisson counts of these rates, drawn on the CPU in float64; a rate that is no number gives no error here."""
+    known = rate.detach().to("cpu", torch.float64).nan_to_num(0.0).clamp(0.0, _MOST)
+    return torch.poisson(known, generator=generator).to(rate)
+
+
+@torch.no_grad()
+def _class_dim(log_probabilities: Tensor) -> int:
+    """The dimension over which the probabilities add up to 1."""
+    wide = log_probabilities.detach().to(_wide(log_probabilities))
+    tolerance = torch.finfo(log_probabilities.dtype).eps ** 0.5
+    for dim in sorted(range(wide.dim()), key=lambda dim: (dim != wide.dim() - 1, dim != 1, dim)):
+        if bool((wide.logsumexp(dim).abs() <= tolerance).all()):
+            return dim
+    raise ValueError("Expected log-probabilities that add up to 1 over one dimension, got none: give `log_softmax`'s.")
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator))
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -14,9 +14,13 @@ from lightning_ire.functional import (
     sampled_binary_cross_entropy,
     sampled_binary_cross_entropy_with_logits,
     sampled_cross_entropy,
+    sampled_gaussian_nll_loss,
+    sampled_kl_div,
+    sampled_log_prob,
     sampled_losses,
     sampled_mse_loss,
     sampled_nll_loss,
+    sampled_poisson_nll_loss,
 )
 
 SHAPES = [(5,), (7, 5), (4, 5, 3), (2, 5, 3, 2)]
@@ -249,12 +253,32 @@ ALL = {
     sampled_binary_cross_entropy_with_logits: lambda z: z.sigmoid(),
     sampled_binary_cross_entropy: lambda z: z.round(),
     sampled_mse_loss: lambda z: 1 - z,
+    sampled_gaussian_nll_loss: lambda z: 1 - z,
+    sampled_poisson_nll_loss: lambda z: z.exp().round(),
+    sampled_kl_div: lambda z: z.flip(0).exp(),
 }
+VARIANCES = [sampled_gaussian_nll_loss]
+CLASSES_OF = [sampled_cross_entropy, sampled_nll_loss]
+
+
+def settings_for(loss, weight):
+    """What a loss takes besides predictions and targets: a weight per class or element, or a variance."""
+    if loss is sampled_gaussian_nll_loss:
+        return {"var": weight}
+    if loss in (sampled_poisson_nll_loss, sampled_kl_div):
+        return {}
+    return {"weight": weight}
+
+
+def variance(loss):
+    return {"var": 2.0} if loss in VARIANCES else {}
 
 
 def predictions_for(loss, shape, dtype=torch.float64):
     z = drawn_logits(shape)
-    return {sampled_nll_loss: z.log_softmax(1), sampled_binary_cross_entropy: z.sigmoid()}.get(loss, z).to(dtype)
+    log_p = z.log_softmax(1)
+    own = {sampled_nll_loss: log_p, sampled_kl_div: log_p, sampled_binary_cross_entropy: z.sigmoid()}
+    return own.get(loss, z).to(dtype)
 
 
 def test_every_counterpart_is_registered_and_takes_torchs_arguments():
@@ -267,7 +291,8 @@ def test_every_counterpart_is_registered_and_takes_torchs_arguments():
 def test_losses_have_a_graph_and_weights_have_none(loss):
     prediction = predictions_for(loss, (6, 3)).requires_grad_()
     weight = torch.ones(3).double().requires_grad_()
-    got = loss(prediction, ALL[loss](prediction.detach()), **({} if loss is sampled_mse_loss else {"weight": weight}))
+    settings = settings_for(loss, weight.expand(6, 3) if loss in (sampled_mse_loss, *VARIANCES) else weight)
+    got = loss(prediction, ALL[loss](prediction.detach()), **settings)
     assert got.losses.requires_grad
     assert not got.weights.requires_grad
     assert got.score.requires_grad
@@ -280,7 +305,8 @@ def test_nothing_is_changed_in_place_and_only_the_given_generator_moves(loss):
     target, weight, generator = ALL[loss](prediction), torch.tensor([0.5, 1.0, 2.0]).double(), seeded()
     copies = [tensor.clone() for tensor in (prediction, target, weight)]
     stream, own = torch.get_rng_state(), generator.get_state()
-    loss(prediction, target, weight=weight.expand(6, 3) if loss is sampled_mse_loss else weight, generator=generator)
+    settings = settings_for(loss, weight.expand(6, 3) if loss in (sampled_mse_loss, *VARIANCES) else weight)
+    loss(prediction, target, **settings, generator=generator)
     for tensor, copy in zip((prediction, target, weight), copies, strict=True):
         assert torch.equal(tensor, copy)
     assert torch.equal(torch.get_rng_state(), stream)
@@ -292,9 +318,9 @@ def test_the_global_generator_by_default(loss):
     prediction = predictions_for(loss, (6, 3))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        first = loss(prediction, ALL[loss](prediction)).losses
-        second = loss(prediction, ALL[loss](prediction)).losses
-    assert torch.equal(first, loss(prediction, ALL[loss](prediction), generator=seeded(5)).losses)
+        first = loss(prediction, ALL[loss](prediction), **variance(loss)).losses
+        second = loss(prediction, ALL[loss](prediction), **variance(loss)).losses
+    assert torch.equal(first, loss(prediction, ALL[loss](prediction), **variance(loss), generator=seeded(5)).losses)
     assert not torch.equal(first, second)
 
 
@@ -304,10 +330,10 @@ def test_micro_batches_draw_what_one_batch_would_for_every_loss(loss, sizes):
     prediction, generator = predictions_for(loss, (40, 3), torch.float32), seeded()
     target = ALL[loss](prediction)
     parts = [
-        loss(part, aim, generator=generator).losses
+        loss(part, aim, **variance(loss), generator=generator).losses
         for part, aim in zip(prediction.split(sizes), target.split(sizes), strict=True)
     ]
-    assert torch.equal(torch.cat(parts), loss(prediction, target, generator=seeded()).losses)
+    assert torch.equal(torch.cat(parts), loss(prediction, target, **variance(loss), generator=seeded()).losses)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
@@ -315,10 +341,11 @@ def test_micro_batches_draw_what_one_batch_would_for_every_loss(loss, sizes):
 def test_weights_of_half_types_are_float32(loss, dtype):
     """The mean over 15000 predictions weighs each 7e-5, which bfloat16 knows to three digits."""
     prediction = predictions_for(loss, (5000, 3), dtype)
-    got = loss(prediction, ALL[loss](prediction))
+    got = loss(prediction, ALL[loss](prediction), **variance(loss))
     assert got.weights.dtype == torch.float32
     assert got.losses.dtype == dtype
-    assert got.weights.sum(dtype=torch.float64).item() == pytest.approx(1.0, rel=1e-6)
+    total = 1 / 3 if loss is sampled_kl_div else 1.0  # torch takes the mean over the classes, too
+    assert got.weights.sum(dtype=torch.float64).item() == pytest.approx(total, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
@@ -353,7 +380,8 @@ def test_where_all_is_ignored_weights_are_0_and_nothing_is_nan(loss):
 @pytest.mark.parametrize("loss", ALL)
 def test_an_empty_batch_has_a_score_of_0(loss):
     prediction = predictions_for(loss, (0, 3)).requires_grad_()
-    got = loss(prediction, ALL[loss](prediction.detach()) if loss not in list(ALL)[:2] else torch.zeros(0).long())
+    target = ALL[loss](prediction.detach()) if loss not in CLASSES_OF else torch.zeros(0).long()
+    got = loss(prediction, target, **variance(loss))
     assert got.score.item() == 0.0
     assert torch.autograd.grad(got.score, prediction)[0].shape == (0, 3)
 
@@ -413,6 +441,139 @@ def test_two_networks_that_are_to_agree():
     assert one.abs().min() > 0
     detached = sampled_mse_loss(prediction, target.detach(), generator=seeded()).score
     assert torch.equal(torch.autograd.grad(detached, prediction)[0], one)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("var", [(4, 3), (4, 1), (4,), None], ids=str)
+@pytest.mark.parametrize("full", [False, True])
+def test_the_gaussian_loss_of_drawn_targets_is_torchs(monkeypatch, var, reduction, full):
+    """With noise of 1 everywhere the targets are the mean plus the standard deviation; some variances are below eps."""
+    monkeypatch.setattr(sampled_losses, "_normal", lambda like, generator: torch.ones_like(like))
+    mean, target = drawn_logits((4, 3)), drawn_logits((4, 3), seed=1)
+    variance = 0.7 if var is None else drawn_logits(var, seed=2).exp()
+    settings = {"full": full, "eps": 0.6, "reduction": reduction}
+    spread = torch.as_tensor(variance, dtype=torch.float64).clamp(min=0.6).sqrt()
+    spread = spread.unsqueeze(-1) if var == (4,) else spread
+    given = torch.full((4, 3), variance).double() if var is None else variance
+    expected = F.gaussian_nll_loss(mean, mean + spread, given, **settings)
+    got = sampled_gaussian_nll_loss(mean, target, variance, **settings)
+    terms = got.weights * got.losses
+    torch.testing.assert_close(terms if reduction == "none" else terms.sum(), expected, rtol=1e-13, atol=0)
+
+
+def test_a_gaussian_of_a_broadcast_mean():
+    """Means of one column for targets of three, variances of the means' shape."""
+    got = sampled_gaussian_nll_loss(drawn_logits((3, 1)), drawn_logits((3, 3)), torch.full((3, 1), 2.0).double())
+    assert got.losses.shape == got.weights.shape == (3, 3)
+    got = sampled_gaussian_nll_loss(drawn_logits((3,)), drawn_logits((3, 3)), torch.tensor([1.0, 1e4, 1.0]).double())
+    assert (got.losses[:, 1] > 4).all()  # log(1e4) / 2
+    assert (got.losses[:, 0] < 4).any()
+
+
+def test_gaussian_targets_have_the_predicted_variance():
+    """Mean and variance of the scaled noise, within four standard errors."""
+    mean = (100 * drawn_logits((20_000,))).requires_grad_()
+    var = drawn_logits((20_000,), seed=1).exp()
+    got = sampled_gaussian_nll_loss(mean, torch.zeros(20_000).double(), var, reduction="sum", generator=seeded(3))
+    noise = -torch.autograd.grad(got.score, mean)[0] * var.sqrt()
+    assert abs(float(noise.mean())) < 4 / math.sqrt(20_000)
+    assert abs(float(noise.var()) - 1) < 4 * math.sqrt(2 / 20_000)
+
+
+@pytest.mark.parametrize("log_input", [True, False])
+def test_counts_have_the_predicted_rate(log_input):
+    """A Poisson's mean and variance are its rate; the gradient is rate - count, or that divided by the rate."""
+    rate = torch.tensor([0.1, 2.0, 50.0], dtype=torch.float64)
+    prediction = (rate.log() if log_input else rate).expand(20_000, 3).clone().requires_grad_()
+    got = sampled_poisson_nll_loss(
+        prediction, torch.zeros(20_000, 3).double(), log_input=log_input, reduction="sum", generator=seeded(1)
+    )
+    gradient = torch.autograd.grad(got.score, prediction)[0] * (1 if log_input else rate)
+    assert (gradient.mean(0).abs() < 4 * (rate / 20_000).sqrt()).all()
+    spread = 4 * ((2 * rate.square() + rate) / 20_000).sqrt()
+    assert ((gradient.var(0) - rate).abs() < spread).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 800.0])
+def test_a_rate_that_is_no_number_is_no_error(bad):
+    """The estimate is not finite then, or the loss flat, which is for the caller to see."""
+    got = sampled_poisson_nll_loss(torch.tensor([bad, 0.0]).double().requires_grad_(), torch.zeros(2))
+    assert got.losses.shape == (2,)
+    assert got.losses[1].isfinite()
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 3, 5), (4, 5, 3), (5,)])
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum", "none"])
+@pytest.mark.parametrize("log_target", [False, True])
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
+def test_kl_div_where_the_draws_hit_the_soft_labels(monkeypatch, shape, reduction, log_target):
+    """Hard labels have no entropy: then sum_i w_i l_i is the training loss itself."""
+    dim = shape.index(5)
+    log_p = drawn_logits(shape).log_softmax(dim)
+    labels = torch.randint(5, shape[:dim] + shape[dim + 1 :], generator=seeded(1))
+    monkeypatch.setattr(sampled_losses, "sample_labels", lambda logits, generator=None: labels.reshape(-1))
+    amounts = torch.rand(labels.shape, generator=seeded(2)).double().unsqueeze(dim)
+    target = F.one_hot(labels, 5).movedim(-1, dim) * amounts
+    constant = torch.xlogy(target, target)
+    given = target.clamp(min=1e-300).log() if log_target else target
+    expected = F.kl_div(log_p, target, reduction=reduction)
+    count = {"mean": log_p.numel(), "batchmean": len(log_p)}.get(reduction, 1)
+    got = sampled_kl_div(log_p, given, log_target=log_target, reduction=reduction)
+    assert got.losses.shape == (*shape[:dim], 1, *shape[dim + 1 :])
+    terms = got.weights * got.losses + (constant / count if reduction == "none" else 0)
+    terms = terms if reduction == "none" else terms.sum() + constant.sum() / count
+    expected = torch.where(target > 0, expected, 0) if reduction == "none" else expected
+    terms = torch.where(target > 0, terms, 0) if reduction == "none" else terms
+    torch.testing.assert_close(terms, expected, rtol=1e-12, atol=1e-15)
+    if reduction == "none":
+        summed = got.times(torch.full(shape, -2.0).double())
+        assert summed.weights.shape == summed.losses.shape
+        torch.testing.assert_close(summed.weights, 2 * amounts)
+
+
+def test_the_classes_are_where_probabilities_add_up_to_1():
+    uneven = drawn_logits((3, 4, 5))
+    for dim in range(3):
+        assert sampled_kl_div(uneven.log_softmax(dim), torch.rand(3, 4, 5)).losses.shape[dim] == 1
+    uniform = torch.full((4, 4), 0.25).log()
+    assert sampled_kl_div(uniform, torch.rand(4, 4)).losses.shape == (4, 1)
+    for dtype in HALF_TYPES:
+        half = drawn_logits((6, 1000)).log_softmax(1).to(dtype)
+        assert sampled_kl_div(half, torch.ones(6, 1000)).losses.shape == (6, 1)
+    with pytest.raises(ValueError, match="Expected log-probabilities that add up to 1 over one dimension, got none"):
+        sampled_kl_div(uneven, torch.rand(3, 4, 5))
+
+
+def test_values_of_a_distribution_are_seeded_by_the_generator_alone():
+    normal = torch.distributions.Normal(drawn_logits((50,)).requires_grad_(), 2.0)
+    like, before = torch.zeros(50), torch.get_rng_state()
+    first = sampled_log_prob(normal, like, generator=seeded(1))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert torch.equal(first.losses, sampled_log_prob(normal, like, generator=seeded(1)).losses)
+    assert not torch.equal(first.losses, sampled_log_prob(normal, like, generator=seeded(2)).losses)
+    assert first.losses.requires_grad
+    assert torch.equal(first.weights, torch.ones(50, dtype=torch.float64))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        one, other = sampled_log_prob(normal, like), sampled_log_prob(normal, like)
+    assert not torch.equal(one.losses, other.losses)
+
+
+def test_each_target_of_a_smaller_batch_has_a_draw_of_its_own():
+    normal = torch.distributions.Normal(torch.zeros(4, 1, requires_grad=True), 1.0)
+    got = sampled_log_prob(normal, torch.zeros(2, 4, 3), generator=seeded())
+    assert got.losses.shape == got.weights.shape == (2, 4, 3)
+    assert len(got.losses.detach().unique()) == 24
+
+
+def test_the_noise_of_a_distribution_is_its_own():
+    """Kolmogorov-Smirnov, as above: minus log-probabilities of N(m, s^2) are log(s sqrt(2 pi)) + noise^2 / 2."""
+    normal = torch.distributions.Normal(torch.full((20_000,), 3.0).double(), 5.0)
+    got = sampled_log_prob(normal, torch.zeros(20_000), generator=seeded(1)).losses
+    square = (2 * (got - math.log(5 * math.sqrt(2 * math.pi)))).sort().values.clamp(min=0)
+    expected = 2 * torch.special.ndtr(square.sqrt()) - 1
+    assert (expected - (torch.arange(20_000) + 0.5) / 20_000).abs().max() < 1.95 / math.sqrt(20_000)
 
 
 # the score: its square against the dense Gauss-Newton matrix of the training loss
