@@ -22,7 +22,7 @@ ALLOWED = {
     "callbacks": {"_checks", "_lightning", "tags", "functional", "schedule", "perturbation", "curvature", "callbacks"},
     "_cli_messages": {"_checks"},
     "models": {"_checks", "models"},
-    "data": {"_checks", "data"},
+    "data": {"_checks", "_lightning", "data"},
     "sweeps": {"_checks", "sweeps"},
 }
 # packages of others, beside the standard library

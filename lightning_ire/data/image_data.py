@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
-from lightning_ire.data._batches import WholeBatches
+from lightning_ire.data._batches import WholeBatches, own_draws
 from lightning_ire.data.global_batch import GlobalBatchData
 from lightning_ire.data.transforms import batch_mixing, evaluation_chain, torchvision_v2, training_chain
 
@@ -159,10 +161,23 @@ class ImageData(GlobalBatchData, ABC):
 
     def train_dataloader(self) -> DataLoader:
         """Return the shuffled, augmented training images."""
-        train = _Images(self._sources["train"], self._kept, self._training_transform())
-        sampler = WholeBatches(train, self.global_batch_size, self.plan.devices, self.rank, self.order_seed())
-        collate = _with_seed if self._mixing is not None else None
-        return self.loader(train, self.plan.per_device, sampler, collate)
+        return self.training_loader(_with_seed if self._mixing is not None else None)
+
+    def training_order(self) -> WholeBatches:
+        """The order of the training images."""
+        train = _Images(self._sources["train"], self._kept, self._training_transform(), self._mixing is not None)
+        devices = self.plan.devices
+        return WholeBatches(train, self.global_batch_size, devices, self.rank, self.order_seed(devices))
+
+    def order_depends_on(self) -> dict[str, Any]:
+        """The images that are trained on, and the seed."""
+        source = self._sources["train"]
+        labels = getattr(source, "targets", getattr(source, "labels", ()))
+        checksum = zlib.crc32(np.asarray(labels, dtype="<i8").tobytes(), zlib.crc32(self._kept.numpy().tobytes()))
+        return {
+            "images": f"{len(self._kept)} images, checksum {checksum:08x}",
+            "seed_everything": self.order_seed(self.plan.devices),
+        }
 
     def probe_dataloader(self) -> DataLoader:
         """Return the training images without augmentation: where SharpnessMonitor takes its probe from."""
@@ -229,24 +244,29 @@ class ImageData(GlobalBatchData, ABC):
 
 
 class _Images(Dataset):
-    """Some images of a dataset, with a transform on each as it is read."""
+    """Some images of a dataset, with a transform on each as it is read, and perhaps a random number."""
 
-    def __init__(self, source: Any, indices: Tensor | None, transform: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self, source: Any, indices: Tensor | None, transform: Callable[[Any], Tensor], numbered: bool = False
+    ) -> None:
         self.source = source
         self.indices = indices
         self.transform = transform
+        self.numbered = numbered
 
     def __len__(self) -> int:
         return len(self.source) if self.indices is None else len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         image, label = self.source[index if self.indices is None else int(self.indices[index])]
-        return self.transform(image), label
+        with own_draws(index):
+            image = self.transform(image)
+            return (image, label, int(torch.randint(2**62, ()))) if self.numbered else (image, label)
 
 
 def _with_seed(items: list[Any]) -> list[Any]:
-    """A batch with a seed for what is drawn once the batch is on its device."""
-    return [*default_collate(items), int(torch.randint(2**62, ()))]
+    """A batch with a seed, its first image's number, for what is drawn once the batch is on its device."""
+    return [*default_collate([item[:2] for item in items]), items[0][2]]
 
 
 def _check_size(size: int | float) -> int | float:
