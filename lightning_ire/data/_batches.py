@@ -86,7 +86,7 @@ class EpochOrder(DistributedSampler, ABC):
         seed: Seed of the order.
 
     Attributes:
-        behind: Samples of the epoch, over all devices, that a resumed run has behind it: it begins after them.
+        span: Where in the order of all devices the next pass begins, and where it ends.
     """
 
     def __init__(self, dataset: Any, available: int, batch: int, devices: int, rank: int, seed: int) -> None:
@@ -94,7 +94,7 @@ class EpochOrder(DistributedSampler, ABC):
         self.available, self.batch = available, batch
         self.total_size = self.left(0)
         self.num_samples = self.total_size // devices
-        self.behind = 0
+        self.span = (0, self.total_size)
 
     @abstractmethod
     def indices(self) -> np.ndarray:
@@ -109,9 +109,8 @@ class EpochOrder(DistributedSampler, ABC):
         return (self.available - behind) // self.batch * self.batch
 
     def __iter__(self) -> Iterator[Any]:
-        """Return the indices, without the first `behind` of all devices."""
-        end = self.behind + self.left(self.behind)
-        return iter(self.indices()[self.behind : end][self.rank :: self.num_replicas].tolist())
+        """Return the indices."""
+        return iter(self.indices()[slice(*self.span)][self.rank :: self.num_replicas].tolist())
 
     def __len__(self) -> int:
         """Return how many there are in a whole epoch."""

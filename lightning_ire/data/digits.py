@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ire._checks import ConfigurationError, check_whole
 from lightning_ire.data._batches import EpochOrder, WholeBatches, own_draws
-from lightning_ire.data._resume import ResumableData, ResumableLoader
+from lightning_ire.data._resumable import ResumableData, ResumableLoader
 
 __all__ = ["Digits"]
 

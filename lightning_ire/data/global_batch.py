@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ire._checks import ConfigurationError, check_whole
 from lightning_ire.data._batches import BatchPlan, EpochOrder, Share, plan_batches
-from lightning_ire.data._resume import ResumableData, ResumableLoader
+from lightning_ire.data._resumable import ResumableData, ResumableLoader
 
 __all__ = ["GlobalBatchData"]
 

@@ -81,11 +81,18 @@ def test_training_batches_are_full_and_shuffled():
     assert not torch.equal(torch.cat(batches), torch.cat([labels for _, labels in loader]))
 
 
-@pytest.mark.parametrize(("processes", "drops"), [(1, True), (2, False)])
-def test_a_training_part_below_one_batch_per_process_is_kept(processes, drops):
-    data = ready(batch_size=1000)
-    data.trainer = SimpleNamespace(world_size=processes)
-    assert data.train_dataloader().drop_last is drops
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "sizes"), [(1, 2000, [1258]), (2, 1000, [629]), (3, 1000, [419]), (2, 300, [300] * 2)]
+)
+def test_each_process_has_full_batches_or_its_share(processes, batch_size, sizes):
+    seen = []
+    for rank in range(processes):
+        data = ready(batch_size=batch_size)
+        data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        loader = data.train_dataloader()
+        assert [len(labels) for _, labels in loader] == sizes
+        seen += list(loader.sampler)
+    assert len(set(seen)) == len(seen) == processes * sum(sizes)
     assert len(ready(batch_size=2000).train_dataloader()) == 1
 
 

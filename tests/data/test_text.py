@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ire import IRE, SAM, ConfigurationError
 from lightning_ire.data import Text
-from lightning_ire.data._windows import ResumableLoader
+from lightning_ire.data._resumable import ResumableLoader
 
 DOCUMENTS = text_data.prose(60)
 TEXT = "".join(DOCUMENTS)

@@ -47,14 +47,17 @@ class ResumableLoader(DataLoader):
         order, state, self.loaded = self.sampler, self.loaded, None
         self.epoch, self.given = getattr(order, "epoch", 0), 0
         if isinstance(order, EpochOrder):
+            order.span = (0, order.total_size)
             if state is not None and state["epoch"] == self.epoch:
-                self.given = state["batches"]
+                self.given, behind = state["batches"], state.get("samples")
+                order.span = (self.given * self.together, order.total_size)
+                if behind is not None:
+                    order.span = (behind, behind + order.left(behind))
             elif self.fit_loop is not None and self.fit_loop.epoch_loop.batch_progress.current.ready:
                 rank_zero_warn(
                     "No position in the data is in the checkpoint: its epoch goes on with the first batches."
                 )
-            self._first = self.given
-            order.behind = (state or {}).get("samples", self.given * self.together) if self.given else 0
+        self._first = self.given
         for batch in super().__iter__():
             self.given += 1
             yield batch
@@ -62,7 +65,9 @@ class ResumableLoader(DataLoader):
     @property
     def together(self) -> int:
         """Samples of a batch on all devices."""
-        return (self.batch_size or 1) * getattr(self.sampler, "num_replicas", 1)
+        order = self.sampler
+        assert isinstance(order, EpochOrder)
+        return (self.batch_size or 1) * order.num_replicas
 
     def samples(self, without: int) -> int:
         """Samples of the epoch that all devices have read.
@@ -72,7 +77,9 @@ class ResumableLoader(DataLoader):
         """
         if self.loaded is not None:
             return self.loaded.get("samples", self.loaded["batches"] * self.together)
-        return getattr(self.sampler, "behind", 0) + max(self.given - without - self._first, 0) * self.together
+        order = self.sampler
+        assert isinstance(order, EpochOrder)
+        return order.span[0] + (self.given - without - self._first) * self.together
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is; part of Lightning's checkpoints."""
