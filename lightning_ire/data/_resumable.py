@@ -176,7 +176,7 @@ class ResumableData(LightningDataModule):
             ConfigurationError: If the epoch that the checkpoint is inside of cannot be finished with these settings.
         """
         trainer = self.trainer
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING or trainer.overfit_batches:  # type: ignore[attr-defined]
             return
         self._resumed = state_dict
         if "samples" not in state_dict:

@@ -29,15 +29,22 @@ class ImageData(GlobalBatchData, ABC):
     **Batches.** An optimizer step sees `global_batch_size` images: each of D devices gets batches of
     `global_batch_size / (D * A)`, where A, the number of accumulated micro-batches, is the smallest that keeps them
     within `max_batch_per_device` (it is set as `trainer.accumulate_grad_batches`, unless that was given already). The
-    global batches are the same on any number of devices: their images depend on (`seed_everything`, epoch) alone.
-    Epochs consist of whole global batches; what is left over takes no part in that epoch.
+    global batches are the same on any number of devices: their images depend on (`seed_everything`, epoch) alone, and
+    what is drawn for an image on these and the image. Epochs consist of whole global batches; what is left over takes
+    no part in that epoch.
+
+    **Resuming** goes on after the last optimizer step that a checkpoint knows of, in the same order and with the same
+    augmentation, inside an epoch too. There `global_batch_size`, `max_batch_per_device` and the number of devices may
+    be others: the images that the epoch has left come once, but for fewer than a batch. Another seed or other training
+    images are refused inside an epoch, and allowed at its end.
 
     **Evaluation.** With `val_size` 0 (the whole training set is trained on, as in the papers) validation shows the test
     images: do not choose checkpoints or settings by it, give `val_size` for that. Every image counts once, on any
     number of devices.
 
     **Mixing** happens after a batch is on the device, so that all passes of a SAM step see the same mixed batch. The
-    draw is another one in each process. Labels are then probabilities [N, num_classes].
+    draw is another one in each process and micro-batch: so it is the same after a resume, but not in other batches.
+    Labels are then probabilities [N, num_classes].
 
     The probe of `SharpnessMonitor` has the evaluation transforms, on training images.
 

@@ -48,7 +48,12 @@ class Text(GlobalBatchData):
     (`max_batch_per_device`); they are the same on any number of devices. With `order: random` an epoch is the text cut
     into sequences from a random place on, in random order: every token once, which the authors' independent draws do
     not give. With `contiguous` each of the `global_batch_size` rows of a batch goes on where it ended in the batch
-    before. A run that is resumed inside an epoch, with as many devices and micro-batches, goes on with the next batch.
+    before.
+
+    **Resuming** goes on after the last optimizer step that a checkpoint knows of, inside an epoch too. There
+    `max_batch_per_device`, the number of devices and, with `random`, `global_batch_size` may be others: the sequences
+    that the epoch has left come once, in the same order, but for fewer than a batch. Another seed, `sequence_length`,
+    `order` or text is refused inside an epoch, and allowed at its end.
 
     **Evaluation.** Every token is a target once, on any number of devices. A source's own validation and test parts
     are used; where it has none, `val_size` and `test_size` are held out of its text.
