@@ -145,8 +145,8 @@ class WholeBatches(EpochOrder):
 
     def __iter__(self) -> Iterator[Any]:
         """Return the indices with their seeds."""
-        seeds = np.random.default_rng([self.seed, self.epoch]).integers(1 << 32, size=self.available).tolist()
-        return (_Drawn(index, seeds[index]) for index in super().__iter__())
+        seeds = np.random.default_rng([self.seed, self.epoch]).integers(1 << 32, size=self.available)
+        return (_Drawn(index, int(seeds[index])) for index in super().__iter__())
 
 
 class _Drawn(int):

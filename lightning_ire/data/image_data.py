@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,8 +180,10 @@ class ImageData(GlobalBatchData, ABC):
     def order_depends_on(self) -> dict[str, Any]:
         """The images that are trained on, and the seed."""
         source = self._sources["train"]
-        labels = getattr(source, "targets", getattr(source, "labels", ()))
-        checksum = zlib.crc32(np.asarray(labels, dtype="<i8").tobytes(), zlib.crc32(self._kept.numpy().tobytes()))
+        checksum = zlib.crc32(self._kept.numpy().tobytes())
+        with suppress(TypeError, ValueError):  # a dataset may have anything under these names
+            labels = np.asarray(getattr(source, "targets", getattr(source, "labels", ())), dtype="<i8")
+            checksum = zlib.crc32(labels.tobytes(), checksum)
         return {
             "images": f"{len(self._kept)} images, checksum {checksum:08x}",
             "seed_everything": self.order_seed(self.plan.devices),
