@@ -41,9 +41,11 @@ __all__ = [
     "ConfigWins",
     "Patches",
     "Takeover",
+    "after_the_last_step",
     "check_strategy",
     "check_supported",
     "full_precision_step",
+    "loaded_fit_loop",
     "logger_step",
     "loss_of",
     "loss_scale",
@@ -51,6 +53,7 @@ __all__ = [
     "muted_logging",
     "own_method",
     "scaled",
+    "set_batches_done",
     "step_arguments",
     "unsynchronized",
     "will_log",
@@ -380,3 +383,41 @@ def muted_logging(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _no_log(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+def loaded_fit_loop(trainer: pl.Trainer) -> dict[str, Any]:
+    """The fit loop's state in the checkpoint that is being loaded; Lightning goes on with what is changed in it.
+
+    A datamodule is shown its own state only, before Lightning reads this one.
+
+    Args:
+        trainer: The trainer.
+    """
+    return trainer._checkpoint_connector._loaded_checkpoint.get("loops", {}).get("fit_loop", {})
+
+
+def set_batches_done(fit_loop: dict[str, Any], done: int, before: int, pending: int) -> None:
+    """Change how many batches a saved fit loop has behind it.
+
+    Args:
+        fit_loop: Its state; changed.
+        done: Batches of this epoch.
+        before: Batches of the epochs before.
+        pending: 1 if the last of them is still in `on_train_batch_end`, which Lightning 2.6 then takes as over; or 0.
+    """
+    progress = fit_loop["epoch_loop.batch_progress"]
+    for name, count in (("current", done), ("total", before + done)):
+        progress[name] |= {"ready": count, "started": count, "processed": count, "completed": count - pending}
+
+
+def after_the_last_step(fit_loop: dict[str, Any], later: bool) -> None:
+    """Change a saved fit loop into one that was saved in `on_train_batch_end`, when the last optimizer step was made.
+
+    Args:
+        fit_loop: Its state; changed.
+        later: Whether it was saved later: then Lightning has counted the step for the loggers, and would do so again.
+    """
+    fit_loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= later
+    for epochs in fit_loop["epoch_progress"].values():
+        epochs["processed"] = epochs["completed"] = epochs["started"] - 1

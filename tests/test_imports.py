@@ -25,7 +25,7 @@ ALLOWED = {
     },
     "_cli_messages": {"_checks"},
     "models": {"_checks", "models"},
-    "data": {"_checks", "data"},
+    "data": {"_checks", "_lightning", "data"},
     "sweeps": {"_checks", "sweeps"},
 }
 # packages of others, beside the standard library

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.data import DistributedSampler
 
 from lightning_ire._checks import ConfigurationError
 
-__all__ = ["BatchPlan", "Share", "WholeBatches", "plan_batches"]
+__all__ = ["BatchPlan", "EpochOrder", "Share", "WholeBatches", "own_draws", "plan_batches"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,55 @@ def plan_batches(global_batch_size: int, devices: int, accumulation: int, larges
     return BatchPlan(devices, accumulation, per_device)
 
 
-class WholeBatches(DistributedSampler):
-    """Shuffled indices of one device, in whole global batches.
+class EpochOrder(DistributedSampler, ABC):
+    """Indices of one device in whole batches, in an order that depends on (seed, epoch) alone.
 
-    The order depends on (seed, epoch) alone, and device r takes every `devices`-th index from r on. So the global
-    batches consist of the same samples on any number of devices and with any number of micro-batches, and an epoch
-    that is run again after a resume has the same ones. The samples left over at the end of an epoch take no part in it.
+    Device r takes every `devices`-th index from r on. So the batches consist of the same samples on any number of
+    devices and with any number of micro-batches, and what the devices have read after some batches is a beginning of
+    the order, whose length says all about it. The samples left over at the end of an epoch take no part in it.
+
+    Args:
+        dataset: The dataset.
+        available: Samples that every epoch has, at least `batch`.
+        batch: Samples in a batch of all devices, a multiple of `devices`.
+        devices: Number of devices.
+        rank: This device.
+        seed: Seed of the order.
+
+    Attributes:
+        span: Where in the order of all devices the next pass begins, and where it ends.
+    """
+
+    def __init__(self, dataset: Any, available: int, batch: int, devices: int, rank: int, seed: int) -> None:
+        super().__init__(dataset, num_replicas=devices, rank=rank, seed=seed, drop_last=True)
+        self.available, self.batch = available, batch
+        self.total_size = self.left(0)
+        self.num_samples = self.total_size // devices
+        self.span = (0, self.total_size)
+
+    @abstractmethod
+    def indices(self) -> np.ndarray:
+        """Indices of the whole epoch, of all devices."""
+
+    def left(self, behind: int) -> int:
+        """Samples of the whole batches that an epoch still has after its first samples.
+
+        Args:
+            behind: Number of these.
+        """
+        return (self.available - behind) // self.batch * self.batch
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return the indices."""
+        return iter(self.indices()[slice(*self.span)][self.rank :: self.num_replicas].tolist())
+
+    def __len__(self) -> int:
+        """Return how many there are in a whole epoch."""
+        return self.num_samples
+
+
+class WholeBatches(EpochOrder):
+    """Shuffled indices; each one brings a seed for what is drawn for its sample, from (seed, epoch, index) alone.
 
     Args:
         dataset: What has a length.
@@ -85,14 +132,51 @@ class WholeBatches(DistributedSampler):
     """
 
     def __init__(self, dataset: Sized, global_batch_size: int, devices: int, rank: int, seed: int) -> None:
-        super().__init__(dataset, num_replicas=devices, rank=rank, seed=seed, drop_last=True)  # type: ignore[arg-type]
-        self.total_size = len(dataset) // global_batch_size * global_batch_size
-        self.num_samples = self.total_size // devices
+        super().__init__(dataset, len(dataset), global_batch_size, devices, rank, seed)
         if self.total_size == 0:
             raise ConfigurationError(
                 f"Expected `global_batch_size` to be at most the {len(dataset)} training images, "
                 f"got {global_batch_size}."
             )
+
+    def indices(self) -> np.ndarray:
+        """As torch's `DistributedSampler` shuffles."""
+        return torch.randperm(self.available, generator=torch.Generator().manual_seed(self.seed + self.epoch)).numpy()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return the indices with their seeds."""
+        seeds = np.random.default_rng([self.seed, self.epoch]).integers(1 << 32, size=self.available)
+        return (_Drawn(index, int(seeds[index])) for index in super().__iter__())
+
+
+class _Drawn(int):
+    """An index with the seed of what is drawn for its sample; as an `int` it indexes any dataset."""
+
+    seed: int
+
+    def __new__(cls, index: int, seed: int) -> _Drawn:
+        drawn = super().__new__(cls, index)
+        drawn.seed = seed
+        return drawn
+
+    def __getnewargs__(self) -> tuple[int, int]:  # type: ignore[override]
+        return int(self), self.seed
+
+
+def own_draws(index: int) -> AbstractContextManager[None]:
+    """A context in which torch's random numbers on the CPU are the sample's own, if its index came from `WholeBatches`.
+
+    Args:
+        index: The index; a plain number: the random numbers are whichever come next.
+    """
+    return _seeded(index.seed) if isinstance(index, _Drawn) else nullcontext()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 class Share(DistributedSampler):

@@ -1,18 +1,18 @@
-"""Crops of a long row of tokens: which ones make a batch, on which device, and where a resumed run goes on."""
+"""Crops of a long row of tokens, and which ones make a batch on which device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
 from lightning_ire._checks import ConfigurationError
+from lightning_ire.data._batches import EpochOrder
 
-__all__ = ["CropOrder", "Crops", "ResumableLoader", "Windows"]
+__all__ = ["CropOrder", "Crops", "Windows"]
 
 IGNORED = -100
 """Target that counts nowhere: the `ignore_index` of torch's cross entropy."""
@@ -84,15 +84,13 @@ class Windows(Dataset):
         return inputs, targets
 
 
-class CropOrder(DistributedSampler):
+class CropOrder(EpochOrder):
     """First tokens of one device's crops, in whole global batches.
 
     "random": in each epoch the row is cut into crops one after another, from a random place within the first crop on,
     and they come in random order; so each token is seen at most once per epoch, in other surroundings each time. The
     order depends on (seed, epoch) alone. "contiguous": the row is cut into `batch` long rows of equal length, and the
     n-th batch has the n-th crop of each: sequence b of a batch goes on where sequence b of the batch before has ended.
-
-    Device r takes every `devices`-th crop from r on, so the global batches are the same on any number of devices.
 
     Args:
         crops: The crops.
@@ -107,72 +105,26 @@ class CropOrder(DistributedSampler):
     """
 
     def __init__(self, crops: Crops, batch: int, devices: int, rank: int, seed: int, shuffled: bool) -> None:
-        super().__init__(crops, num_replicas=devices, rank=rank, seed=seed, drop_last=True)
-        self.length, self.shuffled, self.batch = crops.length, shuffled, batch
         last = len(crops.tokens) - 1  # the last token is a target only
-        spare = self.length - 1 if shuffled else 0  # the random first place may be so far in
-        self.batches = max(last - spare, 0) // self.length // batch
-        self.total_size = self.batches * batch
-        self.num_samples = self.total_size // devices
-        self.skipped = 0
-        if self.batches == 0:
+        spare = crops.length - 1 if shuffled else 0  # the random first place may be so far in
+        super().__init__(crops, max(last - spare, 0) // crops.length, batch, devices, rank, seed)
+        self.length, self.shuffled = crops.length, shuffled
+        if self.total_size == 0:
             raise ConfigurationError(
                 f"Expected `global_batch_size` (times `sequence_length` {self.length}) to be at most what the "
                 f"{len(crops.tokens)} tokens of the training part make, got {batch}."
             )
 
-    def __iter__(self) -> Iterator[Any]:
-        """Return the numbers, without the first `skipped` ones."""
-        starts = self._shuffled() if self.shuffled else self._side_by_side()
-        return iter(starts[self.rank :: self.num_replicas][self.skipped :].tolist())
-
-    def __len__(self) -> int:
-        """Return how many there are in a whole epoch."""
-        return self.num_samples
+    def indices(self) -> np.ndarray:
+        """First tokens of the crops."""
+        return self._shuffled() if self.shuffled else self._side_by_side()
 
     def _shuffled(self) -> np.ndarray:
         draw = np.random.default_rng([self.seed, self.epoch])
         first = draw.integers(self.length)
         there = (len(self.dataset.tokens) - 1 - first) // self.length  # type: ignore[attr-defined]
-        return first + self.length * draw.permutation(there)[: self.total_size]
+        return first + self.length * draw.permutation(there)
 
     def _side_by_side(self) -> np.ndarray:
-        row = np.arange(self.batch) * self.batches
-        return self.length * (np.arange(self.batches)[:, None] + row).reshape(-1)
-
-
-class ResumableLoader(DataLoader):
-    """A DataLoader over a `CropOrder` that saves how many batches of the epoch it has given.
-
-    Lightning puts the number back when a run is resumed inside an epoch. It begins to iterate before it tells the
-    sampler the epoch, so that is looked at with the first batch. With `Trainer(overfit_batches=...)` it puts another
-    sampler here, which has no epochs: then every pass begins with the first batch.
-    """
-
-    epoch = 0
-    given = 0
-    loaded: dict[str, int] | None = None
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Give the batches of the epoch, or those that are left of it if a state was loaded for this epoch."""
-        order, state, self.loaded = self.sampler, self.loaded, None
-        self.epoch, self.given = getattr(order, "epoch", 0), 0
-        if isinstance(order, CropOrder):
-            if state is not None and state["epoch"] == self.epoch:
-                self.given = state["batches"]
-            order.skipped = self.given * (self.batch_size or 1)
-        for batch in super().__iter__():
-            self.given += 1
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        """Where it is; part of Lightning's checkpoints."""
-        return dict(self.loaded) if self.loaded is not None else {"epoch": self.epoch, "batches": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there.
-
-        Args:
-            state: What `state_dict` returned.
-        """
-        self.loaded = dict(state)
+        batches = self.total_size // self.batch
+        return self.length * (np.arange(batches)[:, None] + np.arange(self.batch) * batches).reshape(-1)

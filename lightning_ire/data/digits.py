@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ire._checks import ConfigurationError, check_whole
+from lightning_ire.data._batches import EpochOrder, WholeBatches, own_draws
+from lightning_ire.data._resumable import ResumableData, ResumableLoader
 
 __all__ = ["Digits"]
 
@@ -18,7 +21,7 @@ _INSTALL = (
 )
 
 
-class Digits(LightningDataModule):
+class Digits(ResumableData):
     """The 1,797 handwritten digits of scikit-learn's `load_digits`, as images of 8 x 8 pixels in 10 classes.
 
     The split is stratified by class and depends on `seed` alone. Images are float32 of shape [1, 8, 8], standardised
@@ -26,7 +29,11 @@ class Digits(LightningDataModule):
 
     Training batches are all full (the last, smaller one is dropped: the next epoch has another order), so that every
     optimizer step, BatchNorm statistic and curvature estimate sees equally many images. A training part smaller than
-    one batch is kept as it is.
+    one batch is kept as it is, but for images left over by the number of devices.
+
+    Under a Trainer the order of an epoch depends on (`seed_everything`, epoch) alone, and what is drawn for an image on
+    these and the image: a run that is resumed, also inside an epoch, sees the same. In a loop of your own every pass
+    has the order that torch's random numbers give.
 
     Attributes:
         num_classes: 10.
@@ -37,6 +44,7 @@ class Digits(LightningDataModule):
         10
     """
 
+    batch_key: ClassVar[str] = "batch_size"
     num_classes: int = 10
     in_channels: int = 1
     _num_images: int = 1797
@@ -113,9 +121,35 @@ class Digits(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the shuffled, augmented training part in full batches."""
-        world_size = self.trainer.world_size if self.trainer is not None else 1
-        drop_last = len(self._parts["train"]) >= self.batch_size * world_size
-        return self._loader("train", shuffle=True, drop_last=drop_last)
+        if self.trainer is None:
+            full = len(self._parts["train"]) >= self.batch_size
+            return self._loader("train", shuffle=True, drop_last=full)
+        order = self.training_order()
+        return self.resumable(self._loader("train", ResumableLoader, self.batch_per_device(order), sampler=order))
+
+    def training_order(self) -> WholeBatches:
+        """The order of the training images."""
+        trainer, train = self.trainer, self._parts["train"]
+        assert trainer is not None
+        devices = trainer.world_size
+        batch = min(self.batch_size, len(train) // devices) * devices
+        return WholeBatches(train, batch, devices, trainer.global_rank, self.order_seed(devices))
+
+    def batch_per_device(self, order: EpochOrder) -> int:
+        """Images of a batch on a device.
+
+        Args:
+            order: The order of the training images.
+        """
+        return order.batch // order.num_replicas
+
+    def order_depends_on(self) -> dict[str, Any]:
+        """The images that are trained on, and the seed."""
+        order, images = self.training_order(), self._parts["train"].images
+        return {
+            "images": f"{len(images)} images, checksum {zlib.crc32(images.numpy().tobytes()):08x}",
+            "seed_everything": order.seed,
+        }
 
     def probe_dataloader(self) -> DataLoader:
         """Return the training part without augmentation: where SharpnessMonitor takes its probe from."""
@@ -134,15 +168,16 @@ class Digits(LightningDataModule):
         """Return the test part, or no loader if `test_size` is 0."""
         return self.test_dataloader()
 
-    def _loader(self, part: str, shuffle: bool = False, drop_last: bool = False) -> DataLoader:
-        return DataLoader(
+    def _loader(
+        self, part: str, kind: type[DataLoader] = DataLoader, batch_size: int | None = None, **settings: Any
+    ) -> DataLoader:
+        return kind(
             self._parts[part],
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
+            batch_size=batch_size or self.batch_size,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             persistent_workers=self.num_workers > 0,
+            **settings,
         )
 
     def _count(self, name: str, size: int | float) -> int:
@@ -187,4 +222,5 @@ class _Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.transform(self.images[index]), self.labels[index]
+        with own_draws(index):
+            return self.transform(self.images[index]), self.labels[index]

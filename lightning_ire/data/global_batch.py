@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ire._checks import ConfigurationError, check_whole
-from lightning_ire.data._batches import BatchPlan, Share, plan_batches
+from lightning_ire.data._batches import BatchPlan, EpochOrder, Share, plan_batches
+from lightning_ire.data._resumable import ResumableData, ResumableLoader
 
 __all__ = ["GlobalBatchData"]
 
 
-class GlobalBatchData(LightningDataModule):
+class GlobalBatchData(ResumableData):
     """Batches of one size over all devices and accumulated micro-batches.
 
     An optimizer step sees `global_batch_size` samples: each of D devices gets batches of
     `global_batch_size / (D * A)`, where A, the number of accumulated micro-batches, is the smallest that keeps them
     within `max_batch_per_device` (it is set as `trainer.accumulate_grad_batches`, unless that was given already).
     """
+
+    batch_key: ClassVar[str] = "global_batch_size"
 
     def __init__(
         self,
@@ -88,10 +89,22 @@ class GlobalBatchData(LightningDataModule):
         trainer.accumulate_grad_batches = self._plan.accumulation
         rank_zero_info(f"Global batch of {self.global_batch_size}: {self._plan}.")
 
-    def order_seed(self) -> int:
-        """Seed of the training order: `seed_everything`, or else any (several devices: 0, as in Lightning)."""
-        alone = self._plan is None or self._plan.devices == 1
-        return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32 if alone else 0))
+    def batch_per_device(self, order: EpochOrder) -> int:
+        """Samples of a micro-batch.
+
+        Args:
+            order: Not used.
+        """
+        return self.plan.per_device
+
+    def training_loader(self, collate: Any = None) -> DataLoader:
+        """Return a loader of this device's share of the training samples; it saves its position in checkpoints.
+
+        Args:
+            collate: As in `loader`.
+        """
+        order = self.training_order()
+        return self.resumable(self.loader(order.dataset, self.plan.per_device, order, collate, ResumableLoader))
 
     def evaluation_loader(self, dataset: Dataset) -> DataLoader:
         """Return a loader of this device's share of a dataset, in order.

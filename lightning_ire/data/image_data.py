@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
-from lightning_ire.data._batches import WholeBatches
+from lightning_ire.data._batches import WholeBatches, own_draws
 from lightning_ire.data.global_batch import GlobalBatchData
 from lightning_ire.data.transforms import batch_mixing, evaluation_chain, torchvision_v2, training_chain
 
@@ -27,15 +30,22 @@ class ImageData(GlobalBatchData, ABC):
     **Batches.** An optimizer step sees `global_batch_size` images: each of D devices gets batches of
     `global_batch_size / (D * A)`, where A, the number of accumulated micro-batches, is the smallest that keeps them
     within `max_batch_per_device` (it is set as `trainer.accumulate_grad_batches`, unless that was given already). The
-    global batches are the same on any number of devices: their images depend on (`seed_everything`, epoch) alone.
-    Epochs consist of whole global batches; what is left over takes no part in that epoch.
+    global batches are the same on any number of devices: their images depend on (`seed_everything`, epoch) alone, and
+    what is drawn for an image on these and the image. Epochs consist of whole global batches; what is left over takes
+    no part in that epoch.
+
+    **Resuming** goes on after the last optimizer step that a checkpoint knows of, in the same order and with the same
+    augmentation, inside an epoch too. There `global_batch_size`, `max_batch_per_device` and the number of devices may
+    be others: the images that the epoch has left come once, but for fewer than a batch. Another seed or other training
+    images are refused inside an epoch, and allowed at its end.
 
     **Evaluation.** With `val_size` 0 (the whole training set is trained on, as in the papers) validation shows the test
     images: do not choose checkpoints or settings by it, give `val_size` for that. Every image counts once, on any
     number of devices.
 
     **Mixing** happens after a batch is on the device, so that all passes of a SAM step see the same mixed batch. The
-    draw is another one in each process. Labels are then probabilities [N, num_classes].
+    draw is another one in each process and micro-batch: so it is the same after a resume, but not in other batches.
+    Labels are then probabilities [N, num_classes].
 
     The probe of `SharpnessMonitor` has the evaluation transforms, on training images.
 
@@ -159,10 +169,25 @@ class ImageData(GlobalBatchData, ABC):
 
     def train_dataloader(self) -> DataLoader:
         """Return the shuffled, augmented training images."""
-        train = _Images(self._sources["train"], self._kept, self._training_transform())
-        sampler = WholeBatches(train, self.global_batch_size, self.plan.devices, self.rank, self.order_seed())
-        collate = _with_seed if self._mixing is not None else None
-        return self.loader(train, self.plan.per_device, sampler, collate)
+        return self.training_loader(_with_seed if self._mixing is not None else None)
+
+    def training_order(self) -> WholeBatches:
+        """The order of the training images."""
+        train = _Images(self._sources["train"], self._kept, self._training_transform(), self._mixing is not None)
+        devices = self.plan.devices
+        return WholeBatches(train, self.global_batch_size, devices, self.rank, self.order_seed(devices))
+
+    def order_depends_on(self) -> dict[str, Any]:
+        """The images that are trained on, and the seed."""
+        source = self._sources["train"]
+        checksum = zlib.crc32(self._kept.numpy().tobytes())
+        with suppress(TypeError, ValueError):  # a dataset may have anything under these names
+            labels = np.asarray(getattr(source, "targets", getattr(source, "labels", ())), dtype="<i8")
+            checksum = zlib.crc32(labels.tobytes(), checksum)
+        return {
+            "images": f"{len(self._kept)} images, checksum {checksum:08x}",
+            "seed_everything": self.order_seed(self.plan.devices),
+        }
 
     def probe_dataloader(self) -> DataLoader:
         """Return the training images without augmentation: where SharpnessMonitor takes its probe from."""
@@ -229,24 +254,29 @@ class ImageData(GlobalBatchData, ABC):
 
 
 class _Images(Dataset):
-    """Some images of a dataset, with a transform on each as it is read."""
+    """Some images of a dataset, with a transform on each as it is read, and perhaps a random number."""
 
-    def __init__(self, source: Any, indices: Tensor | None, transform: Callable[[Any], Tensor]) -> None:
+    def __init__(
+        self, source: Any, indices: Tensor | None, transform: Callable[[Any], Tensor], numbered: bool = False
+    ) -> None:
         self.source = source
         self.indices = indices
         self.transform = transform
+        self.numbered = numbered
 
     def __len__(self) -> int:
         return len(self.source) if self.indices is None else len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
         image, label = self.source[index if self.indices is None else int(self.indices[index])]
-        return self.transform(image), label
+        with own_draws(index):
+            image = self.transform(image)
+            return (image, label, int(torch.randint(2**62, ()))) if self.numbered else (image, label)
 
 
 def _with_seed(items: list[Any]) -> list[Any]:
-    """A batch with a seed for what is drawn once the batch is on its device."""
-    return [*default_collate(items), int(torch.randint(2**62, ()))]
+    """A batch with a seed, its first image's number, for what is drawn once the batch is on its device."""
+    return [*default_collate([item[:2] for item in items]), items[0][2]]
 
 
 def _check_size(size: int | float) -> int | float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -18,7 +19,7 @@ from lightning_ire.data._text_sources import StandardLibrary, TextSource, is_uni
 from lightning_ire.data._text_split import Split
 from lightning_ire.data._text_tokenizers import TextTokenizer, TokenizerPlan
 from lightning_ire.data._token_cache import TokenCache, TokenPart
-from lightning_ire.data._windows import CropOrder, Crops, ResumableLoader, Windows
+from lightning_ire.data._windows import CropOrder, Crops, Windows
 from lightning_ire.data.global_batch import GlobalBatchData
 
 __all__ = ["Text"]
@@ -49,7 +50,12 @@ class Text(GlobalBatchData):
     (`max_batch_per_device`); they are the same on any number of devices. With `order: random` an epoch is the text cut
     into sequences from a random place on, in random order: every token once, which the authors' independent draws do
     not give. With `contiguous` each of the `global_batch_size` rows of a batch goes on where it ended in the batch
-    before. A run that is resumed inside an epoch, with as many devices and micro-batches, goes on with the next batch.
+    before.
+
+    **Resuming** goes on after the last optimizer step that a checkpoint knows of, inside an epoch too. There
+    `max_batch_per_device`, the number of devices and, with `random`, `global_batch_size` may be others: the sequences
+    that the epoch has left come once, in the same order, but for fewer than a batch. Another seed, `sequence_length`,
+    `order` or text is refused inside an epoch, and allowed at its end.
 
     **Evaluation.** Every token is a target once, on any number of devices. A source's own validation and test parts
     are used; where it has none, `val_size` and `test_size` are held out of its text: exactly these shares of the
@@ -132,8 +138,6 @@ class Text(GlobalBatchData):
         self._parts: dict[str, TokenPart] = {}
         self._tokenizer: TextTokenizer | None = None
         self._lossless = False
-        self._training: ResumableLoader | None = None
-        self._resumed: dict[str, int] | None = None
 
     # What Lightning calls.
 
@@ -161,16 +165,7 @@ class Text(GlobalBatchData):
 
     def train_dataloader(self) -> DataLoader:
         """Return the training sequences; the loader saves its position in checkpoints."""
-        crops = Crops(self._part("train").tokens, self.sequence_length)
-        order = CropOrder(
-            crops, self.global_batch_size, self.plan.devices, self.rank, self.order_seed(), self.order == "random"
-        )
-        loader = self.loader(crops, self.plan.per_device, order, kind=ResumableLoader)
-        assert isinstance(loader, ResumableLoader)
-        if self._resumed is not None:
-            loader.load_state_dict(self._resumed)
-        self._resumed, self._training = None, loader
-        return loader
+        return self.training_loader()
 
     def probe_dataloader(self) -> DataLoader:
         """Return the training sequences one after another: where SharpnessMonitor takes its probe from."""
@@ -194,21 +189,27 @@ class Text(GlobalBatchData):
             prompts = [self._encoded(prompt) for prompt in self.prompts]
         return DataLoader(prompts, batch_size=1)  # type: ignore[arg-type]
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the training text is; part of Lightning's checkpoints."""
-        return {} if self._training is None else self._training.state_dict()
+    def training_order(self) -> CropOrder:
+        """The order of the training sequences."""
+        crops = Crops(self._part("train").tokens, self.sequence_length)
+        devices = self.plan.devices
+        return CropOrder(
+            crops, self.global_batch_size, devices, self.rank, self.order_seed(devices), self.order == "random"
+        )
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on there, if this is a fit.
-
-        The loader has a state of its own, but Lightning 2.6 does not give it back if the loader was made early, for
-        the length of the run (`estimated_stepping_batches`, which schedules ask for).
-
-        Args:
-            state_dict: What `state_dict` returned.
-        """
-        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._resumed = state_dict
+    def order_depends_on(self) -> dict[str, Any]:
+        """The text, how it is cut, and the seed; in rows that go on, their number."""
+        tokens = self._part("train").tokens
+        some = tokens[np.linspace(0, len(tokens) - 1, 4096).astype(int)]  # of any text as quickly
+        last = ("seed_everything", self.order_seed(self.plan.devices))
+        if self.order == "contiguous":
+            last = ("global_batch_size", self.global_batch_size)
+        return {
+            "text": f"{len(tokens)} tokens, checksum {zlib.crc32(some.astype('<u4').tobytes()):08x}",
+            "sequence_length": self.sequence_length,
+            "order": self.order,
+            last[0]: last[1],
+        }
 
     # What a language model may ask.
 

@@ -172,15 +172,21 @@ def test_worker_processes(root):
     pickle.dumps((loader.dataset, loader.collate_fn))  # outside of Linux this is how processes get them
 
 
-def test_augmentation_in_workers_follows_the_seed(root, monkeypatch):
-    monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # the same order of the images
-    data, epochs = ready(root, num_workers=2, augmentation="randaugment", cutout_size=8, mixup_alpha=1.0), []
-    for seed in (5, 5, 6):
-        torch.manual_seed(seed)
-        batches = [data.on_after_batch_transfer(batch, 0) for batch in data.train_dataloader()]
-        epochs.append(torch.cat([images for images, _ in batches]))
-    assert torch.equal(epochs[0], epochs[1])
-    assert not torch.equal(epochs[0], epochs[2])
+def test_what_is_drawn_depends_on_seed_epoch_and_image(root, monkeypatch):
+    settings = {"augmentation": "randaugment", "cutout_size": 8, "mixup_alpha": 1.0, "global_batch_size": 40}
+
+    def seen(workers: int = 0, seed: int = 5, epoch: int = 0) -> torch.Tensor:
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        data = ready(root, num_workers=workers, **settings)
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        torch.rand(3)  # other random numbers do not count
+        ((images, _),) = [data.on_after_batch_transfer(batch, 0) for batch in loader]
+        return images
+
+    assert torch.equal(seen(), seen(workers=2))
+    assert not torch.equal(seen(), seen(seed=6))
+    assert not torch.equal(seen(), seen(epoch=1))
 
 
 def on_device(data: CIFAR10, rank: int = 0) -> None:

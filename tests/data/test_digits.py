@@ -1,9 +1,12 @@
+import itertools
 import re
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import two_processes
+from resume_ddp_script import fit
 
 from lightning_ire import ConfigurationError
 from lightning_ire.data import Digits
@@ -81,11 +84,18 @@ def test_training_batches_are_full_and_shuffled():
     assert not torch.equal(torch.cat(batches), torch.cat([labels for _, labels in loader]))
 
 
-@pytest.mark.parametrize(("processes", "drops"), [(1, True), (2, False)])
-def test_a_training_part_below_one_batch_per_process_is_kept(processes, drops):
-    data = ready(batch_size=1000)
-    data.trainer = SimpleNamespace(world_size=processes)
-    assert data.train_dataloader().drop_last is drops
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "sizes"), [(1, 2000, [1258]), (2, 1000, [629]), (3, 1000, [419]), (2, 300, [300] * 2)]
+)
+def test_each_process_has_full_batches_or_its_share(processes, batch_size, sizes):
+    seen = []
+    for rank in range(processes):
+        data = ready(batch_size=batch_size)
+        data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        loader = data.train_dataloader()
+        assert [len(labels) for _, labels in loader] == sizes
+        seen += list(loader.sampler)
+    assert len(set(seen)) == len(seen) == processes * sum(sizes)
     assert len(ready(batch_size=2000).train_dataloader()) == 1
 
 
@@ -160,3 +170,55 @@ def test_the_probe_is_the_training_part_without_augmentation():
     assert torch.equal(probe[7][0], train[7][0])
     assert torch.equal(probe[7][0], probe[7][0])
     assert not torch.equal(probe[7][0], data.train_dataloader().dataset[7][0])
+
+
+# In training: two epochs of seven steps with 168 images.
+
+
+def together(batches: list[list[float]], count: int = 1) -> list[list[float]]:
+    """Batches of so many batches, the images in order of their sums."""
+    return [sorted(itertools.chain(*batches[first : first + count])) for first in range(0, len(batches), count)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "each"),
+    [({}, 1), ({"batch_size": 84}, 2), ({"num_workers": 2}, 1)],
+    ids=["same", "half", "workers"],
+)
+def test_resumed_inside_an_epoch(tmp_path, settings, each):
+    whole = fit(tmp_path / "saved.ckpt", 168)
+    assert len(whole.seen) == 14
+    assert together(whole.seen[:7]) != together(whole.seen[7:])
+    resumed = fit(None, ckpt_path=tmp_path / "saved.ckpt", **{"batch_size": 168, **settings})
+    assert together(resumed.seen, each) == together(whole.seen[10:])
+    assert each > 1 or torch.equal(resumed.net.weight, whole.net.weight)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 1}, r"^Expected the training images .* to be '1238 images, checksum \w+' for .*, got '1238 images, "),
+        ({"test_size": 100}, "'1238 images, .*, got '1497 images, "),
+        (
+            {"batch_size": 1000},
+            "^Expected `batch_size` .* to leave a batch in the epoch .*, got 1000 .* with 734 samples",
+        ),
+    ],
+)
+def test_an_epoch_that_cannot_be_finished(tmp_path, settings, message):
+    fit(tmp_path / "saved.ckpt", 168)
+    with pytest.raises(ConfigurationError, match=message):
+        fit(None, ckpt_path=tmp_path / "saved.ckpt", **{"batch_size": 168, **settings})
+
+
+@pytest.mark.slow
+def test_resumed_on_other_devices(tmp_path):
+    whole = fit(tmp_path / "alone.ckpt", 168)
+    ranks = two_processes("data/resume_ddp_script.py", tmp_path)
+
+    def joined(name: str) -> list[list[float]]:
+        return [[*first, *second] for first, second in zip(ranks[0][name], ranks[1][name], strict=True)]
+
+    assert together(joined("whole")) == together(whole.seen)
+    assert together(joined("resumed"), 2) == together(whole.seen[10:])
+    assert together(fit(None, 168, ckpt_path=tmp_path / "together.ckpt").seen) == together(whole.seen[10:])

@@ -123,6 +123,54 @@ def test_each_epoch_has_another_order_and_a_resumed_one_the_same(root, tmp_path,
     assert torch.equal(second.layer.weight, module.layer.weight)
 
 
+class Save(pl.Callback):
+    """Writes a checkpoint after so many batches."""
+
+    def __init__(self, path, batches: int) -> None:
+        self.path, self.batches = path, batches
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+RANDOM = {"augmentation": "randaugment", "cutout_size": 8, "mixup_alpha": 1.0}
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batches", [7, 8])
+def test_resumed_inside_an_epoch_with_all_that_is_drawn(root, tmp_path, monkeypatch, batches, workers):
+    """The second epoch's first step has two batches; what is left of a half-filled window comes again."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    settings = {"epochs": 2, "max_batch_per_device": 6, **RANDOM}
+    _, whole = fit(root, callbacks=[Save(tmp_path / "saved.ckpt", batches)], **settings)
+    torch.manual_seed(99)
+    _, resumed = fit(root, ckpt_path=tmp_path / "saved.ckpt", num_workers=workers, **settings)
+    assert len(resumed.seen) == 12 - batches // 2 * 2
+    assert torch.equal(resumed.layer.weight, whole.layer.weight)
+
+
+def test_resumed_inside_an_epoch_in_other_batches(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    settings = {"augmentation": "basic"}
+    _, whole = fit(root, callbacks=[Save(tmp_path / "saved.ckpt", 1)], **settings)
+    trainer, resumed = fit(
+        root, ckpt_path=tmp_path / "saved.ckpt", global_batch_size=8, max_batch_per_device=4, **settings
+    )
+    images = [torch.cat([images for _, images, _ in module.seen]) for module in (whole, resumed)]
+    assert torch.equal(images[0][12:], images[1][:24])  # 28 of 40 were left
+    assert (len(images[1]), trainer.global_step) == (24, 4)
+
+
+@pytest.mark.parametrize("settings", [{"val_size": 1}, {"val_size": 0, "per_file": 7}])
+def test_other_images_inside_an_epoch(root, tmp_path, settings):
+    fit(root, callbacks=[Save(tmp_path / "saved.ckpt", 1)])
+    if settings.pop("per_file", 0):
+        root = vision_data.write_cifar10(tmp_path / "other", 7)
+    with pytest.raises(ConfigurationError, match=r"^Expected the training images .* '40 images, checksum \w+' for the"):
+        fit(root, ckpt_path=tmp_path / "saved.ckpt", **settings)
+
+
 def test_both_passes_of_sam_share_the_draw(root):
     _, module = fit(root, callbacks=[IRE(kappa=1.0, interval=1, perturbation=SAM(rho=0.05))], mixup_alpha=1.0)
     assert len(module.seen) == 6  # two passes in each of three steps; the estimate shares the first

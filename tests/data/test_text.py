@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ire import IRE, SAM, ConfigurationError
 from lightning_ire.data import Text
-from lightning_ire.data._windows import ResumableLoader
+from lightning_ire.data._resumable import ResumableLoader
 
 DOCUMENTS = text_data.prose(60)
 TEXT = "".join(DOCUMENTS)
@@ -304,7 +304,8 @@ def train(corpus: Path, folder: Path, ckpt_path: Path | None = None, every: int 
         enable_checkpointing=True, val_check_interval=2, check_val_every_n_epoch=None,
     )  # fmt: skip
     torch.manual_seed(1 if ckpt_path is None else 2)
-    run.fit(model, datamodule=text(corpus, global_batch_size=32, sequence_length=24, **settings), ckpt_path=ckpt_path)
+    settings = {"global_batch_size": 32, "sequence_length": 24, **settings}
+    run.fit(model, datamodule=text(corpus, **settings), ckpt_path=ckpt_path)
     return model
 
 
@@ -334,6 +335,48 @@ def test_resumed_bit_for_bit(corpus, tmp_path, monkeypatch, settings, step):
     assert 0 < len(resumed.seen) < len(whole.seen)
     assert resumed.seen == whole.seen[-len(resumed.seen) :]
     assert_same_bits(resumed, whole)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        {"max_batch_per_device": 8}, {"global_batch_size": 16}, {"global_batch_size": 20, "max_batch_per_device": 10},
+        {"order": "contiguous", "max_batch_per_device": 8},
+    ],
+)  # fmt: skip
+def test_resumed_in_other_batches(corpus, tmp_path, monkeypatch, now):
+    """After five steps of 32: the sequences that are left come once, in the same order."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    order = now.get("order", "random")
+    whole = train(corpus, tmp_path / "whole", order=order)
+    resumed = train(corpus, tmp_path / "resumed", tmp_path / "whole" / "step=5.ckpt", **now)
+
+    def sequences(model: Model) -> list[tuple[int, ...]]:  # SAM looks at them twice
+        cut = [tuple(seen[start : start + 24]) for seen in model.seen for start in range(0, len(seen), 24)]
+        return list(dict.fromkeys(cut))
+
+    count = 96 // (batch := now.get("global_batch_size", 32)) * batch
+    assert sequences(resumed)[:count] == sequences(whole)[5 * 32 :][:count]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            {},
+            {"sequence_length": 12},
+            "^Expected `sequence_length` to be 24 for the rest of the epoch .*, got 12: set it",
+        ),
+        ({}, {"order": "contiguous"}, "^Expected `order` to be 'random' for .*, got 'contiguous': "),
+        ({"order": "contiguous"}, {"global_batch_size": 16}, "^Expected `global_batch_size` to be 32 for .*, got 16: "),
+        ({}, {"val_size": 0.2}, r"^Expected the training text \(`source`, .*\) to be '\d+ tokens, checksum \w+' for "),
+        ({}, {"tokenizer": "words"}, r"^Expected the training text .* tokens, .* got '\d+ tokens, checksum"),
+    ],
+)
+def test_an_epoch_that_cannot_be_finished(corpus, tmp_path, before, now, message):
+    train(corpus, tmp_path / "whole", **before)
+    with pytest.raises(ConfigurationError, match=message):
+        train(corpus, tmp_path / "resumed", tmp_path / "whole" / "step=5.ckpt", **{**before, **now})
 
 
 def test_every_token_once_in_an_epoch(corpus, tmp_path):

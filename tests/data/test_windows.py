@@ -1,4 +1,3 @@
-import itertools
 import pickle
 
 import numpy as np
@@ -6,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 
 from lightning_ire import ConfigurationError
 from lightning_ire.data._batches import Share
-from lightning_ire.data._windows import CropOrder, Crops, ResumableLoader, Windows
+from lightning_ire.data._windows import CropOrder, Crops, Windows
 
 LENGTH = 5
 
@@ -186,74 +185,3 @@ def test_too_few_tokens_for_a_batch(tokens, shuffled, message):
     with pytest.raises(ConfigurationError, match=message):
         order(tokens, 8, shuffled=shuffled)
     assert len(order(45 if shuffled else 41, 8, shuffled=shuffled)) == 8
-
-
-# The loader.
-
-
-def loader(workers: int = 0, devices: int = 1, rank: int = 0, shuffled: bool = True, epoch: int = 0) -> ResumableLoader:
-    sampler = order(150, 4, devices, rank, shuffled, epoch=epoch)
-    return ResumableLoader(
-        sampler.dataset, batch_size=2 // devices, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
-    )
-
-
-def starts(batches) -> list[list[int]]:
-    return [inputs[:, 0].tolist() for inputs, _ in batches]
-
-
-@pytest.mark.parametrize(("workers", "shuffled", "devices"), [(0, True, 1), (0, False, 1), (0, True, 2), (2, True, 1)])
-def test_an_epoch_that_goes_on(workers, shuffled, devices):
-    whole = starts(loader(0, devices, devices - 1, shuffled, epoch=2))
-    assert len(whole) == len(loader()) == 14
-    going = loader(workers, devices, devices - 1, shuffled, epoch=2)
-    fresh = loader(workers, devices, devices - 1, shuffled, epoch=2)
-    iterator = iter(going)
-    for number in range(1, 15):
-        next(iterator)
-        assert going.state_dict() == {"epoch": 2, "batches": number}
-        if number in (1, 7, 13, 14) and (workers == 0 or number == 7):
-            fresh.load_state_dict(pickle.loads(pickle.dumps(going.state_dict())))
-            assert starts(fresh) == whole[number:]
-            assert fresh.state_dict() == {"epoch": 2, "batches": 14}
-            assert starts(fresh) == whole  # once
-    assert len(fresh) == 14
-
-
-def test_a_state_of_another_epoch_is_left_out():
-    going = loader(epoch=3)
-    going.load_state_dict({"epoch": 2, "batches": 5})
-    assert starts(going) == starts(loader(epoch=3))
-    going.load_state_dict({"epoch": 3, "batches": 5})
-    iterator = iter(going)  # Lightning tells the epoch after this
-    going.sampler.set_epoch(4)
-    assert starts(iterator) == starts(loader(epoch=4))
-
-
-def test_states_between_the_batches():
-    going = loader(epoch=2)
-    assert going.state_dict()["batches"] == 0
-    going.load_state_dict({"epoch": 2, "batches": 5})
-    assert going.state_dict() == {"epoch": 2, "batches": 5}  # saved again before it has gone on
-    list(going)
-    going.sampler.set_epoch(3)
-    state = going.state_dict()  # of epoch 2: nothing of epoch 3 was given
-    going.load_state_dict(state)
-    assert starts(going) == starts(loader(epoch=3))
-
-
-def test_iterating_twice_begins_anew():
-    going = loader()
-    first = starts(itertools.islice(going, 3))
-    assert starts(going)[:3] == first
-    assert going.state_dict() == {"epoch": 0, "batches": 14}
-
-
-def test_another_sampler():
-    """What Lightning puts there for `overfit_batches`."""
-    crops = Crops(row(30), LENGTH)
-    plain = ResumableLoader(crops, batch_size=2, sampler=SequentialSampler(crops))
-    assert starts(plain)[:2] == [[0, 1], [2, 3]]
-    plain.load_state_dict({"epoch": 0, "batches": 5})
-    assert starts(plain)[:2] == [[0, 1], [2, 3]]
-    assert plain.state_dict() == {"epoch": 0, "batches": len(plain)}
