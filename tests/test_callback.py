@@ -115,7 +115,7 @@ def test_nothing_but_weight_decay_needs_a_decay() -> None:
 
 
 def test_fraction_of_a_run_without_end_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"known length for `start_step=0.5`.*set `trainer.max_steps`"):
+    with pytest.raises(ConfigurationError, match=r"known length for `start_step=0.5`.*let `trainer.max_steps` alone"):
         cases.fit(Classifier(), [IRE(start_step=0.5)], max_epochs=-1, max_time={"seconds": 5})
 
 

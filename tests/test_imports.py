@@ -15,13 +15,17 @@ ALLOWED = {
     "_checks": set(),
     "tags": set(),
     "_lightning": {"_checks", "functional"},
+    "_run_length": set(),
     "functional": {"functional"},
     "schedule": {"_checks"},
     "perturbation": {"_checks", "functional"},
     "curvature": {"_checks", "functional", "curvature"},
-    "callbacks": {"_checks", "_lightning", "tags", "functional", "schedule", "perturbation", "curvature", "callbacks"},
+    "callbacks": {
+        *("_checks", "_lightning", "_run_length", "tags", "functional", "schedule", "perturbation", "curvature"),
+        "callbacks",
+    },
     "_cli_messages": {"_checks"},
-    "models": {"_checks", "models"},
+    "models": {"_checks", "_run_length", "models"},
     "data": {"_checks", "data"},
     "sweeps": {"_checks", "sweeps"},
 }
@@ -34,6 +38,7 @@ THIRD_PARTY = {
     "perturbation": {"torch"},
     "curvature": {"torch"},
     "_lightning": {"torch", "lightning"},
+    "_run_length": {"lightning"},
     "callbacks": {"torch", "lightning", "torchmetrics", "lightning_utilities", "tqdm", "matplotlib"},
     "data": {
         *("torch", "lightning", "numpy", "tqdm", "filelock", "torchvision", "PIL", "sklearn"),

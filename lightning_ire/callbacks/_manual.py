@@ -40,6 +40,13 @@ class ManualStepper(Stepper):
     inside = False
     warned = False
 
+    @property
+    def moment(self) -> int:
+        """Steps of this optimizer; for a fraction of the run, whose steps nobody knows beforehand, batches."""
+        if not self.settings.start.is_fraction:
+            return self.progress.step
+        return self.trainer.current_epoch * int(self.trainer.num_training_batches) + self.trainer.fit_loop.batch_idx
+
     def parameters(self) -> list[nn.Parameter]:
         """All of the optimizer's: which of them are frozen may change between two backward passes (`toggle_model`)."""
         return list({id(p): p for group in self.optimizer.param_groups for p in group["params"]}.values())

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire._lightning import check_supported, loss_of
+from lightning_ire._run_length import batches_of_run, steps_of_run
 from lightning_ire.callbacks._boost import check_decoupled_decay, check_groups, learning_rates
 from lightning_ire.callbacks._dry_run import flat_table, show_mask
 from lightning_ire.callbacks._manual import ManualSession
@@ -250,9 +250,10 @@ class IRE(Callback):
         if self.dry_run:
             show_mask(self, self._progress.step, trainer, pl_module)
             return
-        total = _total_steps(trainer)
-        first_step = self.start.first_step(total) if self.kappa else None
-        session = AutomaticSession if pl_module.automatic_optimization else ManualSession
+        automatic = pl_module.automatic_optimization
+        total = steps_of_run(trainer) if automatic else None  # by hand nobody knows who steps how often
+        first_step = self.start.first_step(total if automatic else batches_of_run(trainer)) if self.kappa else None
+        session = AutomaticSession if automatic else ManualSession
         self._session = session(self, self._progresses, trainer, pl_module, first_step)
         rank_zero_info(self._summary(trainer, total))
         if not self.kappa or self.started_at is not None:
@@ -260,7 +261,7 @@ class IRE(Callback):
         if self.start.never(total, trainer.max_epochs, first_step):
             rank_zero_warn(
                 f"IRE starts at {self.start}, but the run ends before that (max_epochs={trainer.max_epochs}, steps="
-                f"{'unknown' if total is None else int(total)}): lower `start_step` or `start_epoch`."
+                f"{'unknown' if total is None else total}): lower `start_step` or `start_epoch`."
             )
         if self.start.immediate and trainer.global_step == 0 and any(map(_warms_up, trainer.optimizers)):
             rank_zero_warn(
@@ -387,7 +388,7 @@ class IRE(Callback):
         else:
             self._loaded = state_dict or None
 
-    def _summary(self, trainer: pl.Trainer, total: float | None) -> str:
+    def _summary(self, trainer: pl.Trainer, total: int | None) -> str:
         parameters = [parameter for optimizer in trainer.optimizers for parameter in trainable_parameters(optimizer)]
         count = sum(parameter.numel() for parameter in parameters)
         size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
@@ -396,7 +397,7 @@ class IRE(Callback):
         memory = [f"{size / 2**20:.1f} MiB inside the step"]
         if self.kappa:
             when = f"from {self.start}" if self.started_at is None else f"on since step {self.started_at}"
-            length = f" (run: {total:.0f} steps)" if total is not None and total < float("inf") else ""
+            length = "" if total is None else f" (run: {total} steps)"
             what.append(f"kappa {self.kappa:g}, gamma {self.gamma:g}, {when}{length}")
             estimate = f"one {self.curvature!r} estimate every {_steps(self.interval)}"
             (passes if self.curvature.reruns else what).append(estimate)
@@ -416,14 +417,6 @@ def _instance(name: str, value: Any, kind: type, example: str) -> Any:
     if value is not None and not isinstance(value, kind):
         raise ConfigurationError(f"Expected `{name}` to be a {kind.__name__} such as {example}, got {value!r}.")
     return value
-
-
-def _total_steps(trainer: pl.Trainer) -> float | None:
-    """Optimizer steps in the run, infinite for a run without end; ``None`` where Lightning cannot say."""
-    try:
-        return float(trainer.estimated_stepping_batches)
-    except MisconfigurationException:  # accumulation that changes over the epochs
-        return None
 
 
 def _warms_up(optimizer: Optimizer) -> bool:
