@@ -16,7 +16,17 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from lightning_ire import IRE, SAM, Ascent, AverageSAM, ConfigurationError, EmpiricalFisher, Perturbation, tags
+from lightning_ire import (
+    IRE,
+    SAM,
+    AdversarialModelPerturbation,
+    Ascent,
+    AverageSAM,
+    ConfigurationError,
+    EmpiricalFisher,
+    Perturbation,
+    tags,
+)
 from lightning_ire._checks import check_number
 
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -128,6 +138,53 @@ def test_a_cached_graph_is_explained() -> None:
 
     with pytest.raises(ConfigurationError, match=r"Expected `Caches\.training_step` to make its graph anew.*detach"):
         cases.fit(Caches(), [IRE(kappa=0, perturbation=SAM(0.1))])
+
+
+# Maximized losses
+
+
+class Negative(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return -super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("by", ["group", "optimizer"])
+@pytest.mark.parametrize(
+    "perturbation",
+    [
+        SAM(0.5),
+        SAM(0.5, adaptive=True, sync=True),
+        AdversarialModelPerturbation(0.5, zeta=0.3, ascents=3),
+        AdversarialModelPerturbation(0.5, scope="global", sync=True),
+        AverageSAM(0.5),
+    ],
+    ids=repr,
+)
+def test_maximizing_a_loss_is_minimizing_minus_it(perturbation: Perturbation, by: str) -> None:
+    class Maximizes(torch.optim.SGD):
+        """Knows it by itself, as the optimizers of pytorch_optimizer do."""
+
+        def __init__(self, parameters: Any, maximize: bool, **kwargs: Any) -> None:
+            super().__init__(parameters, **kwargs)
+            self.maximize = maximize
+
+        def step(self, closure: Any = None) -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = -parameter.grad if self.maximize else parameter.grad
+            super().step()
+            return loss
+
+    kind = torch.optim.SGD if by == "group" else Maximizes
+    ends = []
+    for module in (Classifier, Negative):
+        maximize = module is Negative
+        torch.manual_seed(0)
+        ends.append(module(Net(), lambda m, maximize=maximize: kind(m.parameters(), lr=0.1, maximize=maximize)))
+        cases.fit(ends[-1], [IRE(kappa=2.0, curvature=EmpiricalFisher(), perturbation=perturbation)])
+    cases.assert_same_bits(*ends)
 
 
 # Timing

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
 from lightning_ire._lightning import check_supported, loss_of
 from lightning_ire._run_length import batches_of_run, steps_of_run
 from lightning_ire.callbacks._boost import check_decoupled_decay, check_groups, learning_rates
@@ -118,7 +118,7 @@ class IRE(Callback):
         self.perturbation = _instance("perturbation", perturbation, Perturbation, "SAM(rho=0.05)")
         self.scope = check_choice("scope", scope, ("global", "tensor"))
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
-        self.scale_weight_decay = scale_weight_decay if scale_weight_decay == "only" else bool(scale_weight_decay)
+        self.scale_weight_decay = check_switch("scale_weight_decay", scale_weight_decay, "only")
         self.exclude_zero_curvature = bool(exclude_zero_curvature)
         self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr"))
         self.beta = check_number("beta", beta, high=1.0, high_open=True)
