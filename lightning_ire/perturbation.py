@@ -123,6 +123,7 @@ class SAM(Perturbation):
 
     Parameter groups of the optimizer may have radii of their own under the key "sam_rho" (0: not moved); the norm
     stays that of the whole gradient. In groups with `maximize=True` worse means lower: there -g stands in place of g.
+    A complex weight counts as one coordinate, \|theta\| is its modulus.
 
     Args:
         rho: Radius >= 0 in weight units. 0 runs the second pass all the same (for parity tests).

@@ -26,7 +26,7 @@ class Start:
     loss: float | None = None
 
     def __post_init__(self) -> None:
-        given = [f"`start_{name}`" for name in ("step", "epoch", "loss") if getattr(self, name) is not None]
+        given = [f"`start_{name}`" for name in vars(self) if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigurationError(f"Expected at most one of the start_* arguments, got {' and '.join(given)}.")
         if isinstance(self.step, float) and self.step.is_integer():
@@ -49,6 +49,11 @@ class Start:
     def immediate(self) -> bool:
         """Whether IRE is on from the first step."""
         return self.step is None and self.epoch is None and self.loss is None
+
+    @property
+    def setting(self) -> str:
+        """What was set, as `start_epoch=60`."""
+        return ", ".join(f"start_{name}={value!r}" for name, value in vars(self).items() if value is not None)
 
     @property
     def is_fraction(self) -> bool:

@@ -43,6 +43,19 @@ def test_steps_and_epochs_are_whole_numbers(name, value):
         Start(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("start", "text"),
+    [
+        (Start(), ""),
+        (Start(step=0.5), "start_step=0.5"),
+        (Start(epoch=0), "start_epoch=0"),
+        (Start(loss=-1.0), "start_loss=-1.0"),
+    ],
+)
+def test_the_setting_is_what_to_write(start, text):
+    assert start.setting == text
+
+
 def test_an_epoch_is_no_fraction():
     with pytest.raises(ConfigurationError, match=r"Expected `start_epoch` to be a whole number >= 0, got 0.5"):
         Start(epoch=0.5)

@@ -100,6 +100,15 @@ class AccumulationWindow:
         """Remember the gradients that are there before the window's first backward pass, usually none."""
         self._gradients_before = {id(p): p.grad.clone() for p in self.parameters if p.grad is not None}
 
+    def had_gradient(self, parameter: nn.Parameter) -> bool:
+        """Whether there was a gradient other than zero before the window's first backward pass.
+
+        Args:
+            parameter: One of its parameters.
+        """
+        before = self._gradients_before.get(id(parameter))
+        return before is not None and bool(before.any())
+
     @property
     def back_propagated(self) -> list[MicroBatch]:
         """The micro-batches whose gradients are in `.grad`."""

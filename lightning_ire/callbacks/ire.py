@@ -49,7 +49,8 @@ class IRE(Callback):
     a step counter.
 
     Known limits: extra passes cannot hide Python attributes that `training_step` sets, direct calls of a logger, and
-    in-place changes of the batch. Single device and DDP; sharded strategies and LBFGS are refused at fit start.
+    in-place changes of the batch. Single device and DDP; sharded strategies, LBFGS and (with a boost) complex
+    parameters are refused at fit start.
 
     A module in manual optimization: the boost works around each step of what `self.optimizers()` returns, with masks
     and counts of its own for each optimizer; a perturbation needs `optimizer.step(closure)` and calls the closure
@@ -60,10 +61,12 @@ class IRE(Callback):
     the rows of the training metrics (`Trainer(log_every_n_steps=...)`).
 
     Args:
-        kappa: Strength >= 0; 0 switches the boost and its estimates off.
+        kappa: Strength >= 0; 0 switches the boost and its estimates off, and with them all arguments but
+            `perturbation` (a `start_*` is warned about).
         gamma: Fraction of the coordinates called flat, in (0, 1]; 1: all of them (a larger learning rate).
         interval: K: optimizer steps between two masks.
-        start_step: Zero-based optimizer step at which IRE switches on; strictly between 0 and 1: fraction of the run.
+        start_step: Zero-based optimizer step at which IRE switches on; strictly between 0 and 1: fraction of the whole
+            run, by its optimizer steps (in manual optimization by its batches), refused where nobody knows how many.
         start_epoch: Zero-based epoch at which IRE switches on.
         start_loss: IRE switches on after the first epoch whose mean training loss (unperturbed, averaged over
             devices) is at or below this. At most one start_* argument; none: on from the first step.
@@ -235,6 +238,13 @@ class IRE(Callback):
                 check_decoupled_decay(optimizer, self.scale_weight_decay)
         for optimizer in trainer.optimizers:
             check_groups(optimizer, with_lrs=self.kappa > 0 and self.kappa_schedule == "lr")
+            if self.kappa or self.dry_run:
+                _refuse_complex(pl_module, optimizer)
+        if not self.kappa and not self.start.immediate and not self.dry_run:
+            rank_zero_warn(
+                f"`{self.start.setting}` has no effect with `kappa` = 0: it says when the boost starts, while "
+                f"{self.perturbation!r} works from the first step of the run."
+            )
         names = [name for name, _ in pl_module.named_parameters(remove_duplicate=False)]
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -366,6 +376,11 @@ class IRE(Callback):
             return
         pair = torch.tensor([float(progress.loss_sum), progress.loss_count], device=trainer.strategy.root_device)
         total, count = trainer.strategy.reduce(pair, reduce_op="sum").tolist()
+        if not count:
+            rank_zero_warn(
+                f"`start_loss` had no loss to look at in an epoch: let {type(pl_module).__name__}.training_step return "
+                "it, or set `start_step` or `start_epoch` instead."
+            )
         progress.loss_sum, progress.loss_count = 0.0, 0
         if count and total / count <= self.start.loss:
             for each in self._progresses:
@@ -403,7 +418,8 @@ class IRE(Callback):
             (passes if self.curvature.reruns else what).append(estimate)
             memory.append(f"{count * (5 if self.beta else 1) / 2**20:.1f} MiB for good")
         if self.perturbation is not None:
-            what.append(repr(self.perturbation))
+            automatic = trainer.lightning_module.automatic_optimization
+            what.append(repr(self.perturbation) + ("" if automatic else " at each `optimizer.step(closure)`"))
             if self.perturbation.uses_gradient:
                 more = {1: "one"}.get(self.perturbation.ascents, str(self.perturbation.ascents))
                 passes.append(f"{more} more forward and backward every {_steps(self.perturbation.interval)}")
@@ -426,6 +442,17 @@ def _warms_up(optimizer: Optimizer) -> bool:
         if aims and group.get("lr") is not None and float(group["lr"]) < max(map(float, aims)):
             return True
     return False
+
+
+def _refuse_complex(module: pl.LightningModule, optimizer: Optimizer) -> None:
+    """Which part of a complex weight is flat is not defined."""
+    trained = {id(parameter) for parameter in trainable_parameters(optimizer) if parameter.is_complex()}
+    for name, parameter in named_parameters(module, optimizer).items():
+        if id(parameter) in trained:
+            raise ConfigurationError(
+                f"Expected real parameters for IRE's masks, got the complex `{name}` of {type(module).__name__}: keep "
+                "it as pairs of real numbers (`torch.view_as_complex` makes one of them), or set `kappa` to 0."
+            )
 
 
 def _steps(interval: int) -> str:
