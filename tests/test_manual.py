@@ -134,19 +134,23 @@ class Halfway(Manual):
         optimizer.step(closure)
 
 
+NO_GRADIENT = "a closure that makes no gradient"
+EARLIER = "a closure that goes backward through a forward pass made before it"
+HALVES = {
+    "no-backward": NO_GRADIENT,
+    "forward-only": NO_GRADIENT,
+    "loss": EARLIER,
+    "one-layer": EARLIER,
+    "raw-backward": EARLIER,
+    "part": EARLIER,
+}
+
+
 @pytest.mark.parametrize("perturbation", [SAM(0.5), SAM(0.5, sync=True), AverageSAM(0.5)], ids=repr)
-@pytest.mark.parametrize(
-    ("what", "got"),
-    [
-        ("no-backward", "a closure that makes no gradient"),
-        ("forward-only", "a closure that makes no gradient"),
-        ("loss", "a closure that goes backward through a forward pass made before it"),
-        ("one-layer", "a closure that goes backward through a forward pass made before it"),
-        ("raw-backward", "a closure that goes backward through a forward pass made before it"),
-        ("part", "a closure that goes backward through a forward pass made before it"),
-    ],
-)
+@pytest.mark.parametrize(("what", "got"), HALVES.items(), ids=HALVES.keys())
 def test_a_closure_that_does_not_do_all_the_work_is_an_error(what: str, got: str, perturbation: Any) -> None:
+    if what == "part" and not perturbation.uses_gradient:
+        pytest.skip("one backward pass through each part: nothing shows where the weights were")
     module = Halfway(what)
     start = cases.clone(module)
     ire = IRE(kappa=0.0, perturbation=perturbation)
@@ -166,7 +170,7 @@ def test_a_step_without_a_closure_is_refused_before_anything_is_changed() -> Non
     start = cases.clone(module)
     ire = IRE(perturbation=SAM(0.1))
     trainer = cases.trainer([ire])
-    with pytest.raises(ConfigurationError, match="got `optimizer.step"):
+    with pytest.raises(ConfigurationError, match=r"got `optimizer\.step\(\)`: give Manual's step"):
         trainer.fit(module, cases.loader(cases.data()))
     cases.assert_same_bits(module, start)
     assert (trainer.global_step, ire._progress.step, dict(trainer.optimizers[0].state)) == (0, 0, {})
