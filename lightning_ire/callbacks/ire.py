@@ -262,7 +262,8 @@ class IRE(Callback):
             return
         automatic = pl_module.automatic_optimization
         total = steps_of_run(trainer) if automatic else None  # by hand nobody knows who steps how often
-        first_step = self.start.first_step(total if automatic else batches_of_run(trainer)) if self.kappa else None
+        pending = self.kappa > 0 and any(progress.started_at is None for progress in self._progresses)
+        first_step = self.start.first_step(total if automatic else batches_of_run(trainer)) if pending else None
         session = AutomaticSession if automatic else ManualSession
         self._session = session(self, self._progresses, trainer, pl_module, first_step)
         rank_zero_info(self._summary(trainer, total))
