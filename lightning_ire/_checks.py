@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["ConfigurationError", "check_choice", "check_number", "check_whole"]
+__all__ = ["ConfigurationError", "check_choice", "check_number", "check_switch", "check_whole"]
 
 
 class ConfigurationError(ValueError):
@@ -86,6 +86,25 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     """
     if not isinstance(value, str) or value not in choices:
         raise ConfigurationError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    return value
+
+
+def check_switch(name: str, value: Any, word: str) -> Any:
+    """Return `value` if it is true, false or one word.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: What came.
+        word: The word allowed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigurationError: If `value` is anything else.
+    """
+    if not isinstance(value, bool) and value != word:
+        raise ConfigurationError(f"Expected `{name}` to be true, false or {word!r}, got {value!r}.")
     return value
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "differentiable_once",
     "extra_pass",
     "gradient_marks",
+    "graph_number",
     "in_extra_pass",
     "run_first",
     "uncounted_changes",
@@ -102,6 +103,20 @@ def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor | No
         parameters: The parameters.
     """
     return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
+
+
+def graph_number(tensor: Tensor | None = None) -> int:
+    """When a tensor was computed; without one: now. Comparable within one thread.
+
+    Private: torch has no public order of the nodes of its graphs.
+
+    Args:
+        tensor: A tensor with a graph.
+    """
+    if tensor is None or tensor.grad_fn is None:
+        with torch.enable_grad():
+            tensor = torch.zeros((), requires_grad=True).clone()
+    return tensor.grad_fn._sequence_nr()  # type: ignore[union-attr]
 
 
 def differentiable_once(tensors: Sequence[Tensor | None]) -> bool:

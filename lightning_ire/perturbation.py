@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
 from lightning_ire.functional import ascent_in_ball, average_sam_displacement, sam_displacement
 
 __all__ = ["GROUP_RADIUS", "SAM", "AdversarialModelPerturbation", "Ascent", "AverageSAM", "Perturbation"]
@@ -26,11 +26,13 @@ class Ascent:
 
     Attributes:
         parameters: The weights, unmoved.
-        gradients: Their gradients, unscaled; ``None`` where there is none. All ``None`` if the class does not use them.
+        gradients: Gradients of what the optimizer minimizes (of minus the loss in a group with `maximize`), unscaled;
+            ``None`` where there is none. All ``None`` if the class does not use them.
         groups: The optimizer's parameter group of each weight.
         generators: One random generator per weight, on its device, the same on every rank and in every micro-batch of
             the accumulation window.
         moves: Displacements at which the gradients were taken; ``None``: at the unmoved weights.
+        names: Their names in the module ("": the optimizer alone has it).
     """
 
     parameters: Sequence[Tensor]
@@ -38,6 +40,7 @@ class Ascent:
     groups: Sequence[Mapping[str, Any]]
     generators: Sequence[torch.Generator]
     moves: Sequence[Tensor | None] | None = None
+    names: Sequence[str] = ()
 
     def radii(self, rho: float) -> list[float]:
         """The radius of each weight: that of its parameter group, or this one.
@@ -115,23 +118,29 @@ class SAM(Perturbation):
     r"""Sharpness-aware minimization: the gradient at theta + rho * g / ||g||, a nearby worst point.
 
     Foret et al. 2021 (arXiv 2010.01412), eq. 7 of the IRE paper (arXiv 2405.20763). `adaptive`: the perturbation
-    rho * T^2 g / ||T g||, T = \|theta\|, of Kwon et al. 2021 (ASAM, arXiv 2102.11600).
+    rho * T^2 g / ||T g||, T = \|theta\| + eta, of Kwon et al. 2021 (ASAM, arXiv 2102.11600, eq. 6, where eta is 0). The
+    authors' script (github.com/SamsungLabs/ASAM) is `SAM(rho, adaptive="weights", eta=0.01)`.
 
     Parameter groups of the optimizer may have radii of their own under the key "sam_rho" (0: not moved); the norm
-    stays that of the whole gradient.
+    stays that of the whole gradient. In groups with `maximize=True` worse means lower: there -g stands in place of g.
+    A complex weight counts as one coordinate, \|theta\| is its modulus.
 
     Args:
         rho: Radius >= 0 in weight units. 0 runs the second pass all the same (for parity tests).
         adaptive: Whether the radius adapts to the size of each weight (useful radii are then about ten times larger).
-        interval: SAM at every `interval`-th optimizer step, plain steps between.
+            "weights": only of parameters with "weight" in their name, T = 1 for the others (biases).
+        interval: SAM at every `interval`-th optimizer step (0, k, 2k, ...), plain steps between. Other packages count
+            from the other end (Composer: k - 1, 2k - 1, ...).
         parameters: Move "all" weights, or only those of normalization layers ("norm": SAM-ON, Mueller et al. 2023,
             arXiv 2306.04226), or only those whose names fit a pattern or one of several (`fnmatch`, as in
             `"*.bias"`). The norm of the gradient is taken over the same weights.
         sync: With several devices, whether the ascent gradient is averaged over them. Default: each device perturbs
             with its own (m-sharpness), which also saves one synchronization.
+        eta: Added to \|theta\| where the radius adapts, >= 0: near 0 a weight then moves all the same.
 
     Raises:
-        ConfigurationError: If an argument is out of range; at fit start, if `parameters` chooses none.
+        ConfigurationError: If an argument is out of range, or `eta` is given without `adaptive`; at fit start, if
+            `parameters` chooses none.
 
     Cost: one more forward and backward pass at each perturbed step, and one copy of the weights inside the step.
     """
@@ -139,20 +148,38 @@ class SAM(Perturbation):
     def __init__(
         self,
         rho: float = 0.05,
-        adaptive: bool = False,
+        adaptive: bool | Literal["weights"] = False,
         interval: int = 1,
         parameters: str | Sequence[str] = "all",
         sync: bool = False,
+        eta: float = 0.0,
     ) -> None:
         self.rho = check_number("rho", rho)
-        self.adaptive = bool(adaptive)
+        self.adaptive = check_switch("adaptive", adaptive, "weights")
+        self.eta = check_number("eta", eta)
+        if self.eta and not self.adaptive:
+            raise ConfigurationError(
+                f"Expected `adaptive` to be true or 'weights' for `eta={eta}`, which is added to the size of weights, "
+                "got False: set `adaptive`, or leave `eta` out."
+            )
         self.interval = check_whole("interval", interval, low=1)
         self.parameters = _checked_patterns(parameters)
         self.sync = bool(sync)
 
     def displacement(self, ascent: Ascent) -> tuple[Sequence[Tensor | None], Tensor | None]:
         """See the base class."""
-        return sam_displacement(ascent.parameters, ascent.gradients, ascent.radii(self.rho), adaptive=self.adaptive)
+        adaptive = [self.adapts(name) for name in ascent.names] if self.adaptive == "weights" else self.adaptive
+        return sam_displacement(
+            ascent.parameters, ascent.gradients, ascent.radii(self.rho), adaptive=adaptive, eta=self.eta
+        )
+
+    def adapts(self, name: str) -> bool:
+        """Whether the radius of a weight adapts to its size.
+
+        Args:
+            name: Its name in the module.
+        """
+        return "weight" in name if self.adaptive == "weights" else self.adaptive
 
     def selects(self, module: nn.Module) -> set[str] | None:
         """See the base class. A normalization layer has "norm" in the name of its class, and no layers inside."""
@@ -176,10 +203,11 @@ class SAM(Perturbation):
 
     def __repr__(self) -> str:
         changed = [f"rho={self.rho:g}"]
-        changed += ["adaptive=True"] if self.adaptive else []
+        changed += [f"adaptive={self.adaptive!r}"] if self.adaptive else []
         changed += [f"interval={self.interval}"] if self.interval != 1 else []
         changed += [f"parameters={self.parameters!r}"] if self.parameters != "all" else []
         changed += ["sync=True"] if self.sync else []
+        changed += [f"eta={self.eta:g}"] if self.eta else []
         return f"SAM({', '.join(changed)})"
 
 

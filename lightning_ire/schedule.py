@@ -26,7 +26,7 @@ class Start:
     loss: float | None = None
 
     def __post_init__(self) -> None:
-        given = [f"`start_{name}`" for name in ("step", "epoch", "loss") if getattr(self, name) is not None]
+        given = [f"`start_{name}`" for name in vars(self) if getattr(self, name) is not None]
         if len(given) > 1:
             raise ConfigurationError(f"Expected at most one of the start_* arguments, got {' and '.join(given)}.")
         if isinstance(self.step, float) and self.step.is_integer():
@@ -50,34 +50,45 @@ class Start:
         """Whether IRE is on from the first step."""
         return self.step is None and self.epoch is None and self.loss is None
 
-    def first_step(self, total_steps: float | None) -> int | None:
-        """The optimizer step at which IRE starts, as far as it is known beforehand.
+    @property
+    def setting(self) -> str:
+        """What was set, as `start_epoch=60`."""
+        return ", ".join(f"start_{name}={value!r}" for name, value in vars(self).items() if value is not None)
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether IRE starts after a fraction of the run."""
+        return isinstance(self.step, float)
+
+    def first_step(self, length: int | None) -> int | None:
+        """The moment at which IRE starts, as far as it is known beforehand.
 
         Args:
-            total_steps: Optimizer steps in the run, possibly infinite; ``None``: unknown.
+            length: Optimizer steps in the whole run, or batches where those are counted; ``None``: unknown.
 
         Returns:
-            The step, or ``None`` for a start by epoch or loss.
+            The zero-based step (or batch, for a fraction), or ``None`` for a start by epoch or loss.
 
         Raises:
-            ConfigurationError: For a fraction of a run whose length is infinite or unknown.
+            ConfigurationError: For a fraction of a run whose length is unknown.
         """
         if self.immediate:
             return 0
-        if not isinstance(self.step, float):
+        if not isinstance(self.step, float):  # as `is_fraction` says, but known to a type checker
             return self.step
-        if total_steps is None or math.isinf(total_steps):
+        if length is None:
             raise ConfigurationError(
-                f"Expected a run of known length for `start_step={self.step}` (a fraction of it), got one without end: "
-                "set `trainer.max_steps` or `trainer.max_epochs`, or give `start_step` in steps."
+                f"Expected a run of known length for `start_step={self.step}` (a fraction of it), got one without end, "
+                "or with a loader that has no length or is reloaded, or in manual optimization with `max_steps`: give "
+                "`start_step` in steps, or let `trainer.max_steps` alone end the run (`trainer.max_epochs` -1)."
             )
-        return int(self.step * total_steps)
+        return int(self.step * length)
 
     def reached(self, step: int, epoch: int, first_step: int | None) -> bool:
         """Whether IRE is to be on at this step (a start by loss is decided at the end of an epoch instead).
 
         Args:
-            step: Zero-based optimizer step.
+            step: Zero-based optimizer step, or batch, as :meth:`first_step`.
             epoch: Zero-based epoch.
             first_step: What :meth:`first_step` said.
         """
@@ -85,7 +96,7 @@ class Start:
             return epoch >= self.epoch
         return first_step is not None and step >= first_step
 
-    def never(self, total_steps: float | None, max_epochs: int | None, first_step: int | None) -> bool:
+    def never(self, total_steps: int | None, max_epochs: int | None, first_step: int | None) -> bool:
         """Whether the run is certain to end before the start.
 
         Args:

@@ -118,7 +118,8 @@ METHODS: list[Method] = [
         "∇L(θ + ρ T²g/‖Tg‖), T = \\|θ\\|",
         *passes("1", "1"),
         "ASAM: Kwon et al., [2102.11600](https://arxiv.org/abs/2102.11600)",
-        "weights of very different sizes",
+        "weights of very different sizes; the authors' script is `adaptive='weights', eta=0.01`: T = \\|θ\\| + η for "
+        "names with weight, 1 for the rest",
     ),
     Method(
         lambda: SAM(rho=0.05, parameters="norm"),

@@ -24,7 +24,8 @@ class Recipe:
     interval: int = 10
     start: int = 0
     rho: float | None = None
-    adaptive: bool = False
+    adaptive: bool | str = False
+    eta: float = 0.0
     average: bool = False
     sam_interval: int = 1
     norm_only: bool = False
@@ -77,11 +78,11 @@ def train(
             ascent = [torch.zeros_like(weight) for weight in weights]
             for _ in range(recipe.ball[2]):
                 _copy(module.buffers(), buffers)
-                ascent = _climb_in_ball(recipe.ball, ascent, gradient)
+                ascent = _climb_in_ball(recipe.ball, ascent, _of_minimized(weights, optimizer, gradient))
                 gradient = _gradient_at(module, weights, base, ascent, window)
         elif perturbs and not recipe.average:
             _copy(module.buffers(), buffers)
-            ascent = _ascent(recipe, module, optimizer, gradient)
+            ascent = _ascent(recipe, module, optimizer, _of_minimized(weights, optimizer, gradient))
             gradient = _gradient_at(module, weights, base, ascent, window)
         _copy(module.buffers(), after_forward)
 
@@ -118,6 +119,11 @@ def _gradient_at(
     return gradient
 
 
+def _of_minimized(weights: list[Tensor], optimizer: torch.optim.Optimizer, gradient: list[Tensor]) -> list[Tensor]:
+    signs = {id(p): -1.0 if group.get("maximize") else 1.0 for group in optimizer.param_groups for p in group["params"]}
+    return [signs[id(w)] * g for w, g in zip(weights, gradient, strict=True)]
+
+
 def _climb_in_ball(ball: tuple[float, float, int, str], ascent: list[Tensor], gradient: list[Tensor]) -> list[Tensor]:
     zeta, epsilon, _, scope = ball
     longer = [move + zeta * g for move, g in zip(ascent, gradient, strict=True)]
@@ -140,7 +146,8 @@ def _ascent(
     }
     names = [name for name, _ in module.named_parameters()]
     chosen = [(not recipe.norm_only or name in norms) and fnmatchcase(name, recipe.only) for name in names]
-    size = [w.detach().abs() if recipe.adaptive else torch.ones_like(w) for w in weights]
+    adapts = ["weight" in name if recipe.adaptive == "weights" else recipe.adaptive for name in names]
+    size = [w.detach().abs() + recipe.eta if a else torch.ones_like(w) for w, a in zip(weights, adapts, strict=True)]
     norm = sum(float((t * g).square().sum()) for t, g, c in zip(size, gradient, chosen, strict=True) if c) ** 0.5
     return [
         rho[id(w)] * t * t * g / norm if c else torch.zeros_like(g)

@@ -17,7 +17,18 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from lightning_ire import IRE, SAM, Ascent, AverageSAM, ConfigurationError, EmpiricalFisher, Perturbation, tags
+from lightning_ire import (
+    IRE,
+    SAM,
+    AdversarialModelPerturbation,
+    Ascent,
+    AverageSAM,
+    ConfigurationError,
+    EmpiricalFisher,
+    Perturbation,
+    RandomMask,
+    tags,
+)
 from lightning_ire._checks import check_number
 from lightning_ire.callbacks._masks import FlatMasks
 from lightning_ire.callbacks._progress import Progress
@@ -118,7 +129,7 @@ def test_nothing_but_weight_decay_needs_a_decay() -> None:
 
 
 def test_fraction_of_a_run_without_end_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"known length for `start_step=0.5`.*set `trainer.max_steps`"):
+    with pytest.raises(ConfigurationError, match=r"known length for `start_step=0.5`.*let `trainer.max_steps` alone"):
         cases.fit(Classifier(), [IRE(start_step=0.5)], max_epochs=-1, max_time={"seconds": 5})
 
 
@@ -131,6 +142,118 @@ def test_a_cached_graph_is_explained() -> None:
 
     with pytest.raises(ConfigurationError, match=r"Expected `Caches\.training_step` to make its graph anew.*detach"):
         cases.fit(Caches(), [IRE(kappa=0, perturbation=SAM(0.1))])
+
+
+@pytest.mark.parametrize("start", [{"start_step": 6}, {"start_epoch": 1}, {"start_loss": 0.5}])
+def test_a_start_of_nothing_is_warned_about(start: dict[str, Any]) -> None:
+    ((key, value),) = start.items()
+    module = Classifier()
+    message = rf"`{key}={value}` has no effect with `kappa` = 0: .*SAM\(rho=0.1\) works from the first step"
+    with pytest.warns(UserWarning, match=message):
+        cases.fit(module, [IRE(kappa=0.0, perturbation=SAM(0.1), **start)], max_epochs=1)
+    assert module.calls == 16  # it does
+
+
+def test_a_start_of_a_baseline_is_not() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no effect.*")
+        cases.fit(Classifier(), [IRE(kappa=0.0, start_epoch=1)])
+        cases.fit(Classifier(), [IRE(kappa=0.0, perturbation=SAM(0.1))])
+        cases.fit(Classifier(), [IRE(kappa=0.0, start_epoch=1, perturbation=SAM(0.1), dry_run=True)])
+
+
+# Complex parameters
+
+
+class Complex(nn.Module):
+    """A layer with complex weights, or the same as pairs of real numbers."""
+
+    def __init__(self, pairs: bool) -> None:
+        super().__init__()
+        weight = torch.randn(cases.FEATURES, 5, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(torch.view_as_real(weight).clone() if pairs else weight)
+        self.head = nn.Linear(5, cases.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight if self.weight.is_complex() else torch.view_as_complex(self.weight)
+        return self.head((x.to(torch.complex64) @ weight).abs())
+
+
+@pytest.mark.parametrize("curvature", [None, EmpiricalFisher(), RandomMask()])
+def test_masks_of_complex_parameters_are_refused_by_name(curvature: Any) -> None:
+    message = r"Expected real parameters .*, got the complex `net\.weight` of Classifier: .*set `kappa` to 0\."
+    for settings in ({"start_epoch": 1}, {"kappa": 0.0, "dry_run": True}):
+        module = Classifier(Complex(pairs=False))
+        with pytest.raises(ConfigurationError, match=message):
+            cases.fit(module, [IRE(**settings, curvature=curvature)])
+        assert module.calls == 0
+    module.net.weight.requires_grad_(False)
+    cases.fit(module, [IRE(curvature=curvature)])
+
+
+@pytest.mark.parametrize(
+    "perturbation", [SAM(0.3), SAM(0.3, sync=True), AdversarialModelPerturbation(0.3, zeta=0.3, ascents=2)], ids=repr
+)
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_sam_takes_complex_parameters_as_pairs_of_real_ones(perturbation: Perturbation, optimizer: Any) -> None:
+    torch.manual_seed(0)
+    start = Classifier(Complex(pairs=False), lambda m: optimizer(m.parameters(), lr=0.05))
+    pairs = Classifier(Complex(pairs=True), start.make_optimizer)
+    pairs.net.head.load_state_dict(start.net.head.state_dict())
+    plain = cases.clone(start)
+    cases.fit(plain)
+    for module in (start, pairs):
+        cases.fit(module, [IRE(kappa=0.0, perturbation=perturbation)])
+    torch.testing.assert_close(torch.view_as_real(start.net.weight), pairs.net.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(start.net.head.weight, pairs.net.head.weight, rtol=1e-5, atol=1e-6)
+    assert cases.moved(start, plain) > 1e-3
+
+
+# Maximized losses
+
+
+class Negative(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return -super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("by", ["group", "optimizer"])
+@pytest.mark.parametrize(
+    "perturbation",
+    [
+        SAM(0.5),
+        SAM(0.5, adaptive=True, sync=True),
+        AdversarialModelPerturbation(0.5, zeta=0.3, ascents=3),
+        AdversarialModelPerturbation(0.5, scope="global", sync=True),
+        AverageSAM(0.5),
+    ],
+    ids=repr,
+)
+def test_maximizing_a_loss_is_minimizing_minus_it(perturbation: Perturbation, by: str) -> None:
+    class Maximizes(torch.optim.SGD):
+        """Knows it by itself, as the optimizers of pytorch_optimizer do."""
+
+        def __init__(self, parameters: Any, maximize: bool, **kwargs: Any) -> None:
+            super().__init__(parameters, **kwargs)
+            self.maximize = maximize
+
+        def step(self, closure: Any = None) -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = -parameter.grad if self.maximize else parameter.grad
+            super().step()
+            return loss
+
+    kind = torch.optim.SGD if by == "group" else Maximizes
+    ends = []
+    for module in (Classifier, Negative):
+        maximize = module is Negative
+        torch.manual_seed(0)
+        ends.append(module(Net(), lambda m, maximize=maximize: kind(m.parameters(), lr=0.1, maximize=maximize)))
+        cases.fit(ends[-1], [IRE(kappa=2.0, curvature=EmpiricalFisher(), perturbation=perturbation)])
+    cases.assert_same_bits(*ends)
 
 
 # Timing

@@ -16,15 +16,17 @@ ALLOWED = {
     "tags": set(),
     "_torch": set(),
     "_lightning": {"_checks", "_torch"},
+    "_run_length": set(),
     "functional": {"functional"},
     "schedule": {"_checks"},
     "perturbation": {"_checks", "functional"},
     "curvature": {"_checks", "functional", "curvature"},
     "callbacks": {
-        *("_checks", "_lightning", "_torch", "tags", "functional", "schedule", "perturbation", "curvature", "callbacks"),
+        *("_checks", "_lightning", "_torch", "_run_length", "tags", "functional", "schedule", "perturbation"),
+        *("curvature", "callbacks"),
     },
     "_cli_messages": {"_checks"},
-    "models": {"_checks", "models"},
+    "models": {"_checks", "_run_length", "models"},
     "data": {"_checks", "_lightning", "data"},
     "sweeps": {"_checks", "sweeps"},
 }
@@ -38,6 +40,7 @@ THIRD_PARTY = {
     "curvature": {"torch"},
     "_torch": {"torch"},
     "_lightning": {"torch", "lightning"},
+    "_run_length": {"lightning"},
     "callbacks": {"torch", "lightning", "torchmetrics", "lightning_utilities", "tqdm", "matplotlib"},
     "data": {
         *("torch", "lightning", "numpy", "tqdm", "filelock", "torchvision", "PIL", "sklearn"),

@@ -56,6 +56,13 @@ OPTIMIZERS = {
         ],
         lr=0.1,
     ),
+    "sgd-mixed": lambda module: torch.optim.SGD(
+        [
+            {"params": list(module.parameters())[:2]},
+            {"params": list(module.parameters())[2:], "lr": 0.01, "maximize": True},
+        ],
+        lr=0.1,
+    ),
     "rmsprop": one_group(torch.optim.RMSprop, lr=0.003),
 }
 
@@ -127,6 +134,20 @@ ROWS |= {
     ),
     "asam-ire": Case(
         {**BOOST, "perturbation": SAM(0.5, adaptive=True)}, {**BOOST, "rho": 0.5, "adaptive": True}, optimizer="adam"
+    ),
+    "asam-weights": Case(
+        {"kappa": 0.0, "perturbation": SAM(0.5, adaptive="weights", eta=0.01)},
+        {"rho": 0.5, "adaptive": "weights", "eta": 0.01}, batch_norm=True,
+    ),
+    "asam-eta": Case(
+        {**BOOST, "perturbation": SAM(0.5, adaptive=True, eta=0.3)}, {**BOOST, "rho": 0.5, "adaptive": True, "eta": 0.3}
+    ),
+    "asam-mixed": Case(
+        {"kappa": 0.0, "perturbation": SAM(0.5, adaptive=True)}, {"rho": 0.5, "adaptive": True}, optimizer="sgd-mixed"
+    ),
+    "amp-mixed": Case(
+        {"kappa": 0.0, "perturbation": AdversarialModelPerturbation(0.2, zeta=0.5, ascents=3, scope="global")},
+        {"ball": (0.5, 0.2, 3, "global")}, optimizer="sgd-mixed",
     ),
     "sam-on": Case(
         {"kappa": 0.0, "perturbation": SAM(0.1, parameters="norm")}, {"rho": 0.1, "norm_only": True}, batch_norm=True

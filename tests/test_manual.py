@@ -1,5 +1,7 @@
 """Modules in manual optimization: IRE around each step they make, SAM where they give a closure."""
 
+import logging
+import re
 import warnings
 from typing import Any
 
@@ -98,6 +100,139 @@ def test_parity_at_kappa_0_with_a_forced_second_pass(closure: bool, precision: s
 def test_sam_without_a_closure_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(ConfigurationError, match=r"Expected `optimizer.step\(closure\)` for SAM\(rho=0.1\).*moved wei"):
         cases.fit(Manual(), [IRE(kappa=0, perturbation=SAM(0.1))])
+
+
+class Halfway(Manual):
+    """A closure that leaves out part of the gradient's computation."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(Net() if what != "one-layer" else nn.Linear(cases.FEATURES, cases.CLASSES))
+        self.what = what
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        part = self.net[0](batch[0]) if self.what == "part" else None
+        loss = None if self.what == "part" else self.loss(batch)
+        if self.what in ("no-backward", "forward-only"):
+            self.manual_backward(loss)
+
+        def closure() -> Any:
+            if self.what == "forward-only":
+                return self.loss(batch)
+            if self.what == "part":
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self.net[2](self.net[1](part)), batch[1]))
+            if self.what in ("loss", "one-layer"):
+                optimizer.zero_grad()
+                self.manual_backward(loss, retain_graph=self.what == "one-layer")
+            if self.what == "raw-backward":
+                optimizer.zero_grad()
+                loss.backward(retain_graph=True)
+            return loss
+
+        optimizer.step(closure)
+
+
+NO_GRADIENT = "a closure that makes no gradient"
+EARLIER = "a closure that goes backward through a forward pass made before it"
+HALVES = {
+    "no-backward": NO_GRADIENT,
+    "forward-only": NO_GRADIENT,
+    "loss": EARLIER,
+    "one-layer": EARLIER,
+    "raw-backward": EARLIER,
+    "part": EARLIER,
+}
+
+
+@pytest.mark.parametrize("perturbation", [SAM(0.5), SAM(0.5, sync=True), AverageSAM(0.5)], ids=repr)
+@pytest.mark.parametrize(("what", "got"), HALVES.items(), ids=HALVES.keys())
+def test_a_closure_that_does_not_do_all_the_work_is_an_error(what: str, got: str, perturbation: Any) -> None:
+    if what == "part" and not perturbation.uses_gradient:
+        pytest.skip("one backward pass through each part: nothing shows where the weights were")
+    module = Halfway(what)
+    start = cases.clone(module)
+    ire = IRE(kappa=0.0, perturbation=perturbation)
+    message = (
+        rf"Expected `optimizer\.step\(closure\)` for {re.escape(repr(perturbation))} .*, got {got}: give Halfway's"
+    )
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        cases.fit(module, [ire])
+    assert "\n" not in str(caught.value)
+    cases.assert_same_bits(module, start)
+    assert ire._progress.step == 0
+    cases.fit(cases.clone(start))  # a plain run has nothing against it
+
+
+def test_a_step_without_a_closure_is_refused_before_anything_is_changed() -> None:
+    module = Manual()
+    start = cases.clone(module)
+    ire = IRE(perturbation=SAM(0.1))
+    trainer = cases.trainer([ire])
+    with pytest.raises(ConfigurationError, match=r"got `optimizer\.step\(\)`: give Manual's step"):
+        trainer.fit(module, cases.loader(cases.data()))
+    cases.assert_same_bits(module, start)
+    assert (trainer.global_step, ire._progress.step, dict(trainer.optimizers[0].state)) == (0, 0, {})
+
+
+def test_a_perturbation_by_hand_says_at_the_start_that_it_needs_a_closure(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        cases.fit(Manual(closure=True), [IRE(kappa=0.0, perturbation=SAM(0.1))])
+    assert "IRE: SAM(rho=0.1) at each `optimizer.step(closure)`; 92 parameters" in caplog.text
+
+
+class Outside(Manual):
+    """zero_grad where it is called outside the closure, or never."""
+
+    zero = "before"
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        if self.zero == "before":
+            optimizer.zero_grad(set_to_none=batch_idx % 2 == 0)
+
+        def closure() -> Tensor:
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+        if self.zero == "after":
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("zero", ["before", "after"])
+def test_gradients_may_be_zeroed_outside_the_closure(zero: str) -> None:
+    inside = Manual(closure=True)
+    outside = Outside(cases.clone(inside).net)
+    outside.zero = zero
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has a part from before.*")
+        for module in (inside, outside):
+            cases.fit(module, [IRE(kappa=0.0, perturbation=SAM(0.1))])
+    cases.assert_same_bits(inside, outside)
+
+
+def test_gradients_that_nobody_zeroes_count_once_and_are_warned_about() -> None:
+    plain = Outside()
+    plain.zero = "never"
+    forced = cases.clone(plain)
+    cases.fit(plain)
+    message = (
+        r"gradient of SGD's step has a part from before the closure, which SAM\(rho=0\) leaves as it is: call zero"
+    )
+    with pytest.warns(UserWarning, match=message):
+        cases.fit(forced, [IRE(kappa=0.0, perturbation=SAM(0.0))])
+    cases.assert_same_bits(plain, forced)
+
+
+def test_a_start_by_loss_needs_one() -> None:
+    with (
+        pytest.warns(UserWarning, match=r"`start_loss` had no loss to look at.*let Manual\.training_step return it"),
+        pytest.warns(UserWarning, match="IRE never switched on"),
+    ):
+        cases.fit(Manual(), [IRE(start_loss=9.0)])
 
 
 class TwoPlayers(pl.LightningModule):

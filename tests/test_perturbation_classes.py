@@ -86,6 +86,7 @@ def test_defaults():
         (SAM(0.05), "SAM(rho=0.05)"),
         (SAM(0), "SAM(rho=0)"),
         (SAM(2.0, adaptive=True, interval=5, parameters="norm", sync=True), None),
+        (SAM(2, adaptive="weights", eta=0.01), "SAM(rho=2, adaptive='weights', eta=0.01)"),
         (SAM(parameters=["*.bias"]), "SAM(rho=0.05, parameters=['*.bias'])"),
         (AverageSAM(0.1), "AverageSAM(rho=0.1)"),
         (AdversarialModelPerturbation(), "AdversarialModelPerturbation(epsilon=0.5, zeta=1)"),
@@ -106,6 +107,41 @@ def test_repr_is_what_to_write(perturbation, text):
 def test_perturbations_can_be_pickled():
     sam = pickle.loads(pickle.dumps(SAM(0.2, adaptive=True, interval=3)))
     assert vars(sam) == vars(SAM(0.2, adaptive=True, interval=3))
+
+
+@pytest.mark.parametrize("adaptive", ["weight", "all", 1, None])
+def test_adaptive_is_true_false_or_weights(adaptive):
+    with pytest.raises(ConfigurationError, match=f"`adaptive` to be true, false or 'weights', got {adaptive!r}"):
+        SAM(adaptive=adaptive)
+
+
+@pytest.mark.parametrize("eta", [-0.1, math.inf, "0.1", True])
+def test_eta_is_a_finite_number_from_zero(eta):
+    with pytest.raises(ConfigurationError, match=f"Expected `eta` to be a number >= 0, got {eta!r}"):
+        SAM(adaptive=True, eta=eta)
+
+
+def test_eta_needs_sizes_to_be_added_to():
+    with pytest.raises(ConfigurationError, match=r"`adaptive` to be true or 'weights' for `eta=0.01`.*set `adaptive`"):
+        SAM(eta=0.01)
+
+
+def test_adaptive_weights_are_those_with_weight_in_their_name():
+    """The loop of the authors' script (github.com/SamsungLabs/ASAM, asam.py), with its eta."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    named = dict(module.named_parameters())
+    gradients = {name: torch.randn_like(p) for name, p in named.items()}
+    scaled = {name: g * (named[name].abs() + 0.01) if "weight" in name else g for name, g in gradients.items()}
+    norm = torch.stack([g.norm() for g in scaled.values()]).norm()
+    sam = SAM(0.5, adaptive="weights", eta=0.01)
+    moves, found = sam.displacement(
+        Ascent(list(named.values()), list(gradients.values()), [{}] * 6, (), names=list(named))
+    )
+    torch.testing.assert_close(found, norm)
+    for name, move in zip(named, moves, strict=True):
+        size = named[name].abs() + 0.01 if "weight" in name else 1.0
+        torch.testing.assert_close(move, 0.5 * size * scaled[name] / norm)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -228,11 +228,11 @@ def test_ratio_and_edge_of_sgd(name: str) -> None:
     assert monitor.last.values[tags.RATIO + tags.CONVERGED] == 1.0
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True, "weights"])
 @pytest.mark.parametrize("kappa", [0.0, 4.0])
-def test_ratio_of_sam_and_ire(adaptive: bool, kappa: float) -> None:
+def test_ratio_of_sam_and_ire(adaptive: bool | str, kappa: float) -> None:
     module = Exact(optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.9))
-    ire = IRE(kappa, gamma=0.6, interval=2, perturbation=SAM(0.2, adaptive=adaptive))
+    ire = IRE(kappa, gamma=0.6, interval=2, perturbation=SAM(0.2, adaptive=adaptive, eta=0.1 if adaptive else 0.0))
     monitor = SharpnessMonitor(quantities=["stability"], **EXACT)
     logger = Rows()
     trained(module, monitor, ire, logger=logger)
@@ -241,7 +241,8 @@ def test_ratio_of_sam_and_ire(adaptive: bool, kappa: float) -> None:
     if kappa:
         masks = {id(p): ire._progress.masks.masks[name] for name, p in module.named_parameters()}
     sizes = sized(module, lambda p: torch.as_tensor(0.3 * (1 + kappa * masks[id(p)])).double())
-    scale = flat(module).abs() if adaptive else torch.ones_like(sizes)
+    adapting = {id(p) for name, p in module.named_parameters() if adaptive is True or (adaptive and "weight" in name)}
+    scale = sized(module, lambda p: p.detach().abs() + 0.1 if id(p) in adapting else torch.ones_like(p))
     norm = [row[tags.GRAD_NORM] for _, row in logger.rows if tags.GRAD_NORM in row][-1]
     assert ire.ascent_norm == pytest.approx(norm)
     matrix = effective(module, batches, sizes, 0.2 / norm, scale, 0.0)

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import Patches, unsynchronized
+from lightning_ire._torch import gradient_marks, graph_number
 from lightning_ire.callbacks._module_state import ModuleState
 from lightning_ire.callbacks._no_trace import Replay, no_trace_on_the_graph
 from lightning_ire.callbacks._progress import Progress
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ManualSession"]
 
+_EARLIER = "a closure that goes backward through a forward pass made before it"
+_SIGNS_OF_AN_EARLIER_GRAPH = ("backward through the graph a second time", "modified by an inplace operation")
+
 
 class ManualStepper(Stepper):
     """An optimizer that the module steps by itself."""
@@ -40,6 +44,15 @@ class ManualStepper(Stepper):
     window: AccumulationWindow | None = None
     inside = False
     warned = False
+    zeroed = False
+    warned_of_gradients = False
+
+    @property
+    def moment(self) -> int:
+        """Steps of this optimizer; for a fraction of the run, whose steps nobody knows beforehand, batches."""
+        if not self.settings.start.is_fraction:
+            return self.progress.step
+        return self.trainer.current_epoch * int(self.trainer.num_training_batches) + self.trainer.fit_loop.batch_idx
 
     def parameters(self) -> list[nn.Parameter]:
         """All of the optimizer's: which of them are frozen may change between two backward passes (`toggle_model`)."""
@@ -88,6 +101,9 @@ class ManualSession:
         self._moved = ExitStack()
         self._armed = False
         self._extra_pass = False
+        self._perturbed: AccumulationWindow | None = None  # while its closure runs
+        self._closure_began = 0
+        self._back_propagated = False
 
     def release(self) -> None:
         """Put everything back."""
@@ -161,6 +177,9 @@ class ManualSession:
 
     def _around_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._perturbed is not None and graph_number(loss) < self._closure_began:
+                raise self._incomplete(self._perturbed, _EARLIER)
+            self._back_propagated = True
             if not self._extra_pass and self._call is not None:
                 self._add_to_estimates(loss)
             return original(loss, *args, **kwargs)
@@ -182,6 +201,7 @@ class ManualSession:
 
     def _around_zero_grad(self, stepper: ManualStepper, original: Callable[..., Any]) -> Callable[..., Any]:
         def zero_grad(*args: Any, **kwargs: Any) -> Any:
+            stepper.zeroed = True
             window = stepper.window
             if window is not None and window.estimate is not None and not self._extra_pass:
                 window.micro_batches.clear()
@@ -199,11 +219,7 @@ class ManualSession:
             window = stepper.window
             assert window is not None
             if window.perturbation is not None and closure is None:
-                raise ConfigurationError(
-                    f"Expected `optimizer.step(closure)` for {window.perturbation!r} in manual optimization, got "
-                    f"`optimizer.step()`: give {type(self.module).__name__}'s step a closure that computes the whole "
-                    "gradient (zero_grad, forward, manual_backward), so that it can be taken again at moved weights."
-                )
+                raise self._incomplete(window, "`optimizer.step()`")
             stepper.inside = True
             try:
                 return original(lambda: self._whole_closure(stepper, window, closure), **kwargs)
@@ -233,16 +249,57 @@ class ManualSession:
                     around.enter_context(window.moved())
                 around.enter_context(nullcontext() if window.synchronized else unsynchronized(self.trainer.strategy))
                 around.enter_context(window.training_pass())
-                result = closure()
+                result = self._checked(stepper, window, closure)
         if window.estimate is not None:
             stepper.refresh(window)
         if state is not None and closure is not None:
-            copies = stepper.climb(window, self._moved, partial(self._second_pass, window, closure, state))
+            copies = stepper.climb(window, self._moved, partial(self._second_pass, stepper, window, closure, state))
         stepper.save_old(copies)
+        return result
+
+    def _incomplete(self, window: AccumulationWindow, got: str) -> ConfigurationError:
+        return ConfigurationError(
+            f"Expected `optimizer.step(closure)` for {window.perturbation!r} in manual optimization, got {got}: give "
+            f"{type(self.module).__name__}'s step a closure that computes the whole gradient (zero_grad, forward, "
+            "manual_backward), so that it can be taken again at moved weights."
+        )
+
+    def _checked(self, stepper: ManualStepper, window: AccumulationWindow, closure: Callable[[], Any]) -> Any:
+        """The module's closure; for a perturbation, which moves the weights around it, it has to do all the work."""
+        if window.perturbation is None:
+            return closure()
+        marks = gradient_marks(window.parameters)
+        self._perturbed, self._closure_began, self._back_propagated = window, graph_number(), False
+        stepper.zeroed = False
+        try:
+            result = closure()
+        except RuntimeError as error:
+            weights_moved = self._extra_pass or not window.unmoved
+            if weights_moved and any(sign in str(error) for sign in _SIGNS_OF_AN_EARLIER_GRAPH):
+                raise self._incomplete(window, _EARLIER) from error
+            raise
+        finally:
+            self._perturbed = None
+        now = gradient_marks(window.parameters)
+        if not self._back_propagated and all(
+            a is b and old == new for (a, old), (b, new) in zip(marks, now, strict=True)
+        ):
+            raise self._incomplete(window, "a closure that makes no gradient")
+        if not self._extra_pass and not stepper.zeroed and not stepper.warned_of_gradients:
+            stepper.warned_of_gradients = any(
+                grad is not None and grad is same and window.had_gradient(parameter)
+                for parameter, (grad, _), (same, _) in zip(window.parameters, marks, now, strict=True)
+            )
+            if stepper.warned_of_gradients:
+                rank_zero_warn(
+                    f"The gradient of {type(stepper.optimizer).__name__}'s step has a part from before the closure, "
+                    f"which {window.perturbation!r} leaves as it is: call zero_grad and accumulate in the closure."
+                )
         return result
 
     def _second_pass(
         self,
+        stepper: ManualStepper,
         window: AccumulationWindow,
         closure: Callable[[], Any],
         state: tuple[ModuleState, Replay],
@@ -255,7 +312,7 @@ class ManualSession:
             with torch.enable_grad(), window.no_trace(), window.fresh_gradients(final), around:
                 for part in state:
                     part.restore()
-                loss = closure()
+                loss = self._checked(stepper, window, closure)
         finally:
             self._extra_pass = False
         return loss.detach() if isinstance(loss, Tensor) else None

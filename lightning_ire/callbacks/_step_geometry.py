@@ -23,7 +23,7 @@ from lightning_ire.functional import (
     split_like,
     stability_edge,
 )
-from lightning_ire.perturbation import GROUP_RADIUS
+from lightning_ire.perturbation import GROUP_RADIUS, SAM
 
 __all__ = ["StepGeometry", "UnknownStep", "find_ire"]
 
@@ -187,11 +187,13 @@ def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -
     if any(GROUP_RADIUS in group for optimizer in optimizers for group in optimizer.param_groups):
         raise UnknownStep("parameter groups have radii of their own")
     chosen = perturbation.selects(module)
-    adaptive = getattr(perturbation, "adaptive", False)
+    sam = perturbation if isinstance(perturbation, SAM) and perturbation.adaptive else None
     moves = {name for name, _ in module.named_parameters()} if chosen is None else chosen
+    adaptive = [sam is not None and sam.adapts(name) for name in landscape.names]
+    eta = 0.0 if sam is None else sam.eta
     scales = [
-        (p.detach().abs() if adaptive else torch.ones_like(p)) if name in moves else torch.zeros_like(p)
-        for name, p in zip(landscape.names, landscape.parameters, strict=True)
+        (p.detach().abs() + eta if adapts else torch.ones_like(p)) if name in moves else torch.zeros_like(p)
+        for name, p, adapts in zip(landscape.names, landscape.parameters, adaptive, strict=True)
     ]
     norm = ire.ascent_norm if ire is not None else None
     if norm is None:
@@ -199,11 +201,11 @@ def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -
         moved = [i for i, scale in enumerate(scales) if bool(scale.any())]
         weights = [landscape.parameters[i] for i in moved]
         ascents = [gradients[i] for i in moved]
-        norm = float(sam_displacement(weights, ascents, 1.0, adaptive=adaptive)[1])
+        norm = float(sam_displacement(weights, ascents, 1.0, adaptive=[adaptive[i] for i in moved], eta=eta)[1])
     ascent = perturbation.effective_radius(norm) or 0.0
     # a zero gradient gives a zero displacement; with `sync=False` each device has a norm of its own
     ascent = landscape.average(ascent if math.isfinite(ascent) else 0.0)
     if ascent == 0:
         return 0.0, None
-    plain = chosen is None and not adaptive
+    plain = chosen is None and not any(adaptive)
     return ascent, None if plain else flatten_like(scales, landscape.parameters)

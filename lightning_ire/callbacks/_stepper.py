@@ -87,9 +87,14 @@ class Stepper:
         """
         settings, progress = self.settings, self.progress
         pending = settings.kappa > 0 and progress.started_at is None
-        if pending and settings.start.reached(progress.step, self.trainer.current_epoch, self.first_step):
+        if pending and settings.start.reached(self.moment, self.trainer.current_epoch, self.first_step):
             progress.started_at = progress.step
         return progress.started_at is not None or settings.perturbation is not None
+
+    @property
+    def moment(self) -> int:
+        """How far the run has come, in what the start counts."""
+        return self.progress.step
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that an estimate is made for."""

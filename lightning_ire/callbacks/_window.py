@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -118,6 +118,15 @@ class AccumulationWindow:
         """Remember the gradients that are there before the window's first backward pass, usually none."""
         self._gradients_before = {id(p): p.grad.clone() for p in self.parameters if p.grad is not None}
 
+    def had_gradient(self, parameter: nn.Parameter) -> bool:
+        """Whether there was a gradient other than zero before the window's first backward pass.
+
+        Args:
+            parameter: One of its parameters.
+        """
+        before = self._gradients_before.get(id(parameter))
+        return before is not None and bool(before.any())
+
     @property
     def back_propagated(self) -> list[MicroBatch]:
         """The micro-batches whose gradients are in `.grad`."""
@@ -170,19 +179,32 @@ class AccumulationWindow:
         assert self.perturbation is not None
         movable = self.movable
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        groups_of = [groups.get(id(weight), {}) for weight in movable]
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         seed = mixed_seed(self._seed, "noise")
         generators = {
             device: torch.Generator(device).manual_seed(seed) for device in {weight.device for weight in movable}
         }
         ascent = Ascent(
             parameters=movable,
-            gradients=self._unscaled(gradients or [None] * len(movable)),
-            groups=[groups.get(id(weight), {}) for weight in movable],
+            gradients=self._minimized(self._unscaled(gradients or [None] * len(movable)), groups_of),
+            groups=groups_of,
             generators=[generators[weight.device] for weight in movable],
             moves=moves,
+            names=[names.get(id(weight), "") for weight in movable],
         )
         moves, norm = self.perturbation.displacement(ascent)
         return movable, moves, norm
+
+    def _minimized(
+        self, gradients: Sequence[Tensor | None], groups: Sequence[Mapping[str, Any]]
+    ) -> list[Tensor | None]:
+        """Gradients of what the optimizer minimizes: of minus the loss for weights that it maximizes the loss over."""
+        always = getattr(self.optimizer, "maximize", False)  # for the whole optimizer, as in pytorch_optimizer
+        return [
+            -g if g is not None and (always or group.get("maximize")) else g
+            for g, group in zip(gradients, groups, strict=True)
+        ]
 
     def _unscaled(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients without the factor of fp16's GradScaler, in at least float32 then."""

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
 from lightning_ire._lightning import check_supported, loss_of
+from lightning_ire._run_length import batches_of_run, steps_of_run
 from lightning_ire.callbacks._boost import check_decoupled_decay, check_groups, learning_rates
 from lightning_ire.callbacks._dry_run import flat_table, show_mask
 from lightning_ire.callbacks._manual import ManualSession
@@ -49,7 +49,8 @@ class IRE(Callback):
     a step counter.
 
     Known limits: extra passes cannot hide Python attributes that `training_step` sets, direct calls of a logger, and
-    in-place changes of the batch. Single device and DDP; sharded strategies and LBFGS are refused at fit start.
+    in-place changes of the batch. Single device and DDP; sharded strategies, LBFGS and (with a boost) complex
+    parameters are refused at fit start.
 
     A module in manual optimization: the boost works around each step of what `self.optimizers()` returns, with masks
     and counts of its own for each optimizer; a perturbation needs `optimizer.step(closure)` and calls the closure
@@ -60,10 +61,12 @@ class IRE(Callback):
     the rows of the training metrics (`Trainer(log_every_n_steps=...)`).
 
     Args:
-        kappa: Strength >= 0; 0 switches the boost and its estimates off.
+        kappa: Strength >= 0; 0 switches the boost and its estimates off, and with them all arguments but
+            `perturbation` (a `start_*` is warned about).
         gamma: Fraction of the coordinates called flat, in (0, 1]; 1: all of them (a larger learning rate).
         interval: K: optimizer steps between two masks.
-        start_step: Zero-based optimizer step at which IRE switches on; strictly between 0 and 1: fraction of the run.
+        start_step: Zero-based optimizer step at which IRE switches on; strictly between 0 and 1: fraction of the whole
+            run, by its optimizer steps (in manual optimization by its batches), refused where nobody knows how many.
         start_epoch: Zero-based epoch at which IRE switches on.
         start_loss: IRE switches on after the first epoch whose mean training loss (unperturbed, averaged over
             devices) is at or below this. At most one start_* argument; none: on from the first step.
@@ -118,7 +121,7 @@ class IRE(Callback):
         self.perturbation = _instance("perturbation", perturbation, Perturbation, "SAM(rho=0.05)")
         self.scope = check_choice("scope", scope, ("global", "tensor"))
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
-        self.scale_weight_decay = scale_weight_decay if scale_weight_decay == "only" else bool(scale_weight_decay)
+        self.scale_weight_decay = check_switch("scale_weight_decay", scale_weight_decay, "only")
         self.exclude_zero_curvature = bool(exclude_zero_curvature)
         self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr"))
         self.beta = check_number("beta", beta, high=1.0, high_open=True)
@@ -239,6 +242,13 @@ class IRE(Callback):
                 check_decoupled_decay(optimizer, self.scale_weight_decay)
         for optimizer in trainer.optimizers:
             check_groups(optimizer, with_lrs=self.kappa > 0 and self.kappa_schedule == "lr")
+            if self.kappa or self.dry_run:
+                _refuse_complex(pl_module, optimizer)
+        if not self.kappa and not self.start.immediate and not self.dry_run:
+            rank_zero_warn(
+                f"`{self.start.setting}` has no effect with `kappa` = 0: it says when the boost starts, while "
+                f"{self.perturbation!r} works from the first step of the run."
+            )
         names = [name for name, _ in pl_module.named_parameters(remove_duplicate=False)]
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
@@ -254,9 +264,11 @@ class IRE(Callback):
         if self.dry_run:
             show_mask(self, self._progress.step, trainer, pl_module)
             return
-        total = _total_steps(trainer)
-        first_step = self.start.first_step(total) if self.kappa else None
-        session = AutomaticSession if pl_module.automatic_optimization else ManualSession
+        automatic = pl_module.automatic_optimization
+        total = steps_of_run(trainer) if automatic else None  # by hand nobody knows who steps how often
+        pending = self.kappa > 0 and any(progress.started_at is None for progress in self._progresses)
+        first_step = self.start.first_step(total if automatic else batches_of_run(trainer)) if pending else None
+        session = AutomaticSession if automatic else ManualSession
         self._session = session(self, self._progresses, trainer, pl_module, first_step)
         rank_zero_info(self._summary(trainer, total))
         if not self.kappa or self.started_at is not None:
@@ -264,7 +276,7 @@ class IRE(Callback):
         if self.start.never(total, trainer.max_epochs, first_step):
             rank_zero_warn(
                 f"IRE starts at {self.start}, but the run ends before that (max_epochs={trainer.max_epochs}, steps="
-                f"{'unknown' if total is None else int(total)}): lower `start_step` or `start_epoch`."
+                f"{'unknown' if total is None else total}): lower `start_step` or `start_epoch`."
             )
         if self.start.immediate and trainer.global_step == 0 and any(map(_warms_up, trainer.optimizers)):
             rank_zero_warn(
@@ -369,6 +381,11 @@ class IRE(Callback):
             return
         pair = torch.tensor([float(progress.loss_sum), progress.loss_count], device=trainer.strategy.root_device)
         total, count = trainer.strategy.reduce(pair, reduce_op="sum").tolist()
+        if not count:
+            rank_zero_warn(
+                f"`start_loss` had no loss to look at in an epoch: let {type(pl_module).__name__}.training_step return "
+                "it, or set `start_step` or `start_epoch` instead."
+            )
         progress.loss_sum, progress.loss_count = 0.0, 0
         if count and total / count <= self.start.loss:
             for each in self._progresses:
@@ -393,7 +410,7 @@ class IRE(Callback):
         else:
             self._loaded = state_dict or None
 
-    def _summary(self, trainer: pl.Trainer, total: float | None) -> str:
+    def _summary(self, trainer: pl.Trainer, total: int | None) -> str:
         parameters = [parameter for optimizer in trainer.optimizers for parameter in trainable_parameters(optimizer)]
         count = sum(parameter.numel() for parameter in parameters)
         size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
@@ -402,13 +419,14 @@ class IRE(Callback):
         memory = [f"{size / 2**20:.1f} MiB inside the step"]
         if self.kappa:
             when = f"from {self.start}" if self.started_at is None else f"on since step {self.started_at}"
-            length = f" (run: {total:.0f} steps)" if total is not None and total < float("inf") else ""
+            length = "" if total is None else f" (run: {total} steps)"
             what.append(f"kappa {self.kappa:g}, gamma {self.gamma:g}, {when}{length}")
             estimate = f"one {self.curvature!r} estimate every {_steps(self.interval)}"
             (passes if self.curvature.reruns else what).append(estimate)
             memory.append(f"{count * (5 if self.beta else 1) / 2**20:.1f} MiB for good")
         if self.perturbation is not None:
-            what.append(repr(self.perturbation))
+            automatic = trainer.lightning_module.automatic_optimization
+            what.append(repr(self.perturbation) + ("" if automatic else " at each `optimizer.step(closure)`"))
             if self.perturbation.uses_gradient:
                 more = {1: "one"}.get(self.perturbation.ascents, str(self.perturbation.ascents))
                 passes.append(f"{more} more forward and backward every {_steps(self.perturbation.interval)}")
@@ -424,14 +442,6 @@ def _instance(name: str, value: Any, kind: type, example: str) -> Any:
     return value
 
 
-def _total_steps(trainer: pl.Trainer) -> float | None:
-    """Optimizer steps in the run, infinite for a run without end; ``None`` where Lightning cannot say."""
-    try:
-        return float(trainer.estimated_stepping_batches)
-    except MisconfigurationException:  # accumulation that changes over the epochs
-        return None
-
-
 def _warms_up(optimizer: Optimizer) -> bool:
     """Whether a scheduler has set the first learning rate below the one to come."""
     for group in optimizer.param_groups:
@@ -439,6 +449,17 @@ def _warms_up(optimizer: Optimizer) -> bool:
         if aims and group.get("lr") is not None and float(group["lr"]) < max(map(float, aims)):
             return True
     return False
+
+
+def _refuse_complex(module: pl.LightningModule, optimizer: Optimizer) -> None:
+    """Which part of a complex weight is flat is not defined."""
+    trained = {id(parameter) for parameter in trainable_parameters(optimizer) if parameter.is_complex()}
+    for name, parameter in named_parameters(module, optimizer).items():
+        if id(parameter) in trained:
+            raise ConfigurationError(
+                f"Expected real parameters for IRE's masks, got the complex `{name}` of {type(module).__name__}: keep "
+                "it as pairs of real numbers (`torch.view_as_complex` makes one of them), or set `kappa` to 0."
+            )
 
 
 def _steps(interval: int) -> str:

@@ -42,19 +42,21 @@ def sam_displacement(
     gradients: Sequence[Tensor | None],
     rho: float | Sequence[float],
     *,
-    adaptive: bool = False,
+    adaptive: bool | Sequence[bool] = False,
+    eta: float = 0.0,
 ) -> tuple[list[Tensor | None], Tensor]:
     """SAM's ascent step: rho * g / ||g||, the norm over all parameters at once.
 
     Foret et al. 2021, "Sharpness-Aware Minimization" (arXiv 2010.01412); eq. 7 of the IRE paper. `adaptive` is the
-    scale-free form of Kwon et al. 2021, "ASAM" (arXiv 2102.11600): rho * T^2 g / ||T g|| with T = |theta|.
+    scale-free form of Kwon et al. 2021, "ASAM" (arXiv 2102.11600): rho * T^2 g / ||T g|| with T = |theta| + eta.
 
     Args:
         parameters: Weights theta.
         gradients: Gradients g of the same shapes (dense or sparse); ``None`` where a parameter has none.
         rho: Radius >= 0 in weight units (adaptive: in units relative to the weights), one for all or one for each
             parameter; the norm is that over all of them either way.
-        adaptive: Whether the radius adapts to the size of each weight.
+        adaptive: Whether the radius adapts to the size of each weight; or a truth for each parameter (T = 1 where not).
+        eta: Added to the size of weights.
 
     Returns:
         The displacements (``None`` where there is no gradient) and the norm that divided them. A norm that is zero,
@@ -68,9 +70,10 @@ def sam_displacement(
         ([tensor([0.3000, 0.4000])], tensor(5.))
     """
     present = [index for index, gradient in enumerate(gradients) if gradient is not None]
+    adapting = [adaptive] * len(parameters) if isinstance(adaptive, bool) else adaptive
     scaled = [
-        _times_size(weight, gradient.to_dense(), adaptive)
-        for weight, gradient in zip(parameters, gradients, strict=True)
+        _times_size(weight, gradient.to_dense().to(_accumulation_dtype(gradient.dtype)), adapts, eta)
+        for weight, gradient, adapts in zip(parameters, gradients, adapting, strict=True)
         if gradient is not None
     ]
     norm = global_norm(scaled)
@@ -82,9 +85,8 @@ def sam_displacement(
     for (radius, device), places in alike.items():
         factor = radius / norm.to(device)
         usable = torch.isfinite(norm).to(device) & torch.isfinite(factor)  # the second not for a norm near 0
-        if adaptive:
-            for place in places:
-                scaled[place] = scaled[place] * parameters[present[place]].abs()
+        for place in places:
+            scaled[place] = _times_size(parameters[present[place]], scaled[place], adapting[present[place]], eta)
         found = _zero_unless(usable, products([scaled[place] for place in places], factor))
         for place, move in zip(places, found, strict=True):
             moves[present[place]] = move.to(parameters[present[place]].dtype)
@@ -232,9 +234,11 @@ def _zero_unless(usable: Tensor, moves: list[Tensor]) -> list[Tensor]:
     return moves
 
 
-def _times_size(weight: Tensor, gradient: Tensor, adaptive: bool) -> Tensor:
-    wide = gradient.to(_accumulation_dtype(gradient.dtype))
-    return wide * weight.abs() if adaptive else wide
+def _times_size(weight: Tensor, gradient: Tensor, adaptive: bool, eta: float) -> Tensor:
+    """T g, T in the (wide) type of the gradient."""
+    if not adaptive:
+        return gradient
+    return gradient * (weight.abs().to(gradient.real.dtype) + eta if eta else weight.abs())
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
 from lightning_ire._checks import ConfigurationError
+from lightning_ire._run_length import steps_of_run
 from lightning_ire.models.warmup_cosine import WarmupCosineLR
 
 __all__ = ["optimization", "parameter_groups"]
@@ -87,11 +87,11 @@ def _run_length(trainer: Trainer, lr_interval: str) -> int:
                 f"{trainer.max_epochs}: set it, or `lr_scheduler.total`, or `lr_interval` to 'step'."
             )
         return trainer.max_epochs
-    steps = trainer.estimated_stepping_batches
-    if math.isinf(steps) or steps < 0:  # no end, or a loader that does not know its length
+    steps = steps_of_run(trainer)
+    if steps is None:
         raise ConfigurationError(
-            "Expected `trainer.max_steps`, or `trainer.max_epochs` and a loader with a length, to give the "
+            "Expected `trainer.max_steps`, or `trainer.max_epochs` and a loader with a fixed length, to give the "
             f"learning-rate schedule its length in steps, got {trainer.max_steps} and {trainer.max_epochs}: set "
-            "`trainer.max_steps` or `lr_scheduler.total`."
+            "`trainer.max_steps` (`max_epochs` -1) or `lr_scheduler.total`."
         )
-    return int(steps)
+    return steps

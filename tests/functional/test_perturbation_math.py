@@ -98,6 +98,25 @@ def test_adaptive_displacement_is_the_formula_of_asam():
     assert [move.shape for move in moves] == [(4, 3), (5,)]
 
 
+@pytest.mark.parametrize("adaptive", [True, [True, False]])
+def test_eta_is_added_to_the_size_of_the_weights_that_adapt(adaptive):
+    """rho * T^2 g / ||T g||, T = |theta| + eta, or 1 where the radius does not adapt."""
+    weights, gradients, rho = drawn((4, 3), (5,), seed=3), drawn((4, 3), (5,), seed=4), 0.7
+    sizes = [weights[0].abs() + 0.3, weights[1].abs() + 0.3 if adaptive is True else torch.ones(5)]
+    scaled = concatenated(sizes) * concatenated(gradients)
+    moves, norm = sam_displacement(weights, gradients, rho, adaptive=adaptive, eta=0.3)
+    torch.testing.assert_close(
+        concatenated(moves), rho * concatenated(sizes) * scaled / scaled.norm(), rtol=1e-14, atol=1e-16
+    )
+    torch.testing.assert_close(norm, scaled.norm(), rtol=1e-14, atol=0)
+
+
+def test_eta_is_not_lost_in_the_digits_of_half_weights():
+    weights, gradients = [torch.tensor([1.0, -2.0]).bfloat16()], [torch.tensor([1.0, 1.0]).bfloat16()]
+    _, norm = sam_displacement(weights, gradients, 0.1, adaptive=True, eta=0.001)
+    torch.testing.assert_close(norm, torch.tensor([1.001, 2.001]).norm(), rtol=1e-6, atol=0)
+
+
 def test_displacement_of_float64_weights_is_float64():
     """A norm taken in float32 would be off by about 1e-8."""
     weights = gradients = drawn((50,), (7,), seed=5)

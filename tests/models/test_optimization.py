@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from small import CLASSES, classifier, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -82,12 +82,20 @@ def test_length_in_steps_needs_no_length_of_the_loader(tmp_path):
     seen = fitted(tmp_path, scheduled("step"), endless, max_epochs=-1, max_steps=4)
     assert seen == pytest.approx([expected(t, 0, 4) for t in range(4)])
     message = (
-        "Expected `trainer.max_steps`, or `trainer.max_epochs` and a loader with a length, to give the learning-rate "
+        "Expected `trainer.max_steps`, or `trainer.max_epochs` and a loader with a fixed length, to give the learning-"
     )
-    with pytest.raises(ConfigurationError, match=f"^{re.escape(message)}.*got -1 and 3: set `trainer.max_steps` or "):
+    with pytest.raises(ConfigurationError, match=f"^{re.escape(message)}.*got -1 and 3: set `trainer.max_steps` "):
         fitted(tmp_path, scheduled("step"), endless, max_epochs=3)
     with pytest.raises(ConfigurationError, match=r"^Expected `trainer.max_steps`, or .*got -1 and -1: set"):
         fitted(tmp_path, scheduled("step"), max_epochs=-1)
+    with pytest.raises(ConfigurationError, match=r"^Expected `trainer.max_steps`, or .*got 9 and 3: set"):
+        fitted(tmp_path, scheduled("step"), endless, max_epochs=3, max_steps=9)
+
+
+def test_length_in_steps_follows_the_accumulation(tmp_path):
+    accumulation = GradientAccumulationScheduler({0: 1, 1: 2})  # 3 + 2 + 2 steps
+    seen = fitted(tmp_path, scheduled("step"), max_epochs=3, callbacks=[accumulation])
+    assert seen == pytest.approx([expected(t, 0, 7) for t in range(7)])
 
 
 @pytest.mark.parametrize("steps", [4, -1])
