@@ -30,6 +30,7 @@ from lightning_ire.functional import (
     flatten_like,
     gradients_by_backward,
     hessian_product,
+    in_double,
     perturbed,
     sam_displacement,
     seeded,
@@ -423,7 +424,7 @@ class Landscape:
         def compute() -> Tensor:
             return torch.stack([value(index).to(self.parameters[0].device) for index in self._batches]).reshape(-1)
 
-        return float(self._mean_over_devices(compute, len(self.probe)).double().mean())
+        return float(in_double(self._mean_over_devices(compute, len(self.probe))).mean())
 
     def _mean_over_devices(self, compute: Callable[[], Tensor], size: int) -> Tensor:
         """The mean of what the devices compute, the same on all; an error on one of them is an error on all."""

@@ -99,8 +99,8 @@ def _histogram(writer: Any, density: SpectralDensity, step: int, buckets: int = 
     nodes, weights = density.nodes, density.weights * 1000
     low, high = float(nodes.min()), float(nodes.max())
     width = max(high - low, 1e-12) / buckets
-    limits = low + width * torch.arange(1, buckets + 1, dtype=torch.float64)
-    counts = torch.zeros(buckets, dtype=torch.float64)
+    limits = low + width * torch.arange(1, buckets + 1, dtype=torch.float64, device="cpu")
+    counts = torch.zeros(buckets, dtype=torch.float64, device="cpu")
     counts.index_add_(0, ((nodes - low) / width).long().clamp(0, buckets - 1), weights)
     writer.add_histogram_raw(
         tags.DENSITY + tags.HISTOGRAM,
