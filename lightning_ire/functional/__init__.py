@@ -73,7 +73,7 @@ from lightning_ire.functional.spectrum import Extremes, Krylov, SpectralDensity,
 from lightning_ire.functional.stability import adam_limit, effective_product, sgd_limit, stability_edge
 from lightning_ire.functional.state import BufferState, RandomState, kept_buffers, seeded
 from lightning_ire.functional.threshold import flat_threshold
-from lightning_ire.functional.vectors import flatten, flatten_like, in_double, split_like, widest_dtype
+from lightning_ire.functional.vectors import as_real, flatten, flatten_like, in_double, split_like, widest_dtype
 
 __all__ = [
     "SAMPLED",
@@ -87,6 +87,7 @@ __all__ = [
     "adam_limit",
     "adaptive_mean",
     "all_finite",
+    "as_real",
     "ascent_in_ball",
     "average_sam_displacement",
     "boost_",

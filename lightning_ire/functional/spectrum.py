@@ -182,6 +182,21 @@ class SpectralDensity:
         """Mean eigenvalue, that is trace / p."""
         return float((self.nodes * self.weights).sum())
 
+    def quantile(self, share: float) -> float:
+        """The smallest node such that it and those below have at least a share of the weight.
+
+        Args:
+            share: In [0, 1]; 0 and 1 give the outermost nodes.
+
+        Example:
+            >>> SpectralDensity(torch.tensor([5.0, 0.0]), torch.tensor([0.1, 0.9]), 0.0).quantile(0.5)
+            0.0
+        """
+        order = self.nodes.argsort()
+        below = self.weights[order].cumsum(0)
+        place = int(torch.searchsorted(below, share * float(below[-1])))
+        return float(self.nodes[order][min(place, len(order) - 1)])
+
     def smoothed(self, points: int = 400, width: float = 0.01) -> tuple[Tensor, Tensor]:
         """The density with every node replaced by a normal distribution, for a figure.
 

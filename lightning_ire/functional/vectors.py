@@ -7,9 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["flatten", "flatten_like", "in_double", "split_like", "widest_dtype"]
+__all__ = ["as_real", "flatten", "flatten_like", "in_double", "split_like", "widest_dtype"]
 
 _WITHOUT_FLOAT64 = ("mps",)  # types of devices
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, in a last dimension of 2; any other as it is.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        A view, with its graph.
+
+    Example:
+        >>> as_real(torch.tensor([1 + 2j]))
+        tensor([[1., 2.]])
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def in_double(number: Tensor | float | Sequence[float]) -> Tensor:

@@ -58,6 +58,7 @@ class On:
 ENTRIES: dict[str, Callable[[On], Any]] = {
     "adaptive_mean": lambda on: functional.adaptive_mean(lambda: on.b, relative_error=0.1).weighted([1.0] * 5).value,
     "all_finite": lambda on: functional.all_finite([on.a, on.b]),
+    "as_real": lambda on: functional.as_real(on.a),
     "ascent_in_ball": lambda on: functional.ascent_in_ball([on.a], [on.a], [on.a], step=0.5, radius=1.0),
     "average_sam_displacement": lambda on: functional.average_sam_displacement(
         [on.a], 0.5, generators=[on.generator()]
