@@ -404,7 +404,8 @@ def without_extra_passes(events: list[tuple[str, int]]) -> list[tuple[str, int]]
 
 
 def without_ours(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if name not in OUR_TAGS}
+    figures = (tags.DENSITY, tags.LAYERS)  # their numbers
+    return {name: value for name, value in metrics.items() if name not in OUR_TAGS and not name.startswith(figures)}
 
 
 def logged_rows(logger: Rows) -> list[tuple[int | None, dict[str, float]]]:

@@ -323,6 +323,44 @@ def test_compiled_modules(backend: str, what: str) -> None:
 # Losses
 
 
+class Complex(nn.Module):
+    """A layer with complex weights, and the same with pairs of real numbers."""
+
+    def __init__(self, pairs: bool) -> None:
+        super().__init__()
+        weight = torch.randn(FEATURES, 8, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(torch.view_as_real(weight).clone() if pairs else weight)
+        self.head = nn.Linear(8, CLASSES, dtype=torch.float64)
+        nn.init.constant_(self.head.weight, 0.3)
+        with torch.no_grad():
+            self.head.weight[0] = -0.4
+            self.head.bias.zero_()
+        self.pairs = pairs
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.view_as_complex(self.weight) if self.pairs else self.weight
+        return self.head((x.to(weight) @ weight).abs())
+
+
+@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [lambda module: torch.optim.SGD(module.parameters(), 0.1, 0.9, weight_decay=0.1),
+     lambda module: torch.optim.AdamW(module.parameters(), 0.01)],
+    ids=["sgd", "adamw"],
+)  # fmt: skip
+def test_complex_weights_are_pairs_of_real_numbers(hvp: str, optimizer: Any) -> None:
+    found = []
+    for pairs in (True, False):
+        monitor = SharpnessMonitor(quantities=QUANTITIES, hvp=hvp, max_vectors=8, max_iterations=20, num_batches=2)
+        data = cases.loader(cases.data(32, torch.float64))
+        cases.fit(Classifier(Complex(pairs), optimizer), [monitor], data, max_epochs=1)
+        assert not monitor.last.skipped
+        inner = [f"quantile_{percent}" for percent in (1, 10, 50, 90, 99)]  # rounding errors say which node it is
+        found.append({tag: value for tag, value in monitor.last.values.items() if tag.split("/")[-1] not in inner})
+    assert found[1] == pytest.approx(found[0], rel=1e-6 if hvp == "exact" else 1e-3, abs=1e-8)
+
+
 class Linear(Module):
     """Linear in the weights."""
 

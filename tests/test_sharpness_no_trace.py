@@ -1,20 +1,26 @@
 """The SharpnessMonitor leaves no trace: training with and without it is the same bit for bit, whatever goes wrong."""
 
+import collections
 import copy
 import gc
+import io
 import math
 import pickle
 import random
+import re
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from csv import DictReader
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cases
 import lightning.pytorch as pl
 import matrix
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,11 +33,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_matrix import assert_same, under
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor, tags
 from lightning_ire._torch import differentiable_once
 from lightning_ire.callbacks import _landscape
+from lightning_ire.callbacks._kept import kept
 from lightning_ire.callbacks._measurement import QUANTITIES
 
 # what Lightning and torch say about the small and odd runs
@@ -766,17 +773,12 @@ class ByHandWithLoss(ByHand):
 
 
 def test_manual_optimization_needs_a_method_for_the_loss() -> None:
-    for run in (
-        cases.fit,
-        lambda module, callbacks: cases.trainer(callbacks).validate(module, cases.loader(cases.data())),
-    ):
-        module = ByHand()
-        module.validation_step = lambda batch, batch_idx: None
-        before = copy.deepcopy(module.state_dict())
-        with pytest.raises(ConfigurationError, match=r"ByHand, which is in manual.*`sharpness_loss") as error:
-            run(module, [SharpnessMonitor()])
-        assert "\n" not in str(error.value)
-        assert not list(matrix.differences(before, module.state_dict()))
+    module = ByHand()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ConfigurationError, match=r"ByHand, which is in manual.*`sharpness_loss") as error:
+        cases.fit(module, [SharpnessMonitor()])
+    assert "\n" not in str(error.value)
+    assert not list(matrix.differences(before, module.state_dict()))
     plain, ours = ByHandWithLoss(), ByHandWithLoss()
     ours.load_state_dict(plain.state_dict())
     cases.fit(plain)
@@ -787,6 +789,211 @@ def test_manual_optimization_needs_a_method_for_the_loss() -> None:
     automatic.load_state_dict(ours.state_dict())
     for tag, value in monitor.measure(trainer, automatic).values.items():
         assert tag in tags.STABILITY_TAGS or "stability" in tag or value == monitor.measure(trainer, ours).values[tag]
+
+
+def test_validate_of_a_module_in_manual_optimization_keeps_its_result() -> None:
+    """Without the method nothing is measured, which is said; the batches' result is not lost."""
+    for module, measured in ((ByHand(), False), (ByHandWithLoss(), True)):
+        module.validation_step = lambda batch, batch_idx, module=module: module.log("val_loss", torch.tensor(3.0))
+        monitor = SharpnessMonitor(quantities=["ascent_gap"])
+        module.train_dataloader = lambda: cases.loader(cases.data())
+        with cases.monitor_warnings() as said:
+            (found,) = cases.trainer([monitor]).validate(module, cases.loader(cases.data()), verbose=False)
+        assert found["val_loss"] == 3.0
+        assert (tags.ASCENT_GAP in found, monitor.last is not None) == (measured, measured)
+        assert [re.sub("method.*", "", text) for text in said] == [
+            "SharpnessMonitor skips everything: Expected ByHand, which is in manual optimization, to have a "
+        ] * (not measured)
+
+
+MEETING: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], bool]] = {
+    "epochs": ({}, {}, {}, True),
+    "every second and third epoch of two": ({"every_n_epochs": 2}, {"every_n_epochs": 3}, {}, False),
+    "every second and third epoch of six": ({"every_n_epochs": 2}, {"every_n_epochs": 3}, {"max_epochs": 6}, True),
+    "steps": ({"every_n_steps": 4, "every_n_epochs": None}, {"every_n_steps": 6, "every_n_epochs": None}, {}, True),
+    "few steps": (
+        {"every_n_steps": 4, "every_n_epochs": None},
+        {"every_n_steps": 6, "every_n_epochs": None},
+        {"max_steps": 8, "max_epochs": -1},
+        False,
+    ),
+    "steps at the end of an epoch": ({"every_n_steps": 4, "every_n_epochs": None}, {}, {}, True),
+    "steps within an epoch": ({"every_n_steps": 5, "every_n_epochs": None}, {}, {}, False),
+    "accumulated": ({"every_n_steps": 3, "every_n_epochs": None}, {}, {"accumulate_grad_batches": 3}, True),
+    "another quantity": ({"quantities": ["ascent_gap"]}, {}, {}, False),
+    "one never": ({"every_n_epochs": None}, {}, {}, False),
+}
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_two_monitors_do_not_measure_the_same_at_the_same_time(name: str) -> None:
+    """Eight batches in an epoch."""
+    one, other, kwargs, refused = MEETING[name]
+    few = {"quantities": ["trace_fisher", "lambda_max"], **FEW}
+    monitors = [SharpnessMonitor(**{**few, **settings}) for settings in (one, other)]
+    module = Classifier()
+    before = copy.deepcopy(module.state_dict())
+    with (
+        pytest.raises(ConfigurationError, match="got trace_fisher, lambda_max from two") if refused else nullcontext()
+    ) as error:
+        cases.fit(module, monitors, **kwargs)
+    if refused:
+        assert "\n" not in str(error.value)
+        assert not list(matrix.differences(before, module.state_dict()))
+
+
+def test_two_monitors_of_the_same_in_validate_are_refused_before_the_batches() -> None:
+    module = WithData()
+    module.validation_step = lambda batch, batch_idx: pytest.fail("a batch ran")
+    with pytest.raises(ConfigurationError, match="got lambda_max from two"):
+        cases.trainer([SharpnessMonitor(quantities=["lambda_max"]), SharpnessMonitor()]).validate(
+            module, Data().val_dataloader()
+        )
+
+
+# The user's data
+
+
+SEEN: list[int] = []
+TOTAL = 0
+
+
+class Augmented(Dataset):
+    """Draws from generators of its own, counts, and keeps what it has made."""
+
+    made = 0  # of the class
+
+    def __init__(self, kind: str) -> None:
+        self.x, self.y = cases.data(32).tensors
+        self.generator = {
+            "torch": lambda: torch.Generator().manual_seed(5),
+            "numpy": lambda: np.random.default_rng(5),
+            "numpy, the old one": lambda: np.random.RandomState(5),
+            "python": lambda: random.Random(5),
+        }[kind]()
+        self.drawn, self.cache, self.uses = 0, {}, torch.zeros(32)
+        self.words = io.BytesIO(bytes(range(256)) * 8)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Any:
+        self.drawn += 1
+        type(self).made += 1
+        self.uses[index] += 1
+        noise = torch.rand((), generator=self.generator) if isinstance(self.generator, torch.Generator) else (
+            self.generator.normal() if hasattr(self.generator, "normal") else self.generator.random()
+        )  # fmt: skip
+        word = self.words.read(1)[0] / 256
+        self.cache.setdefault(index, float(noise))  # what is drawn first stays
+        return self.x[index] + float(noise) + self.cache[index] + word, self.y[index]
+
+
+class Collate:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, samples: Any) -> Any:
+        self.calls += 1
+        x, y = default_collate(samples)
+        return x + 0.01 * self.calls, y
+
+
+def counting() -> Any:
+    """Functions that count, in each of the places where one can keep a count."""
+    calls, total = [], 0
+
+    def collate(samples: Any, at: Any = [0]) -> Any:  # noqa: B006
+        global TOTAL
+        nonlocal total
+        total, TOTAL = total + 1, TOTAL + 1
+        at[0] += 1
+        calls.append(at[0])
+        SEEN.append(1)
+        collate.calls = getattr(collate, "calls", 0) + 1
+        x, y = default_collate(samples)
+        return x + 0.01 * (total + TOTAL + at[0] + len(calls) + len(SEEN) + collate.calls), y
+
+    return collate
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "numpy, the old one", "python"])
+@pytest.mark.parametrize("make", [Collate, counting, lambda: partial(Collate.__call__, Collate())])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_data_with_a_state_of_its_own_is_left_as_it_was(kind: str, make: Any, workers: int) -> None:
+    global TOTAL
+    found = []
+    for callbacks in ([], [SharpnessMonitor(quantities=["ascent_gap"], num_batches=2)]):
+        SEEN.clear()
+        TOTAL = Augmented.made = 0
+        data = Augmented(kind)
+        torch.manual_seed(1)
+        module = Classifier()
+        loader = DataLoader(Subset(data, range(30)), 8, shuffle=True, collate_fn=make(), num_workers=workers)
+        cases.fit(module, callbacks, loader)
+        kept = (data.drawn, data.cache, data.uses.tolist(), data.words.tell(), len(SEEN), TOTAL, Augmented.made)
+        found.append((module.state_dict(), kept))
+    assert not list(matrix.differences(*found))
+
+
+def test_a_loader_that_is_iterated_for_the_probe_is_left_as_it_was() -> None:
+    """`probe_dataloader` may give what training uses, without an index too."""
+
+    class Stream(IterableDataset):
+        def __init__(self) -> None:
+            self.generator = torch.Generator().manual_seed(2)
+
+        def __iter__(self) -> Iterator[Any]:
+            for _ in range(16):
+                yield torch.randn(FEATURES, generator=self.generator), torch.tensor(1)
+
+    found = []
+    for callbacks in ([], [SharpnessMonitor(quantities=["ascent_gap"])]):
+        torch.manual_seed(1)
+        module, stream = Classifier(), Stream()
+        module.probe_dataloader = lambda stream=stream: DataLoader(stream, 8)
+        cases.fit(module, callbacks, DataLoader(stream, 8))
+        found.append(module.state_dict())
+    assert not list(matrix.differences(*found))
+
+
+def test_what_is_put_back_without_looking_at_data() -> None:
+    """Large arrays are shared, long lists are not looked into; objects that cannot be looked at do not matter."""
+
+    class Stubborn:
+        __slots__ = ("count",)
+
+        def __init__(self) -> None:
+            self.count = [1]
+
+    class Odd:
+        @property
+        def __dict__(self) -> Any:
+            raise KeyError("no")
+
+    large, long, slots = torch.zeros(1 << 19), [[0]] * 20_000, Stubborn()
+    order, words = collections.OrderedDict(a=1, b=2), collections.deque([1, 2], maxlen=2)
+    holder = {"large": large, "long": long, "slots": slots, "order": order, "words": words, "odd": Odd(), "set": {1}}
+
+    def use() -> None:
+        large.add_(1)
+        long[0].append(1)
+        long.append([2])
+        slots.count = [2]
+        order.move_to_end("a")
+        words.append(3)
+        holder["set"].add(2)
+        holder["new"] = 1
+        raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"), kept(holder):
+        use()
+    assert large.sum() == 1 << 19
+    assert (len(long), long[0]) == (20_000, [0, 1])
+    assert slots.count == [1]
+    assert list(order) == ["a", "b"]
+    assert words == collections.deque([1, 2])
+    assert (holder["set"], "new" in holder) == ({1}, False)
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])

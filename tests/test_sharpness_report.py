@@ -1,9 +1,12 @@
 """What a measurement looks like from outside: event and CSV files, the HPARAMS tab, the command line, the summary."""
 
+import copy
 import csv
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -12,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import Classifier
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -140,6 +143,104 @@ def test_weights_that_are_not_finite_are_logged_as_such(tmp_path: Path) -> None:
     assert not found.Tags()["images"] + found.Tags()["histograms"]
 
 
+def logger_like(name: str, **members: Any) -> Logger:
+    """A stand-in for a logger whose package is not here: of its name, with a record of every call of its methods."""
+
+    def log_metrics(self: Any, metrics: dict[str, float], step: int | None = None) -> None:
+        self.metrics.append((step, metrics))
+
+    def log_hyperparams(self: Any, params: dict[str, Any]) -> None:
+        self.hyper_parameters.append(dict(params))
+
+    fixed = {"name": name, "version": 0, "log_metrics": log_metrics, "log_hyperparams": log_hyperparams}
+    logger = type(name, (Logger,), {**fixed, **members})()
+    logger.metrics, logger.hyper_parameters = [], []
+    return logger
+
+
+class Calls(dict):
+    """Keeps what it is called with, as a function, as an object with methods or as a mapping of such."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Any, ...]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.made.append((*args, kwargs) if kwargs else args)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self(name, *args, **kwargs)
+
+    def __missing__(self, tag: str) -> Any:
+        record = Calls()
+        record.made = self.made
+        return SimpleNamespace(append=lambda *args, **kwargs: self(tag, *args, **kwargs))
+
+
+# how each logger's package wants a figure, in the words of its documentation
+WANTED: dict[str, Callable[[str, Any, int], tuple[Any, ...]]] = {
+    "WandbLogger": lambda tag, figure, step: (tag, [figure], {"step": step}),
+    "MLFlowLogger": lambda tag, figure, step: ("log_figure", "run", figure, f"{tag}/{step:08d}.png"),
+    "CometLogger": lambda tag, figure, step: ("log_figure", tag, figure, {"step": step}),
+    "NeptuneLogger": lambda tag, figure, step: (tag, figure, {"step": step}),
+}
+ONLY_FIGURES: dict[str, Any] = {"quantities": ["spectral_density", "layer_traces"], **QUICK}
+
+
+@pytest.mark.parametrize("name", WANTED)
+@pytest.mark.parametrize("derived", [False, True])
+def test_figures_go_to_every_logger_that_shows_some(name: str, derived: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Calls()
+    logger = logger_like(name, experiment=made, log_image=made, run_id="run")
+    if derived:
+        logger.__class__ = type("Mine", (type(logger),), {})
+    monkeypatch.setattr(_report, "density_figure", lambda density: "density")
+    monkeypatch.setattr(_report, "layer_figure", lambda traces: "layers")
+    monitor = SharpnessMonitor(**ONLY_FIGURES)
+    fit(Scored(), [monitor], logger)
+    figures = ((tags.DENSITY, "density"), (tags.LAYERS, "layers"))
+    assert made.made == [WANTED[name](tag, figure, step) for step in (2, 5) for tag, figure in figures]
+    assert (5, monitor.last.values) in logger.metrics
+
+
+def test_quantities_that_are_figures_are_scalars_too_and_files_in_the_folder(tmp_path: Path) -> None:
+    table = CSVLogger(tmp_path, "table")
+    monitor = SharpnessMonitor(**ONLY_FIGURES)
+    fit(Scored(), [monitor], table)
+    with open(Path(table.log_dir) / "metrics.csv", newline="") as file:
+        row = [row for row in csv.DictReader(file) if row["sharpness/spectral_density/quantile_50"]][-1]
+    for name, value in monitor.last.layer_traces.items():
+        assert float(row[f"sharpness/layer_traces/{name}"]) == pytest.approx(value)
+    density = monitor.last.density
+    order = density.nodes.argsort()
+    for percent in (0, 1, 10, 50, 90, 99, 100):
+        place = int((density.weights[order].cumsum(0) < percent / 100 - 1e-12).sum())
+        assert float(row[f"sharpness/spectral_density/quantile_{percent}"]) == pytest.approx(
+            float(density.nodes[order][place])
+        )
+    files = sorted(Path(table.log_dir).rglob("*.png"))
+    assert [str(file.relative_to(table.log_dir)) for file in files] == [
+        f"{tag}/{step:08d}.png" for tag in (tags.LAYERS, tags.DENSITY) for step in (2, 5)
+    ]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_without_a_logger_the_numbers_are_in_the_last_measurement() -> None:
+    monitor = SharpnessMonitor(**ONLY_FIGURES)
+    trainer = fit(Scored(), [monitor], False)
+    assert len(monitor.last.values) == 4 + 7
+    assert monitor.last.values.keys() <= trainer.callback_metrics.keys()
+
+
+def test_a_logger_that_takes_no_figure_is_no_reason_to_stop() -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    with pytest.warns(UserWarning, match="skips the figure sharpness/layer_traces in WandbLogger: no space left"):
+        fit(Scored(), [SharpnessMonitor(**ONLY_FIGURES)], logger_like("WandbLogger", log_image=broken))
+
+
 def test_an_unforeseen_error_skips_the_quantity(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("unforeseen")
@@ -227,6 +328,123 @@ def test_hparams_hold_settings_and_final_metrics(name: str, make: Any, tmp_path:
     scalars = events(board.log_dir).Tags()["scalars"]
     assert "hp_metric" not in scalars
     assert set(names) <= set(scalars)  # TensorBoard takes the values from the curves
+
+
+class Focal(Scored):
+    """Has hyper-parameters of its own with our names."""
+
+    def __init__(self, gamma: float = 0.123, rho: float = 7.0, kappa: int = 3, nested: Any = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def shown(folder: str | Path) -> dict[str, Any]:
+    (start,) = [one for one in records(folder) if one.HasField("session_start_info")]
+    pairs = start.session_start_info.hparams.items()
+    return {key: getattr(value, value.WhichOneof("kind")) for key, value in pairs}
+
+
+RECORDED: dict[str, Callable[[], list[pl.Callback]]] = {
+    "monitor": lambda: [SharpnessMonitor(**QUICK)],
+    "ire": lambda: [IRE(2.0, gamma=0.7, perturbation=SAM(0.3))],
+    "both": lambda: [SharpnessMonitor(**QUICK), IRE(2.0, gamma=0.7, perturbation=SAM(0.3))],
+    "both, the other way round": lambda: [IRE(2.0, gamma=0.7, perturbation=SAM(0.3)), SharpnessMonitor(**QUICK)],
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("default_hp_metric", [True, False])
+def test_the_modules_own_hyper_parameters_stay(name: str, default_hp_metric: bool, tmp_path: Path) -> None:
+    """The record is written once, by IRE without the monitor too."""
+    board = TensorBoardLogger(tmp_path, default_hp_metric=default_hp_metric)
+    other = logger_like("Other")
+    module = Focal(nested={"using": {"optimizer": "mine"}, "ire_rho": 1})
+    fit(module, RECORDED[name](), [board, other])
+    values = shown(board.log_dir)
+    assert (values["gamma"], values["rho"], values["kappa"]) == (0.123, 7.0, 3)
+    ours = (0.0, 0.0, 0.0) if name == "monitor" else (2.0, 0.7, 0.3)
+    assert (values["ire_kappa"], values["ire_gamma"], values["ire_rho"]) == ours
+    assert values["lr"] == 0.1
+    assert len(records(board.log_dir)) == 3
+    assert "hp_metric" not in events(board.log_dir).Tags()["scalars"]
+    assert "val/accuracy" in [info.name.tag for info in records(board.log_dir)[0].experiment.metric_infos]
+    settings, own = other.hyper_parameters  # ours, then what Lightning says
+    assert own == dict(module.hparams)
+    assert {key: settings[f"ire_{key}"] for key in ("kappa", "gamma", "rho")} == dict(
+        zip(("kappa", "gamma", "rho"), ours, strict=True)
+    )
+    assert not settings.keys() & own.keys()
+
+
+class FocalData(pl.LightningDataModule):
+    def __init__(self, gamma: float = 5.0, ire_gamma: float = 6.0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self) -> Any:
+        return cases.loader(cases.data(24))
+
+
+def test_hyper_parameters_of_the_datamodule_stay_too(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path)
+    trainer = cases.trainer([IRE(2.0, gamma=0.7)], logger=board, max_epochs=1)
+    trainer.fit(Classifier(), datamodule=FocalData())
+    values = shown(board.log_dir)
+    assert (values["gamma"], values["ire_gamma"], values["ire_ire_gamma"]) == (5.0, 6.0, 0.7)
+
+
+@pytest.mark.parametrize("idle", [IRE(0.0), SharpnessMonitor(every_n_epochs=None)], ids=["ire", "monitor"])
+def test_an_idle_callback_writes_no_record(idle: pl.Callback, tmp_path: Path) -> None:
+    board, other = TensorBoardLogger(tmp_path, default_hp_metric=False), logger_like("Other")
+    fit(Focal(), [idle], [board, other])
+    assert not records(board.log_dir)
+    assert len(other.hyper_parameters) == 1  # the module's
+
+
+@pytest.mark.parametrize("logger", [False, None])
+def test_settings_need_no_logger(logger: Any, tmp_path: Path) -> None:
+    fit(Focal(), [IRE(1.0)], logger, default_root_dir=tmp_path)
+
+
+def test_a_logger_that_takes_no_settings_is_no_reason_to_stop() -> None:
+    def refused(self: Any, params: dict[str, Any]) -> None:
+        if "kappa" in params:
+            raise ValueError("changing parameters is not allowed")
+
+    with pytest.warns(UserWarning, match="MLFlowLogger did not take the settings of the run: changing"):
+        fit(Scored(), [IRE(1.0)], logger_like("MLFlowLogger", log_hyperparams=refused))
+
+
+def test_a_copy_of_a_callback_in_a_fit_knows_nothing_of_its_record(tmp_path: Path) -> None:
+    copies: list[Any] = []
+
+    class Copies(pl.Callback):
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            copies.extend(copy.deepcopy(one._record) for one in (ire, monitor))
+
+    ire, monitor = IRE(1.0), SharpnessMonitor(**QUICK)
+    fit(Scored(), [Copies(), ire, monitor], TensorBoardLogger(tmp_path))
+    assert [one._trainer for one in copies] == [None, None]
+
+
+def test_without_an_optimizer_every_epoch_is_measured(tmp_path: Path) -> None:
+    """Weights that are set by hand: Lightning runs with a stand-in that has no groups."""
+
+    class ByHand(Scored):
+        def configure_optimizers(self) -> None:
+            return None
+
+        def on_train_epoch_start(self) -> None:
+            torch.nn.init.constant_(self.net[0].bias, float(self.current_epoch))
+
+    board = TensorBoardLogger(tmp_path)
+    monitor = SharpnessMonitor(quantities=["trace_fisher", "stability"], **QUICK)
+    with pytest.warns(UserWarning, match="skips stability: there is no optimizer"):
+        fit(ByHand(), [monitor], board)
+    values = [event.value for event in events(board.log_dir).Scalars(tags.TRACE_FISHER)]
+    assert len(values) == 2
+    assert values[0] != values[1]
+    assert not [name for name in shown(board.log_dir) if name.startswith(("lr", "using/optimizer"))]
 
 
 def test_a_run_that_is_interrupted_is_in_the_tab_too(tmp_path: Path) -> None:

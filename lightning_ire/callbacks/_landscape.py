@@ -26,10 +26,12 @@ from lightning_ire.callbacks._probe import Probe
 from lightning_ire.callbacks._window import mixed_seed
 from lightning_ire.curvature.tap import LossTap, factors_in, known_losses
 from lightning_ire.functional import (
+    as_real,
     finite_difference_product,
     flatten_like,
     gradients_by_backward,
     hessian_product,
+    in_double,
     perturbed,
     sam_displacement,
     seeded,
@@ -120,7 +122,8 @@ class Landscape:
         tick: Called after every gradient or product.
 
     Attributes:
-        parameters: The coordinates, tensor by tensor.
+        parameters: What is differentiated in.
+        coordinates: Their memory as real numbers, tensor by tensor: complex ones as pairs.
         names: Their names.
         exact: Whether products are exact.
     """
@@ -143,7 +146,8 @@ class Landscape:
         named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        self.size = sum(parameter.numel() for parameter in self.parameters)
+        self.coordinates = [as_real(parameter.detach()) for parameter in self.parameters]
+        self.size = sum(coordinate.numel() for coordinate in self.coordinates)
         self.exact = hvp != "finite_difference"
         self._may_fall_back = hvp == "auto"
         self._own_loss = getattr(module, "sharpness_loss", None)
@@ -189,7 +193,7 @@ class Landscape:
     @property
     def dtype(self) -> torch.dtype:
         """Type of flat vectors."""
-        return widest_dtype(self.parameters)
+        return widest_dtype(self.coordinates)
 
     def average(self, number: float) -> float:
         """The mean of the devices' numbers.
@@ -229,9 +233,9 @@ class Landscape:
         Args:
             rho: Radius in weight units.
         """
-        moves, _ = sam_displacement(self.parameters, split_like(self.gradient(), self.parameters), rho)
+        moves, _ = sam_displacement(self.coordinates, split_like(self.gradient(), self.coordinates), rho)
         before = self.loss()
-        with perturbed(self.parameters, moves):
+        with perturbed(self.coordinates, moves):
             return self.loss() - before
 
     # Hessian
@@ -265,7 +269,7 @@ class Landscape:
 
         def compute() -> Tensor:
             pieces = self._local_product(right, self._batches)
-            parts = split_like(left, self.parameters)
+            parts = split_like(left, self.coordinates)
             dots = [
                 left.new_zeros(()) if piece is None else (part.to(left) * piece.to(left)).sum()
                 for part, piece in zip(parts, pieces, strict=True)
@@ -324,23 +328,26 @@ class Landscape:
 
     def _gradients(self, outputs: list[Tensor], starts: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
         try:  # the graph is kept for a second try, and freed with the last reference to it
-            return torch.autograd.grad(outputs, self.parameters, starts, retain_graph=True, allow_unused=True)
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                outputs, self.parameters, starts, retain_graph=True, allow_unused=True
+            )
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():  # reentrant checkpointing refuses autograd.grad
                 raise
             with unsynchronized(self.trainer.strategy):
-                return gradients_by_backward(outputs, starts, self.parameters, keep_graph=keep)
+                found = gradients_by_backward(outputs, starts, self.parameters, keep_graph=keep)
+        return _real(found)
 
     def _local_product(self, vector: Tensor, batches: Sequence[int]) -> list[Tensor | None]:
-        pieces = split_like(vector, self.parameters)
+        pieces = split_like(vector, self.coordinates)
         total: list[Tensor | None] = [None] * len(self.parameters)
         for index in batches:
             if self.exact:
-                product = hessian_product(self._gradient_with_graph(index), self.parameters, pieces)
+                product = _real(hessian_product(self._gradient_with_graph(index), self.parameters, pieces))
             else:
                 product = finite_difference_product(
                     lambda index=index: self._first_order(self._loss(index)),  # type: ignore[misc]
-                    self.parameters,
+                    self.coordinates,
                     pieces,
                 )
             total = _sum(total, product, 1 / len(batches))
@@ -354,7 +361,7 @@ class Landscape:
         loss = self._loss(index)
         gradients: list[Tensor | None] = [None] * len(self.parameters)
         if loss.requires_grad:
-            gradients = list(torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True))
+            gradients = _real(torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True))
             if differentiable_once(gradients):
                 raise RuntimeError("a function in the loss has a backward pass without a derivative")
         if len(self.probe) == 1:
@@ -398,7 +405,7 @@ class Landscape:
         return used
 
     def _flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        return flatten_like(tensors, self.parameters)
+        return flatten_like(tensors, self.coordinates)
 
     # All devices
 
@@ -427,7 +434,7 @@ class Landscape:
         def compute() -> Tensor:
             return torch.stack([value(index).to(self.parameters[0].device) for index in self._batches]).reshape(-1)
 
-        return float(self._mean_over_devices(compute, len(self.probe)).double().mean())
+        return float(in_double(self._mean_over_devices(compute, len(self.probe))).mean())
 
     def _mean_over_devices(self, compute: Callable[[], Tensor], size: int) -> Tensor:
         """The mean of what the devices compute, the same on all; an error on one of them is an error on all."""
@@ -452,6 +459,10 @@ class Landscape:
             reason, error = _reason(self.trainer, error), None  # see `agreed`
             raise MeasurementError(reason, memory)
         return value
+
+
+def _real(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if gradient is None else as_real(gradient) for gradient in gradients]
 
 
 def _sum(total: Sequence[Tensor | None], more: Sequence[Tensor | None], factor: float) -> list[Tensor | None]:

@@ -47,6 +47,7 @@ QUANTITIES: tuple[str, ...] = get_args(Quantity)
 
 BASIS = 20  # most Lanczos vectors kept
 _DENSITY_VECTORS, _DENSITY_STEPS = 4, 30
+_PERCENT = (0, 1, 10, 50, 90, 99, 100)  # quantiles of the density that are logged
 
 
 @dataclass(frozen=True)
@@ -124,11 +125,13 @@ class _Work:
             self.result.add(tags.TRACE_HESSIAN, trace.value, trace.stderr)
         if "trace_normalized" in wanted:
             wide = self.landscape.dtype
-            norms = [float(parameter.detach().to(wide).square().sum()) for parameter in self.landscape.parameters]
+            norms = [float(coordinate.to(wide).square().sum()) for coordinate in self.landscape.coordinates]
             scaled = trace.weighted(norms)
             self.result.add(tags.TRACE_NORMALIZED, scaled.value, scaled.stderr)
         if "layer_traces" in wanted:
             self.result.layer_traces = dict(zip(self.landscape.names, trace.parts.tolist(), strict=True))
+            for name, value in self.result.layer_traces.items():
+                self.result.add(tags.LAYER_TRACE.format(name), value)
 
     def _trace(self) -> MeanEstimate:
         """With the subspace that the eigenvalues leave behind taken out, where they were measured."""
@@ -136,7 +139,7 @@ class _Work:
         error, most = self.settings.relative_error, self.settings.max_vectors
         krylov, self.krylov = self.krylov, None
         if krylov is not None:
-            sizes = [parameter.numel() for parameter in landscape.parameters]
+            sizes = [coordinate.numel() for coordinate in landscape.coordinates]
             return deflated_trace(
                 landscape.bilinear, krylov, sizes, generator=generator, relative_error=error, max_vectors=most
             )
@@ -186,6 +189,8 @@ class _Work:
             vectors=_DENSITY_VECTORS,
             steps=_DENSITY_STEPS,
         )
+        for percent in _PERCENT:
+            self.result.add(tags.DENSITY_QUANTILE.format(percent), self.result.density.quantile(percent / 100))
 
     def stability(self, wanted: Sequence[str]) -> None:
         geometry = self._geometry()

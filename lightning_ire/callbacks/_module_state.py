@@ -149,7 +149,8 @@ class AttributeState:
         """
         changed = [name for name, before, now in self._watched if now() != before]
         for owner, namespace, before in self._namespaces:
-            changed += [f"{type(owner).__name__}.{key}" for key in _rebind(namespace, before, isinstance(owner, Metric))]
+            left = _rebind(namespace, before, numbers=isinstance(owner, Metric))
+            changed += [f"{type(owner).__name__}.{key}" for key in left]
         for undo in self._undo:
             undo()
         for name in () if replay else changed:

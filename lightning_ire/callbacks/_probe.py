@@ -26,6 +26,7 @@ from torch.utils.data import (
 )
 
 from lightning_ire._lightning import moved_batch
+from lightning_ire.callbacks._kept import kept
 from lightning_ire.callbacks._no_trace import devices_of
 from lightning_ire.functional import seeded
 
@@ -107,7 +108,8 @@ class Probe:
             multiprocessing_context=loader.multiprocessing_context if workers else None,
             generator=torch.Generator().manual_seed(seed + trainer.global_rank),
         )
-        with seeded(seed + trainer.global_rank, devices_of(trainer.lightning_module)):
+        own = seeded(seed + trainer.global_rank, devices_of(trainer.lightning_module))
+        with kept(loader.dataset, loader.collate_fn), own:
             return cls(list(reader), moved=False)
 
     @classmethod
@@ -119,7 +121,8 @@ class Probe:
             num_batches: How many.
         """
         combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "min_size")
-        return cls([batch for batch, _, _ in itertools.islice(combined, num_batches)], moved=False)
+        with kept(loader):
+            return cls([batch for batch, _, _ in itertools.islice(combined, num_batches)], moved=False)
 
     def record(self, batch: Any) -> None:
         """Add a batch that `training_step` is about to get.

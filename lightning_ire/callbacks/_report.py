@@ -1,47 +1,86 @@
-"""What TensorBoard shows beside curves: figures, histograms and the HPARAMS tab."""
+"""What is shown beside curves: figures, for every logger that takes any, and TensorBoard's histograms."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_ire import tags
 from lightning_ire.callbacks._measurement import Measurement
-from lightning_ire.callbacks._step_geometry import find_ire
-from lightning_ire.callbacks._tensorboard import tensorboards
+from lightning_ire.callbacks._tensorboard import loggers_of
 from lightning_ire.functional import SpectralDensity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["HyperParameters", "figures"]
+__all__ = ["figures"]
 
 
-def figures(trainer: pl.Trainer, result: Measurement, step: int) -> None:
-    """Write the spectral density and the traces of the layers, as histograms, and as figures if there is matplotlib.
+def figures(trainer: pl.Trainer, result: Measurement, step: int, warn: Callable[[str, str], None]) -> None:
+    """Hand the spectral density and the traces of the layers as figures to every logger that takes some.
+
+    Without matplotlib there are the histograms in TensorBoard; the numbers are scalars in every logger anyhow.
 
     Args:
         trainer: The trainer.
         result: The measurement.
         step: The logger's step.
+        warn: Called with what was not written and why.
     """
     traces = torch.tensor(list(result.layer_traces.values()))
     with_traces = bool(len(traces)) and bool(torch.isfinite(traces).all())  # TensorBoard takes no histogram of NaN
-    for logger in tensorboards(trainer):
-        writer = logger.experiment
+    loggers = loggers_of(trainer) if with_traces or result.density is not None else []
+    drawn: dict[str, Figure] = {}
+    if loggers and importlib.util.find_spec("matplotlib") is not None:
         if result.density is not None:
-            _histogram(writer, result.density, step)
+            drawn[tags.DENSITY] = density_figure(result.density)
         if with_traces:
-            writer.add_histogram(tags.LAYERS + tags.HISTOGRAM, traces, step)
-        if importlib.util.find_spec("matplotlib") is None:
-            continue
-        if result.density is not None:
-            writer.add_figure(tags.DENSITY, density_figure(result.density), step, close=False)
-        if with_traces:
-            writer.add_figure(tags.LAYERS, layer_figure(result.layer_traces), step, close=False)
+            drawn[tags.LAYERS] = layer_figure(result.layer_traces)
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            if result.density is not None:
+                _histogram(logger.experiment, result.density, step)
+            if with_traces:
+                logger.experiment.add_histogram(tags.LAYERS + tags.HISTOGRAM, traces, step)
+        for tag, figure in drawn.items():
+            try:
+                _writer(logger)(logger, tag, figure, step)
+            except Exception as error:  # whatever it is: training has to go on
+                warn(f"the figure {tag} in {type(logger).__name__}", str(error) or type(error).__name__)
+
+
+_WRITERS: dict[str, Callable[[Any, str, Figure, int], Any]] = {
+    "TensorBoardLogger": lambda logger, tag, figure, step: logger.experiment.add_figure(tag, figure, step, close=False),
+    "WandbLogger": lambda logger, tag, figure, step: logger.log_image(tag, [figure], step=step),
+    "MLFlowLogger": lambda logger, tag, figure, step: logger.experiment.log_figure(
+        logger.run_id, figure, f"{tag}/{step:08d}.png"
+    ),
+    "CometLogger": lambda logger, tag, figure, step: logger.experiment.log_figure(tag, figure, step=step),
+    "NeptuneLogger": lambda logger, tag, figure, step: logger.experiment[tag].append(figure, step=step),
+}
+"""How a figure is handed to the loggers that show some, by the name of the class: their packages need not be there."""
+
+
+def _writer(logger: Any) -> Callable[[Any, str, Figure, int], Any]:
+    names = (base.__name__ for base in type(logger).__mro__)
+    return next((_WRITERS[name] for name in names if name in _WRITERS), _into_its_folder)
+
+
+def _into_its_folder(logger: Any, tag: str, figure: Figure, step: int) -> None:
+    """A PNG in the log folder, if the logger has one; the folder may be a remote one."""
+    folder = getattr(logger, "log_dir", None)
+    if not folder:
+        return
+    files = get_filesystem(folder)
+    files.makedirs(f"{folder}/{tag}", exist_ok=True)
+    with files.transaction, files.open(f"{folder}/{tag}/{step:08d}.png", "wb") as file:
+        figure.savefig(file, format="png")
 
 
 def density_figure(density: SpectralDensity) -> Figure:
@@ -99,8 +138,8 @@ def _histogram(writer: Any, density: SpectralDensity, step: int, buckets: int = 
     nodes, weights = density.nodes, density.weights * 1000
     low, high = float(nodes.min()), float(nodes.max())
     width = max(high - low, 1e-12) / buckets
-    limits = low + width * torch.arange(1, buckets + 1, dtype=torch.float64)
-    counts = torch.zeros(buckets, dtype=torch.float64)
+    limits = low + width * torch.arange(1, buckets + 1, dtype=torch.float64, device="cpu")
+    counts = torch.zeros(buckets, dtype=torch.float64, device="cpu")
     counts.index_add_(0, ((nodes - low) / width).long().clamp(0, buckets - 1), weights)
     writer.add_histogram_raw(
         tags.DENSITY + tags.HISTOGRAM,
@@ -113,73 +152,3 @@ def _histogram(writer: Any, density: SpectralDensity, step: int, buckets: int = 
         bucket_counts=counts.tolist(),
         global_step=step,
     )
-
-
-class HyperParameters:
-    """One row of TensorBoard's HPARAMS tab: settings at fit start against the metrics at the end.
-
-    TensorBoard takes the columns from the first such record of a run and the metrics' values from the curves, so the
-    record is written once, when the names of all metrics are known.
-
-    Args:
-        trainer: The trainer at fit start.
-        module: The module.
-    """
-
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        ire = find_ire(trainer)
-        perturbation = ire.perturbation if ire is not None else None
-        # TensorBoard sorts the names and shows the first five: the numbers come before what is said in words
-        self.values: dict[str, bool | str | float] = {
-            "kappa": ire.kappa if ire is not None else 0.0,
-            "gamma": ire.gamma if ire is not None and ire.kappa else 0.0,
-            "rho": float(getattr(perturbation, "rho", 0.0)),
-            "using/perturbation": type(perturbation).__name__ if perturbation is not None else "none",
-            "using/curvature": repr(ire.curvature) if ire is not None and ire.kappa else "none",
-        }
-        for index, optimizer in enumerate(trainer.optimizers):
-            suffix = f"_{index}" if index else ""
-            group = optimizer.param_groups[0]
-            self.values[f"using/optimizer{suffix}"] = type(optimizer).__name__
-            rate = group.get("initial_lr", group.get("lr"))
-            if rate is not None:  # optimizers of the user's own may have none
-                self.values[f"lr{suffix}"] = float(rate)
-
-    def write(self, trainer: pl.Trainer) -> None:
-        """Write the record.
-
-        Args:
-            trainer: The trainer at the end of fit.
-        """
-        from torch.utils.tensorboard.summary import hparams
-
-        shown = [tag for tag in trainer.callback_metrics if tag in trainer.logged_metrics or tag in _OURS]
-        names = [tag for tag in shown if not tag.startswith(("ire/", "sam/")) and not tag.endswith(_DETAILS)]
-        names.sort(key=_place)  # TensorBoard shows the first five
-        for logger in tensorboards(trainer):
-            own = {str(key): _plain(value) for key, value in _flat(dict(logger.hparams)).items()}
-            for record in hparams(own | self.values, dict.fromkeys(names, 0.0)):
-                logger.experiment.file_writer.add_summary(record)
-            logger.experiment.flush()
-
-
-_OURS = (*tags.SHARPNESS_TAGS, *tags.STABILITY_TAGS)
-_DETAILS = (tags.STDERR, tags.RESIDUAL, tags.CONVERGED, "_step")
-
-
-def _place(tag: str) -> tuple[int, int]:
-    """Accuracies of validation first, then what is ours, then other metrics of validation, then those of training."""
-    if tag in _OURS:
-        return 1, _OURS.index(tag)
-    return (3 if tag.startswith("train") else 0 if "acc" in tag else 2), 0
-
-
-def _flat(settings: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _plain(value: Any) -> bool | str | float:
-    return value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -16,6 +16,7 @@ from lightning_ire.callbacks._landscape import Landscape
 from lightning_ire.callbacks.ire import IRE
 from lightning_ire.functional import (
     adam_limit,
+    as_real,
     effective_product,
     flatten_like,
     sam_displacement,
@@ -108,6 +109,8 @@ class StepGeometry:
         if len(trainer.optimizers) != 1:
             raise UnknownStep(f"there are {len(trainer.optimizers)} optimizers, not one")
         optimizer = trainer.optimizers[0]
+        if not optimizer.param_groups:  # Lightning's stand-in
+            raise UnknownStep("there is no optimizer")
         limit, gain = _momentum(optimizer)
         ire = find_ire(trainer)
         factors = ire.boost_factors(module, optimizer) if ire is not None else {}
@@ -115,15 +118,18 @@ class StepGeometry:
         decays: dict[int, Tensor] = {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                wide = torch.promote_types(parameter.dtype, torch.float32)
-                lengthened = torch.as_tensor(factors.get(id(parameter), 1.0), dtype=wide, device=parameter.device)
-                size = float(group["lr"]) * lengthened / _preconditioner(optimizer, parameter, group)
-                sizes[id(parameter)] = size.broadcast_to(parameter.shape)
+                real = as_real(parameter.detach())
+                wide = torch.promote_types(real.dtype, torch.float32)
+                lengthened = torch.as_tensor(factors.get(id(parameter), 1.0), device=parameter.device)
+                if parameter.is_complex() and lengthened.dim():  # one factor for both numbers of a pair
+                    lengthened = torch.stack([lengthened.real] * 2, dim=-1)
+                size = float(group["lr"]) * lengthened.to(wide) / _preconditioner(optimizer, parameter, group)
+                sizes[id(parameter)] = size.broadcast_to(real.shape)
                 decoupled = type(optimizer) is AdamW or group.get("decoupled_weight_decay", False)
                 added = 0.0 if decoupled else float(group["weight_decay"])
-                decays[id(parameter)] = torch.tensor(added, dtype=wide).broadcast_to(parameter.shape)
-        step_sizes = flatten_like([sizes.get(id(p)) for p in landscape.parameters], landscape.parameters)
-        decay = flatten_like([decays.get(id(p)) for p in landscape.parameters], landscape.parameters)
+                decays[id(parameter)] = torch.tensor(added, dtype=wide).broadcast_to(real.shape)
+        step_sizes = flatten_like([sizes.get(id(p)) for p in landscape.parameters], landscape.coordinates)
+        decay = flatten_like([decays.get(id(p)) for p in landscape.parameters], landscape.coordinates)
         ascent, scale = _ascent(ire, module, landscape)
         uniform = float(step_sizes[0]) if bool((step_sizes == step_sizes[0]).all()) else None
         return cls(step_sizes, limit, gain, decay if bool(decay.any()) else None, ascent, scale, uniform)
@@ -167,6 +173,7 @@ def _preconditioner(optimizer: Optimizer, parameter: Tensor, group: Mapping[str,
     if "exp_avg_sq" not in state or float(state["step"]) == 0:  # 0: all steps so far overflowed in fp16
         return math.inf
     moment = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    moment = as_real(moment)  # Adam takes complex numbers as pairs
     correction = 1 - float(group["betas"][1]) ** float(state["step"])
     return (moment / correction).sqrt() + float(group["eps"])
 
@@ -193,13 +200,13 @@ def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -
     eta = 0.0 if sam is None else sam.eta
     scales = [
         (p.detach().abs() + eta if adapts else torch.ones_like(p)) if name in moves else torch.zeros_like(p)
-        for name, p, adapts in zip(landscape.names, landscape.parameters, adaptive, strict=True)
+        for name, p, adapts in zip(landscape.names, landscape.coordinates, adaptive, strict=True)
     ]
     norm = ire.ascent_norm if ire is not None else None
     if norm is None:
-        gradients = split_like(landscape.gradient(), landscape.parameters)
+        gradients = split_like(landscape.gradient(), landscape.coordinates)
         moved = [i for i, scale in enumerate(scales) if bool(scale.any())]
-        weights = [landscape.parameters[i] for i in moved]
+        weights = [landscape.coordinates[i] for i in moved]
         ascents = [gradients[i] for i in moved]
         norm = float(sam_displacement(weights, ascents, 1.0, adaptive=[adaptive[i] for i in moved], eta=eta)[1])
     ascent = perturbation.effective_radius(norm) or 0.0
@@ -208,4 +215,4 @@ def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -
     if ascent == 0:
         return 0.0, None
     plain = chosen is None and not any(adaptive)
-    return ascent, None if plain else flatten_like(scales, landscape.parameters)
+    return ascent, None if plain else flatten_like(scales, landscape.coordinates)

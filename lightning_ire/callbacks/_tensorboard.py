@@ -1,8 +1,9 @@
-"""The run's TensorBoard loggers, for what only TensorBoard can show."""
+"""The run's loggers, and what only TensorBoard can show."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,18 +13,25 @@ from torch import Tensor
 from lightning_ire import tags
 from lightning_ire._lightning import logger_step
 
-__all__ = ["layer_fractions", "tensorboards"]
+__all__ = ["layer_fractions", "loggers_of", "tensorboards"]
 
 
-def tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
-    """The run's TensorBoard loggers; none on other devices than the first and in `fast_dev_run`.
+def loggers_of(trainer: pl.Trainer) -> list[Any]:
+    """The run's loggers; none on other devices than the first and in `fast_dev_run`.
 
     Args:
         trainer: The trainer.
     """
-    if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return []
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [] if not trainer.is_global_zero or trainer.fast_dev_run else list(trainer.loggers)  # type: ignore[attr-defined]
+
+
+def tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
+    """Those of :func:`loggers_of` that are TensorBoard's.
+
+    Args:
+        trainer: The trainer.
+    """
+    return [logger for logger in loggers_of(trainer) if isinstance(logger, TensorBoardLogger)]
 
 
 def layer_fractions(trainer: pl.Trainer, masks: Mapping[str, Tensor], suffix: str = "") -> None:

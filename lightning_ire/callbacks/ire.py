@@ -19,6 +19,7 @@ from lightning_ire._lightning import check_supported, loss_of
 from lightning_ire._run_length import batches_of_run, steps_of_run
 from lightning_ire.callbacks._boost import check_decoupled_decay, check_groups, learning_rates
 from lightning_ire.callbacks._dry_run import flat_table, show_mask
+from lightning_ire.callbacks._hyper_parameters import HyperParameters
 from lightning_ire.callbacks._manual import ManualSession
 from lightning_ire.callbacks._masks import FlatMasks
 from lightning_ire.callbacks._progress import STATE_VERSION, Progress, check_version
@@ -131,6 +132,7 @@ class IRE(Callback):
         self._trainer: weakref.ref[pl.Trainer] | None = None
         self._progresses = [self.new_progress()]
         self._warned = False
+        self._record = HyperParameters()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and spawned processes get the settings and the progress, not what belongs to a running fit."""
@@ -253,11 +255,23 @@ class IRE(Callback):
         for pattern in self.exclude:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 rank_zero_warn(f"`exclude`: the pattern {pattern!r} fits no parameter of {type(pl_module).__name__}.")
+        self._record.begin(trainer, pl_module)
+
+    def hyper_parameters(self) -> dict[str, float | str]:
+        """The settings that loggers are told, with TensorBoard's names for their groups."""
+        return {
+            "kappa": self.kappa,
+            "gamma": self.gamma if self.kappa else 0.0,
+            "rho": float(getattr(self.perturbation, "rho", 0.0)),
+            "using/perturbation": type(self.perturbation).__name__ if self.perturbation is not None else "none",
+            "using/curvature": repr(self.curvature) if self.kappa else "none",
+        }
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up a saved state or begin a new one; say what will happen."""
         if self.idle:
             return
+        self._record.ready()
         self._release(trainer)
         self._warned = False
         self._begin_or_continue(trainer, pl_module)
@@ -311,10 +325,12 @@ class IRE(Callback):
         """Take the wrappers away, and say so if IRE never switched on."""
         if self.kappa and self.started_at is None and not self.dry_run:
             rank_zero_warn(f"IRE never switched on in this run: its start is {self.start}.")
+        self._record.finish(trainer)
         self._release(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """`teardown` is not called when fit raises: put everything back here."""
+        self._record.finish(trainer)
         self._release(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -10,16 +11,18 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
-from lightning_ire._lightning import Patches, check_strategy, logger_step
+from lightning_ire._lightning import check_strategy, logger_step
+from lightning_ire.callbacks._hyper_parameters import HyperParameters
 from lightning_ire.callbacks._landscape import Landscape, MeasurementError, agreed, measuring
 from lightning_ire.callbacks._measurement import BASIS, QUANTITIES, Measurement, Quantity, Settings, measure, most_work
 from lightning_ire.callbacks._no_trace import no_trace
 from lightning_ire.callbacks._probe import Probe, probe_loader
-from lightning_ire.callbacks._report import HyperParameters, figures, tensorboards
+from lightning_ire.callbacks._report import figures
 from lightning_ire.callbacks._step_geometry import find_ire
 
 __all__ = ["SharpnessMonitor"]
@@ -37,7 +40,7 @@ class SharpnessMonitor(Callback):
     with torch's math kernel. All random vectors are the same at every measurement, so that curves are smooth.
 
     Quantities and their log tags (:mod:`lightning_ire.tags`); H is the Hessian of the mean loss over the probe in all
-    parameters that require a gradient, g its gradient:
+    parameters that require a gradient (complex ones as pairs of real numbers), g its gradient:
 
     - `trace_fisher`, `sharpness/trace_fisher`: Tr F = E[B \|\|G\|\|^2] with labels drawn from the model (eq. 6 of the
       IRE paper), the paper's measure of sharpness; for a loss that is no plain mean, the trace of its Gauss-Newton
@@ -47,10 +50,11 @@ class SharpnessMonitor(Callback):
       on the subspace that they have cost, which takes most of the variance away).
     - `trace_normalized`, `sharpness/trace_normalized`: sum over the parameter tensors of \|\|w\|\|^2 Tr H_ww. Where a
       normalization layer follows w, multiplying w by c changes no output but divides Tr H_ww by c^2; this stays.
-    - `layer_traces`: Tr H_ww of every parameter tensor, as bars in TensorBoard.
+    - `layer_traces`, `sharpness/layer_traces/NAME`: Tr H_ww of every parameter tensor, and as a figure of bars.
     - `lambda_max`, `sharpness/lambda_max`: the largest eigenvalue of H (Lanczos), signed; with `num_eigenvalues` > 1
       the next ones too, `sharpness/lambda_2`, ... `lambda_min`, `sharpness/lambda_min`: the most negative one.
-    - `spectral_density`: the distribution of all eigenvalues (stochastic Lanczos), as a figure in TensorBoard.
+    - `spectral_density`, `sharpness/spectral_density/quantile_P`: the distribution of all eigenvalues (stochastic
+      Lanczos) as a figure, and the values that P = 0, 1, 10, 50, 90, 99, 100 % of them do not exceed.
     - `ascent_gap`, `sharpness/ascent_gap`: L(theta + rho g / \|\|g\|\|) - L(theta).
     - `stability`: `stability/ratio`, the effective sharpness of the run's own step, with momentum, Adam's
       preconditioner, SAM or ASAM and IRE's boost, divided by its limit: near a quadratic steps blow up above 1. And
@@ -68,9 +72,16 @@ class SharpnessMonitor(Callback):
 
     When: after each `every_n_steps`-th optimizer step, at the end of each `every_n_epochs`-th epoch, at the end of
     `Trainer.validate`, and whenever :meth:`measure` is called. Scalars go to every logger, and to
-    `trainer.callback_metrics`, so that checkpoints can be chosen by them; figures, histograms and the HPARAMS tab
-    (kappa, gamma, rho, learning rate, the module's own hyper-parameters against final metrics) to TensorBoard.
-    `last` holds the last measurement with everything in it.
+    `trainer.callback_metrics`, so that checkpoints can be chosen by them. Figures (with matplotlib) go to TensorBoard,
+    W&B, MLflow, Comet and Neptune, and as PNG into the log folder of loggers that have one (`CSVLogger`); histograms
+    and the HPARAMS tab (kappa, gamma, rho, learning rate, the module's own hyper-parameters against final metrics) to
+    TensorBoard. Other loggers get these settings with `log_hyperparams`; where a module or datamodule has a
+    hyper-parameter of the same name, ours is called `ire_...`. `last` holds the last measurement with everything in
+    it: without a logger (`logger=False`) the numbers are there and in `callback_metrics` only.
+
+    The dataset and the collate function that make the probe are put back as they were: generators, attributes,
+    containers, closures, globals. Not put back: arrays of more than 1 MiB that they change in place, what is inside
+    containers of more than 10,000 elements, and what is outside of this process.
 
     What fails is skipped with a warning and training goes on: a loss that cannot be differentiated twice is measured by
     differences of gradients (`hvp="auto"`), other errors and lack of memory skip the quantity.
@@ -98,8 +109,9 @@ class SharpnessMonitor(Callback):
         seed: Seed of the probe and of all random vectors.
 
     Raises:
-        ConfigurationError: If an argument is out of range; at fit start, for sharded strategies and for a module in
-            manual optimization without `sharpness_loss`.
+        ConfigurationError: If an argument is out of range; at fit start, for sharded strategies, for a module in
+            manual optimization without `sharpness_loss` (`Trainer.validate` warns and measures nothing) and for two
+            monitors that would measure the same at the same step.
 
     Example:
         >>> SharpnessMonitor(every_n_epochs=5, quantities=["trace_fisher", "lambda_max"]).every_n_epochs
@@ -146,6 +158,7 @@ class SharpnessMonitor(Callback):
         self.rho = check_number("rho", rho, low_open=True)
         self.seed = check_whole("seed", seed, low=0)
         self.last: Measurement | None = None
+        self._record = HyperParameters()
         self._reset()
 
     def _reset(self) -> None:
@@ -153,9 +166,7 @@ class SharpnessMonitor(Callback):
         self._recording = False
         self._exact = True
         self._warned: set[str] = set()
-        self._measured_at = -1
-        self._patches = Patches()
-        self._hyper_parameters: HyperParameters | None = None
+        self._measured_at = (-1, -1)  # epoch and step
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and spawned processes get the settings, not what belongs to a running fit."""
@@ -178,16 +189,18 @@ class SharpnessMonitor(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what is not supported, before any compute; keep the HPARAMS tab free for the final metrics."""
-        self._patches.remove()
         self._reset()
-        _check(trainer, pl_module)
-        self._hyper_parameters = HyperParameters(trainer, pl_module)
-        for logger in tensorboards(trainer):
-            self._patches.put(logger, "log_hyperparams", _without_placeholder(logger.log_hyperparams))
+        check_strategy(trainer, "SharpnessMonitor")
+        if (missing := _loss_is_missing(pl_module)) is not None:
+            raise ConfigurationError(missing)
+        for other in _others(trainer, self):
+            if self._meets(other, trainer):
+                raise _measured_twice(self, other)
+        self._record.begin(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what a measurement will cost."""
-        self._patches.remove()
+        self._record.ready()
         loader, drawable = None, True
         with no_trace(pl_module), suppress(Exception):  # the user's code: what fails is said by the measurement
             loader, drawable = probe_loader(trainer, pl_module)
@@ -212,54 +225,58 @@ class SharpnessMonitor(Callback):
         step = trainer.global_step
         if self._recording:  # the probe is not complete
             return
-        if self.every_n_steps and step and step % self.every_n_steps == 0 and step != self._measured_at:
+        if self.every_n_steps and step and step % self.every_n_steps == 0 and step != self._measured_at[1]:
             self._measure_and_log(trainer, pl_module, logger_step(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure at the end of every n-th epoch."""
         self._recording = False  # an epoch shorter than the probe: it stays as it is
         due = self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and trainer.global_step != self._measured_at:
+        # without an optimizer there are epochs, but no steps
+        if due and (trainer.current_epoch, trainer.global_step) != self._measured_at:
             self._measure_and_log(trainer, pl_module, logger_step(trainer, epoch_end=True))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fill the HPARAMS tab."""
-        self._finish(trainer)
+        self._record.finish(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """A run that was interrupted is in the HPARAMS tab too."""
-        self._finish(trainer)
-
-    def _finish(self, trainer: pl.Trainer) -> None:
-        self._patches.remove()
-        if self._hyper_parameters is not None:
-            self._hyper_parameters.write(trainer)
-            self._hyper_parameters = None
+        self._record.finish(trainer)
 
     def _measure_and_log(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         if trainer.sanity_checking or getattr(trainer, "barebones", False):
             return
-        self._measured_at = trainer.global_step
+        self._measured_at = trainer.current_epoch, trainer.global_step
         result = self.measure(trainer, module)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
                 if result.values:
                     logger.log_metrics(result.values, step=step)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in result.values.items()})
-        figures(trainer, result, step)
+        figures(trainer, result, step, self._warn)
 
     # Validation
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """`Trainer.validate` measures too: the values join its table and its return value."""
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what is not supported before the batches run: afterwards their result would be lost."""
         if trainer.state.fn != TrainerFn.VALIDATING or self.idle:
             return
-        _check(trainer, pl_module)
         self._reset()
+        check_strategy(trainer, "SharpnessMonitor")
+        if (other := next(_others(trainer, self), None)) is not None:
+            raise _measured_twice(self, other)
+        if (missing := _loss_is_missing(pl_module)) is not None:
+            self._warn("everything", missing)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """`Trainer.validate` measures too: the values join its table and its return value."""
+        if trainer.state.fn != TrainerFn.VALIDATING or self.idle or _loss_is_missing(pl_module) is not None:
+            return
         result = self.measure(trainer, pl_module)
         for tag, value in result.values.items():
             pl_module.log(tag, value, sync_dist=True)  # it is the same on all; else Lightning warns
-        figures(trainer, result, logger_step(trainer))
+        figures(trainer, result, logger_step(trainer), self._warn)
 
     # On demand
 
@@ -325,6 +342,19 @@ class SharpnessMonitor(Callback):
             self._probe.shorten(int(trainer.strategy.reduce(fewest, reduce_op="min")))
         return self._probe
 
+    def _meets(self, other: SharpnessMonitor, trainer: pl.Trainer) -> bool:
+        """Whether both measure at the same moment in a fit, as far as its length is known."""
+        steps, per_epoch = math.inf, 0
+        with suppress(MisconfigurationException, OverflowError):  # accumulation that changes; data without a length
+            steps = trainer.estimated_stepping_batches
+            per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        if not per_epoch and (
+            (self.every_n_epochs and other.every_n_epochs) or 1 in (self.every_n_steps, other.every_n_steps)
+        ):
+            return True
+        mine, theirs = ([one.every_n_steps or 0, (one.every_n_epochs or 0) * per_epoch] for one in (self, other))
+        return any(math.lcm(first, second) <= steps for first in mine for second in theirs if first and second)
+
     def _settings(self, trainer: pl.Trainer) -> Settings:
         return Settings(
             mode=self.mode,
@@ -379,24 +409,32 @@ class SharpnessMonitor(Callback):
         )
 
 
-def _check(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    check_strategy(trainer, "SharpnessMonitor")
-    if not module.automatic_optimization and not hasattr(module, "sharpness_loss"):
-        name = type(module).__name__
-        raise ConfigurationError(
-            f"Expected {name}, which is in manual optimization, to have a method `sharpness_loss(batch, batch_idx)` "
-            "that returns the loss to be measured, got none: its `training_step` would train; add the method, or "
-            "remove SharpnessMonitor."
-        )
+def _loss_is_missing(module: pl.LightningModule) -> str | None:
+    """What to say of a module whose loss is not known; else ``None``."""
+    if module.automatic_optimization or hasattr(module, "sharpness_loss"):
+        return None
+    return (
+        f"Expected {type(module).__name__}, which is in manual optimization, to have a method `sharpness_loss(batch, "
+        "batch_idx)` that returns the loss to be measured, got none: its `training_step` would train; add the method, "
+        "or remove SharpnessMonitor."
+    )
 
 
-def _without_placeholder(log_hyperparams: Any) -> Any:
-    """Only a run's first record counts in the HPARAMS tab: it must not be Lightning's own with -1 as the metric."""
+def _others(trainer: pl.Trainer, monitor: SharpnessMonitor) -> Iterator[SharpnessMonitor]:
+    """The run's other monitors that log some of the same quantities."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    monitors = [one for one in callbacks if isinstance(one, SharpnessMonitor) and one is not monitor]
+    for one in monitors:
+        if not (one.idle or monitor.idle) and set(one.quantities) & set(monitor.quantities):
+            yield one
 
-    def log(params: Any, metrics: Any = None, *args: Any, **kwargs: Any) -> None:
-        log_hyperparams(params, {} if metrics is None else metrics, *args, **kwargs)
 
-    return log
+def _measured_twice(one: SharpnessMonitor, other: SharpnessMonitor) -> ConfigurationError:
+    same = ", ".join(quantity for quantity in one.quantities if quantity in other.quantities)
+    return ConfigurationError(
+        f"Expected each quantity from one SharpnessMonitor at a time, got {same} from two, which would write "
+        "different numbers under the same tags: give them different `quantities`, or remove one."
+    )
 
 
 def _sam(trainer: pl.Trainer) -> bool:

@@ -64,7 +64,7 @@ class _SignProducts(SharedForward):
         super().__init__(window, "HutchinsonHessian")
         self.num_vectors = num_vectors
         self.sums: list[Tensor | None] = [None] * len(window.parameters)
-        self.counted = torch.zeros((), dtype=torch.float64)
+        self.counted = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def watch(self, micro_batch: MicroBatch) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_ire.curvature.base import MicroBatch, Window
 from lightning_ire.curvature.batches import map_tensors, stacked_tensors
 from lightning_ire.curvature.tap import LossTap
-from lightning_ire.functional import per_sample_squares, seeded, twice_differentiable
+from lightning_ire.functional import in_double, per_sample_squares, seeded, twice_differentiable
 
 __all__ = ["one_by_one", "squares_at_once"]
 
@@ -79,7 +79,7 @@ def squares_at_once(
             unit = window.scale**2
             count = len(stacked[0])
             own = [None if p.grad is None else squares.get(names.get(id(p), "")) for p in window.parameters]
-            return [None if square is None else square / (unit * count) for square in own], counted / count
+            return [None if square is None else square / (unit * count) for square in own], in_double(counted) / count
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         return None  # the next try, one sample after the other, says what is wrong if it is not torch.func
 
@@ -102,7 +102,7 @@ def _score_of_one(
         if call is None:
             raise ValueError("the loss is not what one call of a known function returned")
         sampled = call.draw(generator=None)
-        return sampled.score * window.scale, (sampled.weights.sum() > 0).double()
+        return sampled.score * window.scale, (sampled.weights.sum() > 0).float()
 
     return score
 

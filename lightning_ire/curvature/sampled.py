@@ -17,7 +17,7 @@ from lightning_ire.curvature.batches import first_dimensions, part_of
 from lightning_ire.curvature.per_sample import one_by_one, squares_at_once
 from lightning_ire.curvature.shared_forward import SharedForward, refused_by_checkpointing
 from lightning_ire.curvature.tap import LossCall, LossTap, factors_in, known_losses
-from lightning_ire.functional import fisher_diagonal, gradients_by_backward, products
+from lightning_ire.functional import fisher_diagonal, gradients_by_backward, in_double, products
 
 __all__ = ["SampledFisher"]
 
@@ -278,7 +278,7 @@ class _SampledSquare(SharedForward):
                     "Expected `fisher_loss` to return a scalar loss with a graph, or a pair of it and the number of "
                     f"predictions, got {type(returned).__name__}."
                 )
-            root = torch.as_tensor(count, dtype=torch.float64).sqrt()
+            root = in_double(count).sqrt()
             self._add([loss], [torch.ones_like(loss)], root, root > 0, keep_graph=False)
 
     def _add_terms(self, used: Sequence[tuple[LossCall, Tensor]], keep_graph: bool) -> None:

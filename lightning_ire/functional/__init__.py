@@ -77,7 +77,7 @@ from lightning_ire.functional.spectrum import Extremes, Krylov, SpectralDensity,
 from lightning_ire.functional.stability import adam_limit, effective_product, sgd_limit, stability_edge
 from lightning_ire.functional.state import BufferState, RandomState, kept_buffers, seeded
 from lightning_ire.functional.threshold import flat_threshold
-from lightning_ire.functional.vectors import flatten, flatten_like, split_like, widest_dtype
+from lightning_ire.functional.vectors import as_real, flatten, flatten_like, in_double, split_like, widest_dtype
 
 __all__ = [
     "SAMPLED",
@@ -91,6 +91,7 @@ __all__ = [
     "adam_limit",
     "adaptive_mean",
     "all_finite",
+    "as_real",
     "ascent_in_ball",
     "average_sam_displacement",
     "boost_",
@@ -109,6 +110,7 @@ __all__ = [
     "gradients_by_backward",
     "hessian_product",
     "hutchinson_trace",
+    "in_double",
     "kept_buffers",
     "mask_below",
     "masks_and_threshold",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ire.functional.vectors import in_double
+
 __all__ = ["MeanEstimate", "adaptive_mean", "hutchinson_trace", "rademacher", "ratio_of_means"]
 
 _FEWEST = 8  # the standard error of fewer draws is too uncertain to stop by
@@ -50,7 +52,7 @@ class MeanEstimate:
         Args:
             weights: One number per part.
         """
-        return MeanEstimate(self.draws * torch.as_tensor(weights, dtype=torch.float64))
+        return MeanEstimate(self.draws * in_double(weights))
 
 
 def adaptive_mean(
@@ -81,7 +83,7 @@ def adaptive_mean(
         raise ValueError(f"Expected `max_draws` to be at least 1, got {max_draws}.")
     draws: list[Tensor] = []
     while len(draws) < max_draws:
-        draws.append(torch.as_tensor(draw(), dtype=torch.float64).detach().cpu().reshape(-1))
+        draws.append(in_double(draw()).detach().cpu().reshape(-1))
         if not bool(torch.isfinite(draws[-1]).all()):
             break
         if len(draws) >= _FEWEST and relative_error > 0:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_ire.functional.vectors import in_double
+
 __all__ = ["Extremes", "Krylov", "SpectralDensity", "extreme_eigenvalues", "spectral_density"]
 
 Product = Callable[[Tensor], Tensor]
@@ -103,14 +105,14 @@ def extreme_eigenvalues(
     basis = min(max(basis, wanted + 2), start.numel())
     vectors = start.new_empty(basis, start.numel())
     vectors[0] = start / start.norm()
-    matrix = torch.zeros(basis, basis, dtype=torch.float64)
+    matrix = torch.zeros(basis, basis, dtype=torch.float64, device="cpu")
     size = length = 0  # vectors in the basis; those of them that are products of the last vector put in
     random = False  # whether that was a random one
     for taken in range(1, max_products + 1):
         image, column = _orthogonalized(product(vectors[size]), vectors[: size + 1])
         size += 1
         length += 1
-        matrix[size - 1, :size] = column.double().cpu()  # `eigh` reads the lower triangle only
+        matrix[size - 1, :size] = in_double(column).cpu()  # `eigh` reads the lower triangle only
         rest = float(image.norm())
         if not math.isfinite(rest):
             return Extremes([math.nan] * largest, [math.nan] * smallest, [math.nan] * wanted, False, taken)
@@ -180,6 +182,21 @@ class SpectralDensity:
         """Mean eigenvalue, that is trace / p."""
         return float((self.nodes * self.weights).sum())
 
+    def quantile(self, share: float) -> float:
+        """The smallest node such that it and those below have at least a share of the weight.
+
+        Args:
+            share: In [0, 1]; 0 and 1 give the outermost nodes.
+
+        Example:
+            >>> SpectralDensity(torch.tensor([5.0, 0.0]), torch.tensor([0.1, 0.9]), 0.0).quantile(0.5)
+            0.0
+        """
+        order = self.nodes.argsort()
+        below = self.weights[order].cumsum(0)
+        place = int(torch.searchsorted(below, share * float(below[-1])))
+        return float(self.nodes[order][min(place, len(order) - 1)])
+
     def smoothed(self, points: int = 400, width: float = 0.01) -> tuple[Tensor, Tensor]:
         """The density with every node replaced by a normal distribution, for a figure.
 
@@ -192,7 +209,7 @@ class SpectralDensity:
         """
         low, high = float(self.nodes.min()), float(self.nodes.max())
         sigma = width * (max(high - low, 1e-6 * abs(high)) or 1.0)  # one eigenvalue, or nothing but 0
-        grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64)
+        grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64, device="cpu")
         bumps = torch.exp(-0.5 * ((grid[:, None] - self.nodes) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
         return grid, bumps @ self.weights
 
@@ -247,12 +264,12 @@ def spectral_density(
                 break
             beside.append(beta)
             before, current = current, image / beta
-        below = torch.diag(torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64), -1)
-        matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64)) + below
+        below = torch.diag(in_double(beside[: len(diagonal) - 1]), -1)
+        matrix = torch.diag(in_double(diagonal)) + below
         values, rotation = torch.linalg.eigh(matrix)  # reads the lower triangle only
         nodes.append(values)
         weights.append(rotation[0] ** 2 / vectors)
         means.append(float((values * rotation[0] ** 2).sum()))
-    spread = torch.tensor(means, dtype=torch.float64)
+    spread = in_double(means)
     stderr = float(spread.std() / math.sqrt(vectors)) if vectors > 1 else math.inf
     return SpectralDensity(torch.cat(nodes), torch.cat(weights), stderr)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire.functional._foreach import groups_of, joined
+from lightning_ire.functional.vectors import in_double
 
 __all__ = ["flat_threshold"]
 
@@ -104,7 +105,7 @@ def threshold_of_vectors(
     zeros = torch.zeros((), dtype=torch.int64, device=device)
     if exclude_zero:
         zeros = torch.stack([(value == 0).sum().to(device) for value in values]).sum()
-    rank = zeros + ((total - zeros).double() * gamma).long().clamp(min=1)
+    rank = zeros + (in_double(total - zeros) * gamma).long().clamp(min=1).to(device)
     rank = rank.clamp(max=total)  # nothing but zeros: the largest is one
     if total >= _LITTLE and all(value.is_cpu for value in values):
         found = _by_sample(values, int(rank), total, dtype, exclude_zero, [mask for mask in masks if mask.numel()])
@@ -207,20 +208,21 @@ def _kth_pattern(values: Sequence[Tensor], rank: Tensor, dtype: torch.dtype) -> 
     prefix = bad = torch.zeros_like(rank)
     rank = rank.view(1)
     for shift in range(first_shift, -1, -_DIGIT):
-        below = torch.zeros((1 << _DIGIT) + 1, dtype=torch.int64, device=device)  # [i]: digits less than i
+        counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=device)
         for bits in _patterns(values, dtype):
             digits = (bits >> shift).long()
             # those whose higher digits are the ones found so far
             fits = (
                 torch.ones_like(digits) if shift == first_shift else (digits >> _DIGIT == prefix.to(bits.device)).long()
             )
-            counts = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=bits.device)
-            below[1:] += counts.index_add_(0, digits & ((1 << _DIGIT) - 1), fits).to(device)
-        below = below.cumsum(0)
+            here = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=bits.device)
+            counts += here.index_add_(0, digits & ((1 << _DIGIT) - 1), fits).to(device)
+        up_to = counts.cumsum(0)  # [i]: digits of at most i
         if shift == first_shift:
-            bad = below[-1] - below[_INFINITY[dtype] >> shift]  # the patterns of infinity and NaN are the largest
-        digit = torch.searchsorted(below[1:], rank).clamp_(max=(1 << _DIGIT) - 1)
-        rank = rank - below.index_select(0, digit)
+            infinity = _INFINITY[dtype] >> shift  # and what is larger is NaN
+            bad = counts.narrow(0, infinity, len(counts) - infinity).sum()
+        digit = torch.searchsorted(up_to, rank).clamp_(max=(1 << _DIGIT) - 1)
+        rank = rank - (up_to - counts).index_select(0, digit)
         prefix = (prefix << _DIGIT) | digit.squeeze(0)
     return prefix, bad
 

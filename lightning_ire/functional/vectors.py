@@ -7,7 +7,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["flatten", "flatten_like", "split_like", "widest_dtype"]
+__all__ = ["as_real", "flatten", "flatten_like", "in_double", "split_like", "widest_dtype"]
+
+_WITHOUT_FLOAT64 = ("mps",)  # types of devices
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, in a last dimension of 2; any other as it is.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        A view, with its graph.
+
+    Example:
+        >>> as_real(torch.tensor([1 + 2j]))
+        tensor([[1., 2.]])
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def in_double(number: Tensor | float | Sequence[float]) -> Tensor:
+    """In float64; on the CPU if it is on a device that has no such type (Apple's MPS), else where it is.
+
+    Args:
+        number: A tensor; or a number or numbers, for a tensor on the CPU.
+
+    Returns:
+        A float64 tensor of the same shape.
+
+    Example:
+        >>> in_double(torch.tensor([0.5]))
+        tensor([0.5000], dtype=torch.float64)
+    """
+    if not isinstance(number, Tensor):
+        return torch.tensor(number, dtype=torch.float64, device="cpu")
+    return (number.cpu() if number.device.type in _WITHOUT_FLOAT64 else number).double()
 
 
 def widest_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -129,9 +129,13 @@ def sinusoids(length: int, width: int) -> Tensor:
     Returns:
         Shape [length, width], of torch's default type.
     """
-    rates = torch.exp(torch.arange(0, width, 2, dtype=torch.float64) * (-math.log(10000) / width))
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).to(torch.get_default_dtype())
+    rates = torch.exp(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") * (-math.log(10000) / width))
+    angles = torch.arange(length, dtype=torch.float64, device="cpu")[:, None] * rates
+    return (
+        torch.stack([angles.sin(), angles.cos()], dim=-1)
+        .flatten(1)
+        .to(torch.get_default_device(), torch.get_default_dtype())
+    )
 
 
 def check_length(length: int, context_length: int) -> None:
