@@ -21,9 +21,10 @@ ALLOWED = {
     "curvature": {"_checks", "functional", "curvature"},
     "callbacks": {"_checks", "_lightning", "tags", "functional", "schedule", "perturbation", "curvature", "callbacks"},
     "_cli_messages": {"_checks"},
+    "_cli_checkpoints": {"_checks"},
     "models": {"_checks", "models"},
     "data": {"_checks", "data"},
-    "sweeps": {"_checks", "sweeps"},
+    "sweeps": {"_checks", "__version__", "sweeps"},
 }
 # packages of others, beside the standard library
 THIRD_PARTY = {

@@ -50,7 +50,8 @@ def test_values_and_further_flags_arrive_as_typed(runs):
         arguments[1:]
         == (
             "-m lightning_ire.cli fit --config c.yaml --data.seed 01 --model.wd=5e-4 --ire.kappa 1e-3 --model.lr 5e-4 "
-            f"--trainer.logger.save_dir sweeps/c --trainer.logger.name {cell}"
+            "--trainer.logger false --trainer.logger lightning.pytorch.loggers.TensorBoardLogger "
+            f"--trainer.logger.save_dir sweeps/c --trainer.logger.name {cell} --trainer.logger.default_hp_metric false"
         ).split()
     )
 
