@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from lightning_ire._checks import ConfigurationError
+from lightning_ire._checks import ConfigurationError, check_folder
 from lightning_ire.sweeps._database import GRACE_SECONDS, open_storage, optuna
 from lightning_ire.sweeps._heat_map import save_heat_map
 from lightning_ire.sweeps._ledger import Ledger
@@ -44,6 +44,7 @@ def main(args: list[str]) -> int:
 
 
 def _open(options: Options) -> list[Ledger]:
+    check_folder("--folder", options.folder, options.logs)
     storage = open_storage(options.storage, must_exist=options.table)
     ledgers = [Ledger(storage, options.name, options.grid, options.mode)]
     if options.baseline:

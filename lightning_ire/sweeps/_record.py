@@ -41,7 +41,8 @@ def check(options: Options, cell: Cell) -> None:
         key = next((key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)), None)
         if key is None:
             return
-        difference = f"`{key}` {theirs.get(key, 'not given')} there and {ours.get(key, 'not given')} here"
+        there, here = (repr(made[key]) if key in made else "nothing" for made in (theirs, ours))
+        difference = f"`{key}` {there} there and {here} here"
     raise ConfigurationError(
         f"Expected the runs in {folder} to be made with the settings of this sweep, got {difference}: give another "
         "`--name` or `--folder`, or remove that folder."

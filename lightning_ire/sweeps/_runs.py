@@ -40,8 +40,8 @@ def command(options: Options, cell: Cell) -> list[str]:
     """
     fit = [sys.executable, "-m", "lightning_ire.cli", "fit", "--config", str(options.config), *options.flags]
     logger = ["--trainer.logger", "false", "--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger"]
-    logger += ["--trainer.logger.save_dir", str(options.logs), "--trainer.logger.name", cell.name]
     logger += ["--trainer.logger.default_hp_metric", "false"]
+    logger += ["--trainer.logger.save_dir", str(options.logs), "--trainer.logger.name", cell.name]
     checkpoint = checkpoint_of(options, cell)
     return [*fit, *cell.flags, *logger, *([] if checkpoint is None else ["--ckpt_path", str(checkpoint)])]
 
