@@ -390,8 +390,8 @@ def test_last_is_the_newest_runs(subcommand, saving, capsys, monkeypatch):
         tensor.fill_(7)
     torch.save(content, path)
     seen = []
-    hook = f"on_{'train' if subcommand == 'fit' else subcommand}_start"
-    monkeypatch.setattr(LightningModule, hook, lambda self: seen.append(weights(self)))
+    hook = "on_validation_batch_start" if subcommand == "validate" else f"on_{subcommand}_start"
+    monkeypatch.setattr(LightningModule, hook, lambda self, *args: seen.append(weights(self)))
     monkeypatch.setattr(ImageClassifier, "predict_step", lambda self, batch: None)
     monkeypatch.setattr(Digits, "predict_dataloader", Digits.test_dataloader)
     flags = [*FIT[1:], *saving, "--trainer.max_epochs", "2", "--trainer.limit_predict_batches", "1"]
@@ -432,7 +432,7 @@ def test_weights_of_no_run_are_said(capsys):
     assert "test without `ckpt_path`: the weights are those that the model was made with" in capsys.readouterr().err
 
 
-@SUBCOMMANDS
+@pytest.mark.parametrize("subcommand", ["fit", "predict"])
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -441,6 +441,7 @@ def test_weights_of_no_run_are_said(capsys):
         ("--trainer.default_root_dir file", "trainer.default_root_dir"),
         ("--trainer.default_root_dir file --trainer.logger false", "trainer.default_root_dir"),
     ],
+    ids=["csv", "board", "default", "none"],
 )
 def test_a_log_folder_that_cannot_be_made_is_one_line(subcommand, flags, message, capsys):
     Path("file").touch()
@@ -452,7 +453,7 @@ def test_a_log_folder_that_cannot_be_made_is_one_line(subcommand, flags, message
     )
 
 
-def test_a_folder_of_checkpoints_that_cannot_be_made_is_one_line(capsys, monkeypatch):
+def test_a_folder_of_checkpoints_that_cannot_be_made_is_one_line(capsys):
     Path("file").touch()
     flags = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath", "file/below"]
     line = usage_error([*FIT, *flags], capsys)
@@ -482,8 +483,7 @@ def test_errors_of_callbacks_are_one_line(hook, monkeypatch, capsys):
 @pytest.mark.parametrize("subcommand", ["fit", "test"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_with_their_codes(subcommand, number, code, monkeypatch):
-    monkeypatch.setattr(signal, "signal", signal.signal)
-    hook = "on_train_batch_end" if subcommand == "fit" else "on_test_batch_end"
+    hook = "on_before_zero_grad" if subcommand == "fit" else "on_test_batch_end"
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(LightningModule, hook, lambda *args: signal.raise_signal(number))
     try:
@@ -513,14 +513,14 @@ def test_sweep_goes_to_the_sweeps(way, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: Expected `--config` to be a file, got 'nowhere.yaml'.\n"
 
 
-@pytest.mark.parametrize("kind", ["csv", "two", "none", "default", "other-tags"])
+@pytest.mark.parametrize("kind", ["csv", "two", "none", "other-tags"])
 def test_sweep_reads_its_runs_whatever_the_configs_logger(kind, monkeypatch, capsys):
     csv = {"class_path": "CSVLogger", "init_args": {"save_dir": "c"}}
     board = {
         "class_path": "TensorBoardLogger",
         "init_args": {"save_dir": "t", "prefix": "p", "sub_dir": "s", "version": "v"},
     }
-    logger = {"csv": csv, "two": [board, csv], "none": False, "default": None, "other-tags": board}[kind]
+    logger = {"csv": csv, "two": [board, csv], "none": False, "other-tags": board}[kind]
     config = write("c.yaml", {"test_after_fit": True, "trainer": {"logger": logger}})
 
     def in_this_process(arguments: list[str], log: Path) -> int:
