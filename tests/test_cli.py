@@ -404,13 +404,9 @@ def test_last_is_the_newest_runs(subcommand, saving, capsys, monkeypatch):
         assert "ckpt_path best: logs/d/version_2/checkpoints/best.ckpt\n" in capsys.readouterr().out
         misfits = [*flags, "--model.model.widths", "[5]", "--ckpt_path", "last"]
         assert main([subcommand, *misfits]) == 1
-        assert (
-            capsys.readouterr()
-            .err.splitlines()[-1]
-            .startswith(
-                f"error: Expected `ckpt_path` to be a checkpoint of this model and optimizer, got '{path}': size mismatch"
-            )
-        )
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: Expected `ckpt_path` to be a checkpoint of this model and optimizer, got ")
+        assert "size mismatch" in line
 
 
 def test_nothing_to_find_begins_a_fit_and_is_refused_by_all_others(saving, capsys):
