@@ -1,6 +1,9 @@
-"""The command line: `python cli.py {fit,validate,test,predict} --config configs/NAME.yaml`."""
-
-from lightning_ire.cli import main
+"""The command line: `python cli.py {fit,validate,test,predict,sweep} --config configs/NAME.yaml`."""
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        from lightning_ire.cli import main
+
+        raise SystemExit(main())
+    except KeyboardInterrupt:  # while Lightning was being imported
+        raise SystemExit(130) from None

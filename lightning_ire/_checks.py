@@ -6,10 +6,13 @@ Torch-free on purpose, so that every layer of the package may import it.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = ["ConfigurationError", "check_choice", "check_number", "check_switch", "check_whole"]
+__all__ = ["ConfigurationError", "check_choice", "check_folder", "check_number", "check_switch", "check_whole"]
 
 
 class ConfigurationError(ValueError):
@@ -106,6 +109,31 @@ def check_switch(name: str, value: Any, word: str) -> Any:
     if not isinstance(value, bool) and value != word:
         raise ConfigurationError(f"Expected `{name}` to be true, false or {word!r}, got {value!r}.")
     return value
+
+
+def check_folder(name: str, value: str | Path, folder: str | Path | None = None) -> None:
+    """Make sure that a folder can be made and written to: a temporary one is made in what there is of it, and removed.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: What came; remote addresses are not checked.
+        folder: Where something will be written below that; by default the same.
+
+    Raises:
+        ConfigurationError: If it cannot.
+    """
+    there = Path(os.path.expandvars(value if folder is None else folder)).expanduser()
+    if "://" in str(value):
+        return
+    while there != there.parent and not os.path.lexists(there):
+        there = there.parent
+    try:
+        with TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"Expected `{name}` to be a folder to write to, got {str(value)!r}: {there}: {error.strerror}."
+        ) from error
 
 
 def _range(low: float, high: float, low_open: bool, high_open: bool) -> str:

@@ -8,14 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
 from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, sweeps
+from lightning_ire._checks import check_folder
+from lightning_ire._cli_checkpoints import NAMES, check_checkpoint, find_checkpoint, misfit
 from lightning_ire._cli_messages import one_line, with_full_key
 from lightning_ire._lightning import ConfigWins
 
@@ -29,6 +33,9 @@ CALLBACK_KEYS: dict[str, tuple[type[Callback], dict[str, Any]]] = {
 
 Such a callback has an attribute `idle`; with these defaults it is True, and an idle callback is not added.
 """
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes after SIGINT and SIGTERM: 128 and the signal's number."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -78,11 +85,15 @@ class IRECLI(ConfigWins, LightningCLI):
                 parser_kwargs={"description": "Train with IRE and SAM. Grids of runs: cli.py sweep --help"},
                 args=args,
             )
-        except ConfigurationError as error:  # what only shows in the run names its argument; the user typed a key
+        except (ValueError, RuntimeError) as error:
             settings = self.config.get(self.config.get("subcommand"))
             if settings is None:
                 raise
-            raise ConfigurationError(with_full_key(str(error), settings.as_dict())) from error
+            # what only shows in the run names its argument; the user typed a key
+            message = str(error) if isinstance(error, ConfigurationError) else misfit(error, settings.ckpt_path)
+            if message is None:
+                raise
+            raise ConfigurationError(with_full_key(message, settings.as_dict())) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the top-level keys."""
@@ -94,12 +105,50 @@ class IRECLI(ConfigWins, LightningCLI):
         )
 
     def instantiate_classes(self) -> None:
-        """Make all objects; a value that a constructor refuses is a usage error that names the full key."""
+        """Make all objects; what cannot work is a usage error that names the full key.
+
+        That is a value which a constructor refuses, a checkpoint that cannot be loaded (one given as a file: before
+        anything is made), or a folder to which nothing can be written. Afterwards `ckpt_path` is a file or None.
+        """
+        settings = self.config[self.subcommand]
         try:
+            if settings.ckpt_path not in (None, *NAMES):
+                self._check_checkpoint(settings)
             super().instantiate_classes()
+            self._check_folders(settings)
+            self._find_checkpoint(settings)
         except (MisconfigurationException, ValueError) as error:  # jsonargparse wraps what constructors raise
-            settings = self.config[self.subcommand].as_dict()
-            self.parser.error(with_full_key(str(error), settings), error)
+            self.parser.error(with_full_key(str(error), settings.as_dict()), error)
+
+    def _check_checkpoint(self, settings: Any) -> None:
+        check_checkpoint(str(settings.ckpt_path), settings.weights_only, resume=self.subcommand == "fit")
+
+    def _check_folders(self, settings: Any) -> None:
+        """Refuse folders to which the loggers and checkpoint callbacks could not write."""
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if settings.trainer.logger in (None, True, False):
+            check_folder("default_root_dir", self.trainer.default_root_dir)
+        for logger in self.trainer.loggers:
+            if logger.save_dir is not None:
+                check_folder("save_dir", logger.save_dir, getattr(logger, "root_dir", None))
+        for callback in self.trainer.checkpoint_callbacks if self.subcommand == "fit" else ():
+            if (folder := getattr(callback, "dirpath", None)) is not None:
+                check_folder("dirpath", folder)
+
+    def _find_checkpoint(self, settings: Any) -> None:
+        """Replace `last`, `best` and `hpc` by a file and say which; say where the weights are not those of a run."""
+        name, resume, say = settings.ckpt_path, self.subcommand == "fit", rank_zero_only(print)
+        if name in NAMES:
+            version = _fixed_version(settings.trainer.logger)
+            path, searched = find_checkpoint(name, self.trainer, version, settings.weights_only, resume=resume)
+            settings.ckpt_path = self.config_init[self.subcommand].ckpt_path = path
+            if path is not None:
+                self._check_checkpoint(settings)
+            say(f"ckpt_path {name}: {path or f'nothing at {searched} yet, so the training begins'}", flush=True)
+        elif name is None and not resume:
+            line = f"{self.subcommand} without `ckpt_path`: the weights are those that the model was made with"
+            say(f"{line} (--ckpt_path last, best or FILE: those of a run)", file=sys.stderr)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with the callbacks of all active keys.
@@ -123,7 +172,10 @@ class IRECLI(ConfigWins, LightningCLI):
                 )
             callbacks.append(settings[key])
         settings.trainer.callbacks = callbacks
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:  # of two callbacks of which a checkpoint can hold only one
+            self.parser.error(str(error), error)
 
     def after_fit(self) -> None:
         """Test the final weights if asked to, and say where the logs are."""
@@ -146,12 +198,24 @@ def main(args: list[str] | None = None) -> int:
         args: What follows the program's name; by default taken from `sys.argv`.
 
     Returns:
-        0, or 1 if the run met a set-up that cannot work (said in one line on stderr); the codes of `sweep` are in its
-        `--help`.
+        0; 1 if the run met a set-up that cannot work (said in one line on stderr); 130 after Ctrl-C, 143 after
+        SIGTERM; the codes of `sweep` are in its `--help`.
     """
     command = sys.argv[1:] if args is None else args
-    if command[:1] == ["sweep"]:
-        return sweeps.main(command[1:])
+    try:
+        return sweeps.main(command[1:]) if command[:1] == ["sweep"] else _run(args)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SIGTERMException:  # Lightning's own, without a code
+        return TERMINATED
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut the run down
+            return INTERRUPTED
+        raise
+
+
+def _run(args: list[str] | None) -> int:
+    """Run one of Lightning's subcommands."""
     # Lightning advertises its cloud products at every start.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
@@ -162,6 +226,13 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _fixed_version(logger: Any) -> str | None:
+    """Return the name of the version folder that the first logger is set to, or None if it takes the next free one."""
+    first = logger[0] if isinstance(logger, list) and logger else logger
+    version = first.init_args.get("version") if isinstance(first, Namespace) else None
+    return version if version is None or isinstance(version, str) else f"version_{version}"
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

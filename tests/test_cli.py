@@ -3,6 +3,8 @@
 import argparse
 import os
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +13,17 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_ire import IRE, SAM, ConfigurationError, tags
+from lightning_ire import IRE, SAM, ConfigurationError, sweeps, tags
 from lightning_ire._cli_messages import one_line, with_full_key
 from lightning_ire.cli import IRECLI, main
+from lightning_ire.data import Digits
+from lightning_ire.models import ImageClassifier
+from lightning_ire.sweeps import _runs
 
 ROOT = Path(__file__).parents[1]
 QUIET = "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false"
@@ -349,6 +355,149 @@ def weights(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
 
+# -------------------------------------------------------------------------------- ckpt_path, folders, signals
+
+
+SUBCOMMANDS = pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+
+
+@pytest.fixture
+def saving() -> list[str]:
+    """Flags of runs in logs/d/version_N that save best.ckpt and last.ckpt."""
+    logger = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "logs", "name": "d"}}
+    best, last = {"filename": "best", "monitor": "val/loss"}, {"filename": "last", "enable_version_counter": False}
+    callbacks = [{"class_path": "ModelCheckpoint", "init_args": args} for args in (best, last)]
+    return ["--config", write("saving.yaml", {"trainer": {"logger": logger, "callbacks": callbacks}})]
+
+
+@SUBCOMMANDS
+def test_wrong_checkpoint_is_one_line_before_anything_is_made(subcommand, capsys, monkeypatch):
+    monkeypatch.setattr(LightningCLI, "instantiate_classes", lambda self: pytest.fail("made"))
+    Path("garbage").write_text("garbage")
+    expected = "error: Expected `ckpt_path` to be a checkpoint of Lightning (or one of last, best, hpc), got "
+    for flags in (["--ckpt_path", "garbage"], ["--config", write("c.yaml", {"ckpt_path": "garbage"})]):
+        line = usage_error([subcommand, *FIT[1:], *flags], capsys)
+        assert line == f"{expected}'garbage', which is damaged or something else."
+
+
+@SUBCOMMANDS
+def test_last_is_the_newest_runs(subcommand, saving, capsys, monkeypatch):
+    assert main([*FIT, *saving]) == 0
+    shutil.copytree("logs/d/version_0", "logs/d/version_2")
+    path = Path("logs/d/version_2/checkpoints/last.ckpt")
+    content = torch.load(path, weights_only=True)
+    for tensor in content["state_dict"].values():
+        tensor.fill_(7)
+    torch.save(content, path)
+    seen = []
+    hook = "on_validation_batch_start" if subcommand == "validate" else f"on_{subcommand}_start"
+    monkeypatch.setattr(LightningModule, hook, lambda self, *args: seen.append(weights(self)))
+    monkeypatch.setattr(ImageClassifier, "predict_step", lambda self, batch: None)
+    monkeypatch.setattr(Digits, "predict_dataloader", Digits.test_dataloader)
+    flags = [*FIT[1:], *saving, "--trainer.max_epochs", "2", "--trainer.limit_predict_batches", "1"]
+    cli = IRECLI([subcommand, *flags, "--ckpt_path", "last"])
+    assert (seen[0] == 7).all()
+    assert f"ckpt_path last: {path}\n" in capsys.readouterr().out
+    assert cli.config[subcommand].ckpt_path == str(path)  # so config.yaml says which
+    if subcommand == "test":
+        IRECLI([subcommand, *flags, "--ckpt_path", "best"])
+        assert "ckpt_path best: logs/d/version_2/checkpoints/best.ckpt\n" in capsys.readouterr().out
+        misfits = [*flags, "--model.model.widths", "[5]", "--ckpt_path", "last"]
+        assert main([subcommand, *misfits]) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: Expected `ckpt_path` to be a checkpoint of this model and optimizer, got ")
+        assert "size mismatch" in line
+
+
+def test_nothing_to_find_begins_a_fit_and_is_refused_by_all_others(saving, capsys):
+    searched = "logs/d/*/checkpoints/last*.ckpt"
+    for subcommand in ("validate", "test", "predict"):
+        line = usage_error([subcommand, *FIT[1:], *saving, "--ckpt_path", "last"], capsys)
+        assert line == f"error: Expected `ckpt_path` last to find {searched}, got none."
+    assert "`ckpt_path` best to find" in usage_error([*FIT, *saving, "--ckpt_path", "best"], capsys)
+    assert not Path("logs").exists()
+    assert main([*FIT, *saving, "--ckpt_path", "last"]) == 0
+    assert f"ckpt_path last: nothing at {searched} yet, so the training begins\n" in capsys.readouterr().out
+    assert yaml.safe_load(Path("logs/d/version_0/config.yaml").read_text())["ckpt_path"] is None
+    fixed = [*saving, "--trainer.logger.version", "7"]
+    assert "logs/d/version_7/checkpoints/last" in usage_error(["test", *FIT[1:], *fixed, "--ckpt_path", "last"], capsys)
+
+
+def test_weights_of_no_run_are_said(capsys):
+    assert main(["test", *FIT[1:]]) == 0
+    assert "test without `ckpt_path`: the weights are those that the model was made with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "predict"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--trainer.logger CSVLogger --trainer.logger.save_dir file", "trainer.logger.save_dir"),
+        ("--trainer.logger TensorBoardLogger --trainer.logger.save_dir file/below", "trainer.logger.save_dir"),
+        ("--trainer.default_root_dir file", "trainer.default_root_dir"),
+        ("--trainer.default_root_dir file --trainer.logger false", "trainer.default_root_dir"),
+    ],
+    ids=["csv", "board", "default", "none"],
+)
+def test_a_log_folder_that_cannot_be_made_is_one_line(subcommand, flags, message, capsys):
+    Path("file").touch()
+    got = flags.split("file")[1].split()[:1] if flags.endswith("below") else []
+    line = usage_error([subcommand, *FIT[1:], *flags.split()], capsys)
+    assert (
+        line
+        == f"error: Expected `{message}` to be a folder to write to, got 'file{''.join(got)}': file: Not a directory."
+    )
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_made_is_one_line(capsys):
+    Path("file").touch()
+    flags = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath", "file/below"]
+    line = usage_error([*FIT, *flags], capsys)
+    assert line.startswith("error: Expected `trainer.callbacks.0.dirpath` to be a folder to write to, got ")
+    assert line.endswith("file: Not a directory.")
+    assert not Path("lightning_logs").exists()
+
+
+def test_two_callbacks_with_one_state_are_one_line(capsys):
+    twice = {"trainer": {"callbacks": [{"class_path": "IRE"}, {"class_path": "IRE"}]}}
+    line = usage_error([*FIT, "--config", write("twice.yaml", twice)], capsys)
+    assert line.startswith("error: Found more than one stateful callback of type `IRE`.")
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_end", "on_test_end", "on_save_checkpoint"])
+def test_errors_of_callbacks_are_one_line(hook, monkeypatch, capsys):
+    def fail(*args):
+        raise ConfigurationError("Expected `every_n_epochs` to be of one monitor,\ngot two.")
+
+    monkeypatch.setattr(IRE, hook, fail)
+    assert main([*FIT, "--ire.kappa", "1", "--test_after_fit", "true"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("error: Expected `")
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "test"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_with_their_codes(subcommand, number, code, monkeypatch):
+    hook = "on_before_zero_grad" if subcommand == "fit" else "on_test_batch_end"
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(LightningModule, hook, lambda *args: signal.raise_signal(number))
+    try:
+        assert main([subcommand, *FIT[1:], "--trainer.limit_test_batches", "2"]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores further ones
+
+
+def test_ctrl_c_outside_of_a_run(monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(IRECLI, "instantiate_classes", interrupt)
+    assert main(FIT) == 130
+    monkeypatch.setattr(sweeps, "main", interrupt)
+    assert main(["sweep"]) == 130
+
+
 # -------------------------------------------------------------------------------- sweeps
 
 
@@ -358,6 +507,25 @@ def test_sweep_goes_to_the_sweeps(way, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["cli.py", "sweep", "--config", "nowhere.yaml"])
     assert main(["sweep", "--config", "nowhere.yaml"] if way == "args" else None) == 2
     assert capsys.readouterr().err == "error: Expected `--config` to be a file, got 'nowhere.yaml'.\n"
+
+
+@pytest.mark.parametrize("kind", ["csv", "two", "none", "other-tags"])
+def test_sweep_reads_its_runs_whatever_the_configs_logger(kind, monkeypatch, capsys):
+    csv = {"class_path": "CSVLogger", "init_args": {"save_dir": "c"}}
+    board = {
+        "class_path": "TensorBoardLogger",
+        "init_args": {"save_dir": "t", "prefix": "p", "sub_dir": "s", "version": "v"},
+    }
+    logger = {"csv": csv, "two": [board, csv], "none": False, "other-tags": board}[kind]
+    config = write("c.yaml", {"test_after_fit": True, "trainer": {"logger": logger}})
+
+    def in_this_process(arguments: list[str], log: Path) -> int:
+        return main(arguments[arguments.index("fit") :])
+
+    monkeypatch.setattr(_runs, "run_process", in_this_process)
+    assert main(["sweep", "--config", config, "--grid", "seed_everything", "0", "--", *FIT[1:]]) == 0
+    assert "1 of 1 runs" in capsys.readouterr().out
+    assert not [folder for folder in "ct" if Path(folder).exists()]
 
 
 def test_module_is_a_command_with_exit_codes(monkeypatch, capsys):

@@ -26,9 +26,10 @@ ALLOWED = {
         *("curvature", "callbacks"),
     },
     "_cli_messages": {"_checks"},
+    "_cli_checkpoints": {"_checks"},
     "models": {"_checks", "_run_length", "models"},
     "data": {"_checks", "_lightning", "data"},
-    "sweeps": {"_checks", "sweeps"},
+    "sweeps": {"_checks", "__version__", "sweeps"},
 }
 # packages of others, beside the standard library
 THIRD_PARTY = {

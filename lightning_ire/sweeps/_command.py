@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 
-from lightning_ire._checks import ConfigurationError
+from lightning_ire._checks import ConfigurationError, check_folder
 from lightning_ire.sweeps._database import GRACE_SECONDS, open_storage, optuna
 from lightning_ire.sweeps._heat_map import save_heat_map
 from lightning_ire.sweeps._ledger import Ledger
 from lightning_ire.sweeps._options import Options, read_options
+from lightning_ire.sweeps._record import check
 from lightning_ire.sweeps._table import Results, table
 from lightning_ire.sweeps._worker import Refused, Worker
 
@@ -43,12 +44,18 @@ def main(args: list[str]) -> int:
 
 
 def _open(options: Options) -> list[Ledger]:
+    check_folder("--folder", options.folder, options.logs)
     storage = open_storage(options.storage, must_exist=options.table)
     ledgers = [Ledger(storage, options.name, options.grid, options.mode)]
     if options.baseline:
         ledgers.append(Ledger(storage, f"{options.name}-baseline", options.grid.baseline(), options.mode))
     for ledger in ledgers:
         ledger.open(None if options.table else options.fingerprint, options.flags)
+    cells = [] if options.table else [cell for ledger in ledgers for cell in ledger.to_do()]
+    for cell in cells:
+        check(options, cell)
+    if cells and (logger := options.replaced_logger):
+        print(f"all runs log to TensorBoard in {options.logs}, in place of the config's {logger}")
     return ledgers
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_ire._checks import ConfigurationError
+from lightning_ire._checks import ConfigurationError, check_folder
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -57,6 +57,7 @@ def open_storage(url: str, *, must_exist: bool = False) -> RDBStorage:
     if sqlite and must_exist and not path.is_file():
         raise ConfigurationError(f"Expected the database {path} to be there, got nothing: no run of this sweep yet.")
     if sqlite:
+        check_folder("--storage", path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
     engine = {"pool_pre_ping": True, **({"connect_args": {"timeout": 60}} if sqlite else {})}
     for attempt in range(5):

@@ -6,16 +6,17 @@ import argparse
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
 from lightning_ire._checks import ConfigurationError, check_choice
 from lightning_ire.sweeps._grid import Grid, code
 
-__all__ = ["Options", "read_options"]
+__all__ = ["Options", "content", "pairs", "read_options"]
 
 _EXAMPLE = """\
 example (18 runs and 3 of plain SGD):
@@ -52,6 +53,15 @@ class Options:
     def fingerprint(self) -> str:
         """What must not change during a study: the config's text and the further flags."""
         return hashlib.sha256(self.config.read_bytes() + b"\0" + json.dumps(self.flags).encode()).hexdigest()
+
+    @property
+    def replaced_logger(self) -> str | None:
+        """The config's own logger as text, if it has one that is not TensorBoard's."""
+        given = content(self.config)
+        trainer = given.get("trainer") if isinstance(given, dict) else None
+        logger = trainer.get("logger") if isinstance(trainer, dict) else None
+        name = logger.get("class_path") if isinstance(logger, dict) else logger
+        return None if name in (None, True) or str(name).endswith("TensorBoardLogger") else f"trainer.logger: {name}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,13 +147,28 @@ def _check_grid(grid: list[list[str]]) -> dict[str, tuple[str, ...]]:
 
 
 def _check_flags(flags: list[str], grid: dict[str, tuple[str, ...]]) -> None:
-    for flag in flags:
-        if not flag.startswith("-") or re.match(r"-[\d.]", flag):  # a value
-            continue
-        key = re.split(r"\+?=|\+$", flag.lstrip("-"))[0]
+    for key, _ in pairs(flags):
         _check_key(key)
         if key in grid:
             raise ConfigurationError(f"Expected `{key}` to be set in one place, got it in --grid and behind `--`.")
+
+
+def pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the keys and values of a command line, in its order.
+
+    Args:
+        flags: As typed, `--key value` or `--key=value`; `+=` adds to a list.
+
+    Example:
+        >>> list(pairs(["--model.lr=0.1", "--seed", "-1", "--quiet", "--trainer.callbacks+=A"]))
+        [('model.lr', '0.1'), ('seed', '-1'), ('quiet', ''), ('trainer.callbacks', 'A')]
+    """
+    words = list(flags)
+    while words:
+        key, _, value = words.pop(0).lstrip("-").partition("=")
+        while words and (not words[0].startswith("-") or re.match(r"-[\d.]", words[0])):
+            value = f"{value} {words.pop(0)}".strip()
+        yield key.removesuffix("+"), value
 
 
 def _check_key(key: str) -> None:
@@ -153,14 +178,29 @@ def _check_key(key: str) -> None:
 
 def _check_test_after_fit(config: Path, flags: list[str], metrics: list[str]) -> None:
     """Refuse a sweep whose runs would train to the end and then lack the metric."""
-    try:
-        content = yaml.safe_load(config.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    given = content(config)
+    if isinstance(given, str):
         return  # the first run says what is wrong with it
-    tested = isinstance(content, dict) and content.get("test_after_fit") is True
+    tested = isinstance(given, dict) and given.get("test_after_fit") is True
     tests = [metric for metric in metrics if metric.startswith("test/")]
     if tests and not tested and not any(flag.startswith("--test_after_fit") for flag in flags):
         raise ConfigurationError(
             f"Expected `test_after_fit` to be true for `{tests[0]}`, got it neither in {config} nor behind `--`: add "
             "-- --test_after_fit true."
         )
+
+
+def content(config: Path) -> Any:
+    """Return what a config holds.
+
+    Args:
+        config: The file.
+
+    Returns:
+        Dictionaries, lists and values; of what is no YAML the text.
+    """
+    text = config.read_text(errors="replace")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

@@ -12,17 +12,24 @@ from pathlib import Path
 from lightning_ire.sweeps._grid import Cell
 from lightning_ire.sweeps._options import Options
 
-__all__ = ["command", "last_line", "last_values", "log_of", "run_process"]
+__all__ = ["checkpoint_of", "command", "last_line", "last_values", "log_of", "run_process", "versions"]
 
 _PATIENCE_SECONDS = 30  # how long a process may take to end after Ctrl-C
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
 
 
+def checkpoint_of(options: Options, cell: Cell) -> Path | None:
+    """Return the newest checkpoint that earlier attempts of a cell have left, or None."""
+    left = [folder / "checkpoints" / "last.ckpt" for folder in versions(options.logs / cell.name)]
+    return next((path for path in reversed(left) if path.is_file()), None)
+
+
 def command(options: Options, cell: Cell) -> list[str]:
     """Return the command line of a run; it continues from what an earlier attempt left.
 
-    The further flags come before the cell's, for a class is to be chosen before its arguments.
+    The further flags come before the cell's, for a class is to be chosen before its arguments. In place of the config's
+    logger, of whatever kind and settings, there is one that writes what `last_values` reads.
 
     Args:
         options: Those of the sweep.
@@ -32,10 +39,11 @@ def command(options: Options, cell: Cell) -> list[str]:
         The command line with the values as typed.
     """
     fit = [sys.executable, "-m", "lightning_ire.cli", "fit", "--config", str(options.config), *options.flags]
-    logger = ["--trainer.logger.save_dir", str(options.logs), "--trainer.logger.name", cell.name]
-    left = [folder / "checkpoints" / "last.ckpt" for folder in _versions(options.logs / cell.name)]
-    newest = [path for path in left if path.is_file()][-1:]
-    return [*fit, *cell.flags, *logger, *(part for path in newest for part in ("--ckpt_path", str(path)))]
+    logger = ["--trainer.logger", "false", "--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger"]
+    logger += ["--trainer.logger.default_hp_metric", "false"]
+    logger += ["--trainer.logger.save_dir", str(options.logs), "--trainer.logger.name", cell.name]
+    checkpoint = checkpoint_of(options, cell)
+    return [*fit, *cell.flags, *logger, *([] if checkpoint is None else ["--ckpt_path", str(checkpoint)])]
 
 
 def log_of(options: Options, cell: Cell) -> Path:
@@ -94,7 +102,7 @@ def last_values(folder: Path) -> dict[str, float]:
     )
 
     values: dict[str, float] = {}
-    for version in _versions(folder):
+    for version in versions(folder):
         events = EventAccumulator(str(version), size_guidance={"scalars": 1}, purge_orphaned_data=False)
         events.Reload()
         for tag in events.Tags()["scalars"]:
@@ -102,8 +110,8 @@ def last_values(folder: Path) -> dict[str, float]:
     return values
 
 
-def _versions(folder: Path) -> list[Path]:
-    """Return a run's version folders, the newest last."""
+def versions(folder: Path) -> list[Path]:
+    """Return a cell's version folders, the newest last."""
     versions = [path for path in folder.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
     return sorted(versions, key=lambda path: int(path.name.removeprefix("version_")))
 

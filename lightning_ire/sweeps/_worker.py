@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from lightning_ire.sweeps import _runs
+from lightning_ire._checks import ConfigurationError
+from lightning_ire.sweeps import _record, _runs
 from lightning_ire.sweeps._database import optuna
 from lightning_ire.sweeps._grid import Cell
 from lightning_ire.sweeps._ledger import Ledger
@@ -69,7 +70,14 @@ class Worker:
             raise optuna().TrialPruned("done, running elsewhere, or of another grid")
         self.cell = cell
         trial.set_user_attr("values", cell.values)
-        self._say(f"running {cell.name}: output in {_runs.log_of(self.options, cell)}")
+        try:
+            _record.check(self.options, cell)  # again: another sweep may have been at work since the start
+        except ConfigurationError as error:
+            raise Refused(f"error: {error}") from error
+        checkpoint = _runs.checkpoint_of(self.options, cell)
+        resumed = f" on from {checkpoint}, which has the same settings" if checkpoint else ""
+        self._say(f"running {cell.name}{resumed}: output in {_runs.log_of(self.options, cell)}")
+        _record.write(self.options, cell)
         self._bar.set_description(cell.name)
         start = time.monotonic()
         exit_code = _runs.run_process(_runs.command(self.options, cell), _runs.log_of(self.options, cell))

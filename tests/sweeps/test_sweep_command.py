@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from sweep_stub import CONFIG, StubRuns, flags_of, leave_checkpoint, sweep
 
-from lightning_ire.sweeps import _runs
+from lightning_ire.sweeps import _record, _runs
 from lightning_ire.sweeps._ledger import Ledger
 
 ONE = "--grid ire.kappa 1"
@@ -50,7 +50,8 @@ def test_values_and_further_flags_arrive_as_typed(runs):
         arguments[1:]
         == (
             "-m lightning_ire.cli fit --config c.yaml --data.seed 01 --model.wd=5e-4 --ire.kappa 1e-3 --model.lr 5e-4 "
-            f"--trainer.logger.save_dir sweeps/c --trainer.logger.name {cell}"
+            "--trainer.logger false --trainer.logger lightning.pytorch.loggers.TensorBoardLogger "
+            f"--trainer.logger.default_hp_metric false --trainer.logger.save_dir sweeps/c --trainer.logger.name {cell}"
         ).split()
     )
 
@@ -74,12 +75,106 @@ def test_failed_runs_do_not_stop_the_others_and_are_done_again(runs, capsys):
         assert flags_of(arguments)["ckpt_path"] == f"sweeps/c/{cell}/version_0/checkpoints/last.ckpt"
 
 
-def test_a_run_continues_from_the_newest_checkpoint(runs):
+def test_a_run_continues_from_the_newest_checkpoint(runs, capsys):
+    runs.outcomes = {"ire.kappa=1": 1}
+    assert sweep(ONE) == 1
     for version in (2, 10, 9):
         leave_checkpoint(Path("sweeps/c/ire.kappa=1"), version)
     Path("sweeps/c/ire.kappa=1/version_11").mkdir()
-    assert sweep("--grid ire.kappa 1") == 0
-    assert flags_of(runs.commands[0])["ckpt_path"] == "sweeps/c/ire.kappa=1/version_10/checkpoints/last.ckpt"
+    assert sweep(ONE) == 0
+    newest = "sweeps/c/ire.kappa=1/version_10/checkpoints/last.ckpt"
+    assert flags_of(runs.commands[1])["ckpt_path"] == newest
+    assert f"running ire.kappa=1 on from {newest}, which has the same settings: output in " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "version", "difference"),
+    [
+        ("--a 1 --b=2", CONFIG, "1", "`--b` '1' there and '2' here"),
+        ("--a 1 --b=1 --d", CONFIG, "1", "`--d` nothing there and '' here"),
+        ("--a 1", CONFIG, "1", "`--b` '1' there and nothing here"),
+        ("--a 1 --b 1", f"{CONFIG}x: [{{y: 1}}]\n", "1", "`x.0.y` nothing there and '1' here"),
+        ("--a 1 --b 1", CONFIG, "2", "`lightning_ire` '1' there and '2' here"),
+        ("--a 1 --b 1", CONFIG, None, "no made_with.json that says it"),
+    ],
+)
+def test_a_new_study_adopts_no_run_with_other_settings(flags, config, version, difference, runs, capsys, monkeypatch):
+    monkeypatch.setattr(_record, "__version__", "1")
+    assert sweep(f"{ONE} -- --a 1 --b 1") == 0
+    made_with = Path("sweeps/c/ire.kappa=1/made_with.json")
+    if version is None:
+        made_with.unlink()
+    else:
+        monkeypatch.setattr(_record, "__version__", version)
+    before = {path: path.read_bytes() for path in Path("sweeps").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert sweep(f"--grid ire.kappa 2 1 --storage sqlite:///new/new.db -- {flags}", config=config) == 2
+    assert capsys.readouterr().err == (
+        "error: Expected the runs in sweeps/c/ire.kappa=1 to be made with the settings of this sweep, got "
+        f"{difference}: give another `--name` or `--folder`, or remove that folder.\n"
+    )
+    assert len(runs.commands) == 1  # the cell that has nothing in its folder did not run either
+    assert {path: path.read_bytes() for path in Path("sweeps").rglob("*") if path.is_file()} == before
+
+
+def test_a_new_study_adopts_runs_with_the_same_settings(runs, capsys):
+    assert sweep(f"{ONE} -- --a 1") == 0
+    leave_checkpoint(Path("sweeps/c/ire.kappa=1"))
+    capsys.readouterr()
+    Path("sweeps/c.db").unlink()
+    assert sweep(f"{ONE} -- --a=1", config=f"# the same\n{CONFIG}") == 0
+    assert "on from sweeps/c/ire.kappa=1/version_0/checkpoints/last.ckpt, which has the same settings" in (
+        capsys.readouterr().out
+    )
+
+
+def test_runs_that_another_sweep_makes_meanwhile_are_not_adopted(runs, capsys, monkeypatch):
+    def other_sweep_too(arguments, log):
+        for cell in {"ire.kappa=1", "ire.kappa=2"} - {log.parent.name}:
+            leave_checkpoint(log.parent.with_name(cell))
+        return runs(arguments, log)
+
+    monkeypatch.setattr(_runs, "run_process", other_sweep_too)
+    assert sweep("--grid ire.kappa 1 2") == 2
+    assert len(runs.commands) == 1
+    assert capsys.readouterr().err.startswith("error: Expected the runs in sweeps/c/ire.kappa=")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("sweeps", "`--folder` to be a folder to write to, got 'sweeps': sweeps: Not a directory."),
+        ("sweeps/c", "`--folder` to be a folder to write to, got 'sweeps': sweeps/c: Not a directory."),
+        ("sweeps/c/ire.kappa=1", "`--folder` to be a folder to write to, got 'sweeps': sweeps/c/ire.kappa=1: Not a"),
+        ("db", "`--storage` to be a folder to write to, got 'db/below': db: Not a directory."),
+    ],
+)
+def test_a_file_in_the_way_is_one_line(file, message, runs, capsys):
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text("")
+    assert sweep("--grid ire.kappa 2 1 --storage sqlite:///db/below/c.db") == 2
+    assert capsys.readouterr().err.startswith(f"error: Expected {message}")
+    assert not runs.commands
+
+
+@pytest.mark.parametrize(
+    ("logger", "replaced"),
+    [
+        ("{class_path: CSVLogger}", "CSVLogger"),
+        ("false", "False"),
+        ("[{class_path: CSVLogger}]", "[{'class_path': 'CSVLogger'}]"),
+        ("null", None),
+        ("{class_path: lightning.pytorch.loggers.TensorBoardLogger}", None),
+    ],
+)
+def test_a_logger_that_is_replaced_is_said_once(logger, replaced, runs, capsys):
+    config = f"{CONFIG}trainer: {{logger: {logger}}}\n"
+    assert sweep(ONE, config=config) == 0
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("all runs log to TensorBoard in sweeps/c, in place of") is (replaced is not None)
+    assert replaced is None or said.endswith(f" the config's trainer.logger: {replaced}")
+    assert sweep(ONE, config=config) == 0
+    assert "log to TensorBoard" not in capsys.readouterr().out
 
 
 def test_ctrl_c_says_where_and_the_same_command_goes_on(runs, capsys):
