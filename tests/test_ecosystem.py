@@ -1,5 +1,9 @@
-"""The compatibility suite: each row with SAM-IRE is finite, deterministic, resumable, and the base at kappa = 0."""
+"""The compatibility suite: each row with SAM-IRE is finite, deterministic, resumable, and the base at kappa = 0.
 
+A SharpnessMonitor leaves no trace in any of them.
+"""
+
+import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +17,7 @@ import pytorch_optimizer
 import torch
 from ecosystem import ARMS, KINDS, ROWS, SAVED, STEPS, Exercise, Outcome, Row, ecosystem_table
 
-from lightning_ire import IRE
+from lightning_ire import IRE, tags
 from lightning_ire._checks import ConfigurationError
 
 # what Lightning, torch and the other packages say about runs this small
@@ -61,7 +65,7 @@ def differences(first: Outcome, second: Outcome) -> list[str]:
     """Weights, buffers and entries of the optimizer's state that differ in a bit."""
     return [
         *matrix.differences(first.weights, second.weights, "weights"),
-        *matrix.differences(first.optimizer, second.optimizer, "optimizer"),
+        *matrix.differences(first.optimizers, second.optimizers, "optimizers"),
     ]
 
 
@@ -73,6 +77,14 @@ def test_without_a_boost_and_a_climb_it_is_the_base(row: Row, runs: Runs) -> Non
     assert base.finite
     assert differences(runs(row, "forced"), base) == []
     assert differences(runs(row, "idle"), base) == []
+
+
+@pytest.mark.parametrize("row", cells())
+def test_a_monitor_leaves_no_trace(row: Row, runs: Runs) -> None:
+    with cases.monitor_warnings():  # where it skips the Fisher information or takes differences
+        monitored = runs(row, "monitored")
+    assert differences(monitored, runs(row, "base")) == []
+    assert math.isfinite(monitored.measured[tags.TRACE_HESSIAN])
 
 
 @pytest.mark.parametrize("row", cells())
