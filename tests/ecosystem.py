@@ -125,18 +125,20 @@ def bits(value: Any) -> Any:
     return getattr(value, "__qualname__", None) or {"class": type(value).__name__, **bits(vars(value))}
 
 
-def train(row: "Row", ours: pl.Callback | None, save: Path | None = None, resume: Path | None = None) -> Outcome:
+def train(
+    row: "Row", ours: Sequence[pl.Callback] = (), save: Path | None = None, resume: Path | None = None
+) -> Outcome:
     """Train once, from the beginning or from a checkpoint.
 
     Args:
         row: What to train.
-        ours: The callback; `None`: plain Lightning.
+        ours: Callbacks of this package; none: plain Lightning.
         save: Where the checkpoint of the step `SAVED` goes.
         resume: Such a checkpoint.
     """
     matrix.seed_all(5)
     module = row.module()
-    callbacks = [*([ours] if ours else []), *row.callbacks(), *([SaveOnce(save)] if save else [])]
+    callbacks = [*ours, *row.callbacks(), *([SaveOnce(save)] if save else [])]
     trainer = cases.trainer(
         callbacks, max_epochs=EPOCHS, enable_checkpointing=save is not None, log_every_n_steps=STEPS // 2
     )
@@ -148,23 +150,24 @@ def train(row: "Row", ours: pl.Callback | None, save: Path | None = None, resume
         [bits(optimizer.state_dict()) for optimizer in trainer.optimizers],
         all(bool(torch.isfinite(value).all()) for value in state.values()),
         trainer.global_step / len(trainer.optimizers),
-        sum(len(one.masks.masks) for one in ours._progresses) if isinstance(ours, IRE) else 0,
-        ours.last.values if isinstance(ours, SharpnessMonitor) and ours.last else {},
+        sum(len(progress.masks.masks) for one in ours if isinstance(one, IRE) for progress in one._progresses),
+        {
+            tag: x
+            for one in ours
+            if isinstance(one, SharpnessMonitor) and one.last
+            for tag, x in one.last.values.items()
+        },
     )
 
 
-ARMS: dict[str, Callable[["Row"], pl.Callback | None]] = {
-    "base": lambda row: None,
-    "forced": lambda row: IRE(kappa=0.0, curvature=row.curvature(), perturbation=SAM(0.0)),
-    "idle": lambda row: IRE(kappa=0.0, curvature=row.curvature()),
-    "sam-ire": lambda row: IRE(kappa=1.0, gamma=0.8, interval=5, curvature=row.curvature(), perturbation=SAM(0.05)),
-    "monitored": lambda row: SharpnessMonitor(
-        every_n_steps=STEPS // 2,
-        every_n_epochs=None,
-        quantities=["trace_fisher", "trace_hessian"],
-        mode="train",
-        max_vectors=2,
-    ),
+ARMS: dict[str, Callable[["Row"], list[pl.Callback]]] = {
+    "base": lambda row: [],
+    "forced": lambda row: [IRE(interval=5, exclude="*", curvature=row.curvature(), perturbation=SAM(0.0))],
+    "monitored": lambda row: [
+        IRE(kappa=0.0, curvature=row.curvature()),
+        SharpnessMonitor(10, None, ["trace_fisher", "trace_hessian"], mode="train", max_vectors=2),
+    ],
+    "sam-ire": lambda row: [IRE(kappa=1.0, gamma=0.8, interval=5, curvature=row.curvature(), perturbation=SAM(0.05))],
 }
 
 
@@ -637,12 +640,13 @@ class Pruned(Exercise):
     def __init__(self) -> None:
         super().__init__()
         prune.ln_structured(self.net[0], "weight", amount=2, n=2, dim=0)
-        prune.random_unstructured(self.net[2], "bias", amount=1)
+        prune.random_unstructured(self.net[2], "weight", amount=1)
         self.less()
 
     def less(self) -> None:
         for index in (0, 2):
-            prune.l1_unstructured(self.net[index], "weight", amount=0.2)
+            layer = self.net[index]  # `weight` itself is what the last forward pass made: none after a resume
+            prune.l1_unstructured(layer, "weight", amount=0.2, importance_scores=layer.weight_orig)
 
     def on_train_epoch_start(self) -> None:
         self.less()
@@ -1251,6 +1255,7 @@ ROWS: list[Row] = [
         "weights",
         "ModelPruning",
         callbacks=lambda: [ModelPruning("l1_unstructured", amount=0.2)],
+        resumes="the callback saves the pruned weights without their masks",
     ),
     Row(
         "lora",
