@@ -1,7 +1,7 @@
 """lightning_ire: IRE and SAM for any LightningModule, as one callback."""
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire.callbacks._no_trace import in_extra_pass
+from lightning_ire._torch import in_extra_pass
 from lightning_ire.callbacks.ire import IRE
 from lightning_ire.callbacks.sharpness_monitor import SharpnessMonitor
 from lightning_ire.curvature import (

@@ -1,4 +1,4 @@
-"""What the callback has to know of Lightning's inner order. The only file with private names of Lightning or torch.
+"""What the callback has to know of Lightning's inner order. The only file with private names of Lightning.
 
 Lightning 2.6, one optimizer step: for every micro-batch `training_step`, zero_grad (first one), backward; at the last
 one all of that runs as a closure inside `LightningModule.optimizer_step`, followed by unscaling, the
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -33,7 +35,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire.functional import BufferState
+from lightning_ire._torch import in_extra_pass
 
 __all__ = [
     "ConfigWins",
@@ -41,10 +43,7 @@ __all__ = [
     "Takeover",
     "check_strategy",
     "check_supported",
-    "differentiable_once",
     "full_precision_step",
-    "gradient_marks",
-    "kept_for_the_graph",
     "logger_step",
     "loss_of",
     "loss_scale",
@@ -69,13 +68,19 @@ def own_method(owner: Any, name: str) -> Callable[..., Any]:
         name: Name of the method.
     """
     method = getattr(owner, name)
-    while (pair := getattr(method, _BEHIND, None)) is not None and pair[0] is method:
-        method = pair[1]
+    while (behind := _behind(method)) is not None:
+        method = behind[0]
     return method
 
 
+def _behind(method: Any) -> tuple[Callable[..., Any], Any] | None:
+    """What a wrapper of ours stands before: the method, and what the instance itself had under its name."""
+    kept = vars(method).get(_BEHIND) if isinstance(method, FunctionType) else None
+    return kept[1:] if kept is not None and kept[0] is method else None  # `functools.wraps` copies the attribute
+
+
 class Patches:
-    """Functions of ours in front of methods, on the instance; the classes are not touched."""
+    """Functions of ours in front of methods, on the instance; the classes are not touched, copies and pickles plain."""
 
     def __init__(self) -> None:
         self._installed: list[tuple[Any, str, Callable[..., Any], Any]] = []
@@ -88,17 +93,33 @@ class Patches:
             name: Name of the method.
             replacement: What is called instead.
         """
-        original = getattr(owner, name)
+        if not any(known is owner for known, *_ in self._installed):
+            state = getattr(owner, "__getstate__", lambda: dict(vars(owner)))  # Python 3.10: not every object has one
+            self._install(owner, "__getstate__", state, lambda: _without_patches(state()))
+        self._install(owner, name, getattr(owner, name), replacement)
 
+    def _install(self, owner: Any, name: str, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return replacement(*args, **kwargs)
 
         # Lightning looks one level deep to read the signature: show it what it would have seen without us
         wrapper.__wrapped__ = getattr(original, "__wrapped__", original)
-        vars(wrapper)[_BEHIND] = (wrapper, original)
-        self._installed.append((owner, name, wrapper, vars(owner).get(name)))
+        before = vars(owner).get(name)
+        vars(wrapper)[_BEHIND] = (wrapper, original, before)
+        self._installed.append((owner, name, wrapper, before))
         setattr(owner, name, wrapper)
+
+    def mute(self, module: nn.Module) -> None:
+        """Let extra passes log and print nothing: `self.log`, `self.log_dict` and `self.print` of each LightningModule.
+
+        Args:
+            module: The module being trained.
+        """
+        for owner in module.modules():
+            if isinstance(owner, pl.LightningModule):
+                for name in _LOUD:
+                    self.put(owner, name, _muted(getattr(owner, name)))
 
     def remove(self) -> None:
         """Take the wrappers away. Does nothing the second time."""
@@ -110,6 +131,31 @@ class Patches:
             else:
                 setattr(owner, name, before)
         self._installed = []
+
+
+def _without_patches(state: Any) -> Any:
+    """An object's state as it would be without us."""
+    if not isinstance(state, dict):
+        return state
+    plain = {}
+    for name, value in state.items():
+        while (behind := _behind(value)) is not None:
+            value = behind[1]
+        if value is not None or state[name] is None:
+            plain[name] = value
+    return plain
+
+
+_LOUD = ("log", "print")  # `log_dict` calls `log`
+
+
+def _muted(original: Callable[..., Any]) -> Callable[..., Any]:
+    # not compiled: dynamo would compile Lightning's own code anew for every name that is logged, and in every state
+    @torch.compiler.disable
+    def log(*args: Any, **kwargs: Any) -> Any:
+        return None if in_extra_pass() else original(*args, **kwargs)
+
+    return log
 
 
 class Takeover(Patches):
@@ -138,35 +184,43 @@ class Takeover(Patches):
 
         def wrapped_optimizer_step(*args: Any, **kwargs: Any) -> Any:
             # (epoch, batch_idx, optimizer, optimizer_closure), whatever an override calls them
-            if "optimizer_closure" in kwargs:
-                kwargs["optimizer_closure"] = functools.partial(closure, kwargs["optimizer_closure"])
+            given = kwargs["optimizer_closure"] if "optimizer_closure" in kwargs else args[3]
+            inside = Patches()
+            if isinstance(given, Closure):  # an override may ask for what only Lightning's has
+                inside._install(given, "closure", given.closure, functools.partial(closure, given.closure))
+            elif "optimizer_closure" in kwargs:
+                kwargs["optimizer_closure"] = functools.partial(closure, given)
             else:
-                args = (*args[:3], functools.partial(closure, args[3]), *args[4:])
+                args = (*args[:3], functools.partial(closure, given), *args[4:])
             try:
                 return original_step(*args, **kwargs)
             finally:
+                inside.remove()
                 after()
 
         self.put(module, "training_step", wrapped_training_step)
         self.put(module, "optimizer_step", wrapped_optimizer_step)
+        self.mute(module)
 
 
-def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradients: bool) -> None:
+def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradients: bool, replays: bool) -> None:
     """Refuse, before any compute, what the callback cannot do right.
 
     Args:
         trainer: The trainer at fit start.
         module: The module being trained.
         local_gradients: Whether a backward pass will have to be kept from synchronizing.
+        replays: Whether `training_step` may have to run again on the same batch.
 
     Raises:
         ConfigurationError: With the remedy, in one line.
     """
     check_strategy(trainer, "IRE")
-    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+    if replays and "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise ConfigurationError(
             f"Expected `{type(module).__name__}.training_step` to take a batch, got one that takes `dataloader_iter`: "
-            "its batches cannot be replayed; take `batch` instead."
+            "its batches cannot be replayed; take `batch` instead, or do without a perturbation that makes a second "
+            "pass and set `curvature` to EmpiricalFisher() or SecondMoment()."
         )
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -286,59 +340,8 @@ def full_precision_step(trainer: pl.Trainer) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def kept_for_the_graph(buffers: BufferState) -> Iterator[None]:
-    """After the block the buffers are as they were captured, and graphs that saved them still go backward.
-
-    A backward pass through a checkpointed layer runs it again, and BatchNorm's statistics with it.
-
-    Private: torch has no public way to put contents back without counting it as a change.
-
-    Args:
-        buffers: The state of all buffers at this moment.
-    """
-    try:
-        yield
-    finally:
-        with torch.autograd._unsafe_preserve_version_counter(tuple(buffer for _, _, buffer, _ in buffers.saved)):
-            buffers.restore()
-
-
-def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor | None, int]]:
-    """Marks that differ as soon as somebody replaces a gradient or changes it in place.
-
-    Private: torch has no public counter of in-place changes.
-
-    Args:
-        parameters: The parameters.
-    """
-    return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
-
-
-def differentiable_once(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the graph behind some gradients ends at a function that is marked `once_differentiable`.
-
-    `torch.autograd.grad` of them raises nothing then: it leaves that function out and is wrong. Only `backward` raises.
-
-    Private: torch tells of such an end by nothing but the name of its node.
-
-    Args:
-        tensors: Gradients made with `create_graph=True`.
-    """
-    nodes = [tensor.grad_fn for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "torch::autograd::Error":
-            return True
-        new = {following for following, _ in node.next_functions if following is not None} - seen
-        seen |= new
-        nodes += new
-    return False
-
-
-@contextmanager
 def muted_logging(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block `self.log` and `self.log_dict` of every LightningModule among `modules` do nothing.
+    """Inside the block nothing that LightningModules among `modules` log or print arrives.
 
     Otherwise an extra pass would log the perturbed loss, and epoch means would mix both.
 
@@ -346,27 +349,24 @@ def muted_logging(modules: Iterable[nn.Module]) -> Iterator[None]:
     collection of results.
 
     Args:
-        modules: The module being trained and all below it.
+        modules: The module being trained and all below it; those that :meth:`Patches.mute` has muted stay as they are.
     """
     owners = [owner for owner in modules if isinstance(owner, pl.LightningModule)]
-    before = [vars(owner).get("log") for owner in owners]
+    loud = [(owner, name) for owner in owners for name in _LOUD if _behind(vars(owner).get(name)) is None]
     loop = getattr(owners[0]._trainer, "_active_loop", None) if owners else None
     loop = getattr(loop, "epoch_loop", loop)
     results = getattr(loop, "_results", None)
+    patches = Patches()
 
     def unmute() -> None:
         if loop is not None and results is not None:
             loop._results = results
-        for owner, log in zip(owners, before, strict=True):
-            if log is not None:
-                owner.log = log  # type: ignore[method-assign]
-            elif "log" in vars(owner):
-                del owner.log
+        patches.remove()
 
     try:
         try:
-            for owner in owners:
-                owner.log = _no_log  # type: ignore[method-assign]
+            for owner, name in loud:
+                patches.put(owner, name, _no_log)
             if loop is not None and results is not None:
                 loop._results = _ResultCollection(training=results.training)
                 loop._results.batch, loop._results.batch_size = results.batch, results.batch_size

@@ -14,12 +14,15 @@ PACKAGE = Path(__file__).parent.parent / "lightning_ire"
 ALLOWED = {
     "_checks": set(),
     "tags": set(),
-    "_lightning": {"_checks", "functional"},
+    "_torch": set(),
+    "_lightning": {"_checks", "_torch"},
     "functional": {"functional"},
     "schedule": {"_checks"},
     "perturbation": {"_checks", "functional"},
     "curvature": {"_checks", "functional", "curvature"},
-    "callbacks": {"_checks", "_lightning", "tags", "functional", "schedule", "perturbation", "curvature", "callbacks"},
+    "callbacks": {
+        *("_checks", "_lightning", "_torch", "tags", "functional", "schedule", "perturbation", "curvature", "callbacks"),
+    },
     "_cli_messages": {"_checks"},
     "models": {"_checks", "models"},
     "data": {"_checks", "data"},
@@ -33,6 +36,7 @@ THIRD_PARTY = {
     "schedule": set(),
     "perturbation": {"torch"},
     "curvature": {"torch"},
+    "_torch": {"torch"},
     "_lightning": {"torch", "lightning"},
     "callbacks": {"torch", "lightning", "torchmetrics", "lightning_utilities", "tqdm", "matplotlib"},
     "data": {

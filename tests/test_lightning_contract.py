@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 from matrix import Rows
 from torch.overrides import TorchFunctionMode
 
-from lightning_ire import IRE, SAM, _lightning
+from lightning_ire import IRE, SAM, _lightning, _torch
 from lightning_ire._lightning import Takeover, muted_logging, will_log
 from lightning_ire.cli import IRECLI
 
@@ -281,11 +281,11 @@ def test_torch_differentiates_past_a_function_that_is_marked_once_differentiable
     """Why `differentiable_once` looks: the day that torch raises by itself, it can go."""
     x = torch.tensor([2.0], requires_grad=True)
     (wrong,) = torch.autograd.grad((Once.apply(x) * x).sum(), x, create_graph=True)
-    assert _lightning.differentiable_once([None, wrong])
+    assert _torch.differentiable_once([None, wrong])
     (product,) = torch.autograd.grad(wrong, x, torch.ones(1))
     assert product.item() != pytest.approx(48.0)  # (x^4)'' = 12 x^2
     (right,) = torch.autograd.grad((x**4).sum(), x, create_graph=True)
-    assert not _lightning.differentiable_once([right, None, torch.ones(1)])
+    assert not _torch.differentiable_once([right, None, torch.ones(1)])
 
 
 def test_own_method_goes_behind_our_wrappers_only() -> None:

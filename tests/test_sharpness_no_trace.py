@@ -30,7 +30,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor, tags
-from lightning_ire._lightning import differentiable_once
+from lightning_ire._torch import differentiable_once
 from lightning_ire.callbacks import _landscape
 from lightning_ire.callbacks._measurement import QUANTITIES
 

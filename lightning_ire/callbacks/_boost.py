@@ -102,8 +102,9 @@ def boost(
 ) -> dict[str, Tensor | float]:
     """Lengthen the step that `optimizer` has just made along the flat coordinates.
 
-    An optimizer that keeps its weights on a constraint (a sphere, say) is asked to put them back there: its method
-    `project()` is called afterwards, if it has one.
+    Constraints that the step itself keeps: an optimizer that has a method `project()` is asked to put the weights back
+    (on a sphere, say), and the exact zeros of one that is none of torch's (a proximal step's) stay zeros. What hooks
+    after the step keep comes after the boost.
 
     Args:
         optimizer: The base optimizer, with the learning rates of this step.
@@ -120,10 +121,14 @@ def boost(
     if peak_lrs is not None:
         kappas = scheduled_kappas(kappa, learning_rates(optimizer), peak_lrs)
     factors = None if scale_weight_decay is True else decay_factors(optimizer)
+    masks = weights.masks
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        pairs = zip(weights.parameters, masks, strict=True)
+        masks = [None if mask is None else mask & (weight != 0) for weight, mask in pairs]
     boost_(
         weights.parameters,
         weights.old,
-        weights.masks,
+        masks,
         [kappas[group] for group in weights.groups],
         decay=None if factors is None else [factors[group] for group in weights.groups],
         decay_only=scale_weight_decay == "only",

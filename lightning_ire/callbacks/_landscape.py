@@ -13,19 +13,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_ire._lightning import (
-    differentiable_once,
     full_precision_step,
     loss_of,
     own_method,
     step_arguments,
     unsynchronized,
 )
+from lightning_ire._torch import differentiable_once
+from lightning_ire.callbacks._module_state import AttributeState, ModuleState, MovingWeights, modules_of, weights_of
 from lightning_ire.callbacks._no_trace import devices_of, no_trace, without_inference_tensors
 from lightning_ire.callbacks._probe import Probe
 from lightning_ire.callbacks._window import mixed_seed
 from lightning_ire.curvature.tap import LossTap, factors_in, weighted
 from lightning_ire.functional import (
-    BufferState,
     finite_difference_product,
     flatten_like,
     gradients_by_backward,
@@ -69,7 +69,8 @@ def measuring(module: pl.LightningModule) -> Iterator[None]:
         Nothing.
     """
     with ExitStack() as stack:
-        stack.enter_context(no_trace(module))  # outermost: in validation things are put back in inference mode
+        # outermost: in validation things are put back in inference mode; whatever the module moves, and when
+        stack.enter_context(no_trace(module, weights=weights_of(modules_of(module)), host=True))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         without_inference_tensors(module)
@@ -148,7 +149,8 @@ class Landscape:
         self._own_loss = getattr(module, "sharpness_loss", None)
         self._graph: list[Tensor | None] | None = None
         self._sampled: list[Any] | None = None
-        self._buffers: BufferState | None = None
+        self._start: ModuleState | None = None
+        self._attributes: AttributeState | None = None
 
     def generator(self, *purpose: object) -> torch.Generator:
         """A random generator on the first parameter's device, the same on all ranks and in every measurement.
@@ -171,7 +173,9 @@ class Landscape:
         """
         modes = [(part, part.training) for part in self.module.modules()]
         self.release()
-        self._buffers = BufferState.capture(self.module)  # what every evaluation starts from
+        modules = modules_of(self.module)
+        frozen = [weight for weight in MovingWeights(self.module).parameters() if not weight.requires_grad]
+        self._start, self._attributes = ModuleState(modules, frozen), AttributeState(modules)
         try:
             for part, _ in modes:  # the attribute itself: `train()` may be overridden to do more
                 part.training = mode == "train"
@@ -180,7 +184,7 @@ class Landscape:
             for part, training in modes:
                 part.training = training
             self.release()
-            self._buffers.restore()
+            self._start.restore()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -291,8 +295,9 @@ class Landscape:
     def _output(self, index: int, step: Callable[..., Any], seed: int | None = None) -> Any:
         """What a step returns on a batch: always the same random numbers and buffers, the weights' own precision."""
         self.release()  # a kept graph may use the buffers
-        if self._buffers is not None:
-            self._buffers.restore()
+        if self._start is not None and self._attributes is not None:
+            self._start.restore()
+            self._attributes.restore(replay=True)
         if seed is None:
             seed = mixed_seed(self.seed, "pass", index, self.trainer.global_rank)
         with seeded(seed, devices_of(self.module)), full_precision_step(self.trainer):

@@ -20,12 +20,12 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import Patches, unsynchronized
-from lightning_ire.callbacks._no_trace import no_trace, no_trace_on_the_graph
+from lightning_ire.callbacks._module_state import ModuleState
+from lightning_ire.callbacks._no_trace import Replay, no_trace_on_the_graph
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._stepper import Stepper
 from lightning_ire.callbacks._window import AccumulationWindow
 from lightning_ire.curvature import MicroBatch
-from lightning_ire.functional import BufferState, RandomState
 
 if TYPE_CHECKING:
     from lightning_ire.callbacks.ire import IRE
@@ -117,6 +117,7 @@ class ManualSession:
             self.patches.put(optimizer, "step", self._around_step(stepper, optimizer.step))
             for owner in (optimizer, stepper.optimizer):
                 self.patches.put(owner, "zero_grad", self._around_zero_grad(stepper, owner.zero_grad))
+        self.patches.mute(self.module)
 
     def _around_training_step(self, *args: Any, **kwargs: Any) -> Any:
         armed, self._armed = self._armed, False
@@ -152,7 +153,7 @@ class ManualSession:
 
     def _micro_batch(self) -> MicroBatch:
         args, kwargs = self._call or ((), {})
-        return MicroBatch(args, kwargs, replay=RandomState.capture(self.steppers[0].devices))
+        return MicroBatch(args, kwargs, replay=Replay(self.module, self.steppers[0].devices))
 
     def before_backward(self, loss: Tensor) -> None:
         """Too late: a GradScaler has already made another tensor of the loss (see `_around_backward`)."""
@@ -223,13 +224,14 @@ class ManualSession:
         result = None
         state = None
         if window.perturbation is not None and window.unmoved:
-            state = RandomState.capture(stepper.devices), BufferState.capture(self.module)
+            state = window.state(), Replay(self.module, stepper.devices)
             window.keep_gradients()
         if closure is not None:
             with torch.enable_grad(), ExitStack() as around:
                 if not window.unmoved:
                     around.enter_context(window.moved())
                 around.enter_context(nullcontext() if window.synchronized else unsynchronized(self.trainer.strategy))
+                around.enter_context(window.training_pass())
                 result = closure()
         if window.estimate is not None:
             stepper.refresh(window)
@@ -242,14 +244,14 @@ class ManualSession:
         self,
         window: AccumulationWindow,
         closure: Callable[[], Any],
-        state: tuple[RandomState, BufferState],
+        state: tuple[ModuleState, Replay],
         final: bool,
     ) -> Tensor | None:
         """The closure once more, as it ran the first time; the loss it returned, if any."""
         self._extra_pass = True
         around = nullcontext() if final or window.synchronized else unsynchronized(self.trainer.strategy)
         try:
-            with torch.enable_grad(), no_trace(self.module, window.devices), window.fresh_gradients(final), around:
+            with torch.enable_grad(), window.no_trace(), window.fresh_gradients(final), around:
                 for part in state:
                     part.restore()
                 loss = closure()

@@ -4,64 +4,73 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_ire._lightning import kept_for_the_graph, muted_logging
-from lightning_ire.functional import BufferState, RandomState, kept_buffers
+from lightning_ire._lightning import muted_logging
+from lightning_ire._torch import extra_pass
+from lightning_ire.callbacks._module_state import AttributeState, ModuleState, modules_of
+from lightning_ire.functional import RandomState
 
-__all__ = ["devices_of", "in_extra_pass", "no_trace", "no_trace_on_the_graph", "without_inference_tensors"]
+__all__ = ["Replay", "devices_of", "no_trace", "no_trace_on_the_graph", "without_inference_tensors"]
 
 
-_extra_passes = 0
+class Replay:
+    """What a pass over one micro-batch started from, besides weights and buffers.
 
-
-def in_extra_pass() -> bool:
-    """Whether `training_step` is being run in a pass that Lightning knows nothing of.
-
-    That is the second pass of SAM, one of a curvature estimate's own, or one of the monitor's. Such passes put back
-    buffers, metrics, logged values and random numbers, but not a module's Python attributes: a step that counts, or
-    that keeps what it has seen in a list, asks here first.
-
-    Example:
-        >>> in_extra_pass()
-        False
+    Args:
+        module: The module.
+        devices: What :func:`devices_of` says.
     """
-    return _extra_passes > 0
+
+    def __init__(self, module: nn.Module, devices: Collection[torch.device]) -> None:
+        self._streams = RandomState.capture(devices)
+        self._attributes = AttributeState(modules_of(module))
+
+    def restore(self) -> None:
+        """Let the next pass start from it."""
+        self._streams.restore()
+        self._attributes.restore(replay=True)
 
 
 @contextmanager
-def no_trace(module: nn.Module, devices: Collection[torch.device] | None = None) -> Iterator[None]:
-    """After the block buffers, metric states and random number streams are what they were; nothing was logged.
+def no_trace(
+    module: nn.Module,
+    devices: Collection[torch.device] | None = None,
+    weights: Iterable[nn.Parameter] = (),
+    host: bool = False,
+) -> Iterator[None]:
+    """After the block the module, its metrics and the random number streams are what they were; nothing was logged.
 
-    Not put back: Python attributes that `training_step` sets, what it writes to a logger directly, and in-place
-    changes of the batch.
+    Not put back: numbers in Python attributes and objects that are more than data (see :class:`AttributeState`), what
+    the step writes to a logger directly, and in-place changes of the batch.
 
     Args:
         module: The module whose `training_step` runs inside the block.
         devices: What :func:`devices_of` says, if it is known.
+        weights: Parameters that the block may change (see :class:`MovingWeights`).
+        host: Whether to keep copies of these in host memory.
 
     Yields:
         Nothing.
     """
-    global _extra_passes
-    modules = list(module.modules())  # finding them takes longer than what is done with most of them
+    modules = modules_of(module)
     streams = RandomState.capture(devices_of(module) if devices is None else devices)
-    _extra_passes += 1
+    contents, attributes = ModuleState(modules, weights, host), AttributeState(modules)
     try:
-        with kept_buffers(modules), _kept_metrics(modules), muted_logging(modules):
+        with extra_pass(), muted_logging(modules):
             yield
     finally:
-        _extra_passes -= 1
+        contents.restore()
         streams.restore()
+        attributes.restore()
 
 
 @contextmanager
 def no_trace_on_the_graph(module: nn.Module, devices: Collection[torch.device]) -> Iterator[None]:
-    """For a backward pass through a graph that training still needs: buffers and random numbers are put back.
+    """For a backward pass through a graph that training still needs: what checkpointed layers and hooks do is undone.
 
     Args:
         module: The module that made the graph.
@@ -70,12 +79,16 @@ def no_trace_on_the_graph(module: nn.Module, devices: Collection[torch.device]) 
     Yields:
         Nothing.
     """
+    modules = modules_of(module)
     streams = RandomState.capture(devices)
+    contents, attributes = ModuleState(modules), AttributeState(modules)
     try:
-        with kept_for_the_graph(BufferState.capture(module)):
+        with extra_pass():
             yield
     finally:
+        contents.restore(for_the_graph=True)
         streams.restore()
+        attributes.restore()
 
 
 def without_inference_tensors(module: nn.Module) -> None:
@@ -99,32 +112,3 @@ def without_inference_tensors(module: nn.Module) -> None:
 def devices_of(module: nn.Module) -> set[torch.device]:
     """Devices that hold a parameter of the module."""
     return {parameter.device for parameter in module.parameters()}
-
-
-@contextmanager
-def _kept_metrics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """After the block every torchmetrics metric among `modules` holds the same objects with the same contents.
-
-    A metric's state is made of plain attributes, tensors and lists, some changed in place and some replaced, and
-    metrics of one collection may share them.
-    """
-    metrics = [child for child in modules if isinstance(child, Metric)]
-    saved = [[(key, value, _copy(value)) for key, value in vars(metric).items()] for metric in metrics]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for metric, attributes in zip(metrics, saved, strict=True):
-                vars(metric).clear()
-                for key, value, before in attributes:
-                    vars(metric)[key] = value
-                    if isinstance(value, Tensor):
-                        value.copy_(before)
-                    elif isinstance(value, list):
-                        value[:] = before
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return list(value) if isinstance(value, list) else None

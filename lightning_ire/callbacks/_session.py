@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import Takeover, gradient_marks, loss_of, unsynchronized
+from lightning_ire._lightning import Takeover, loss_of, unsynchronized
+from lightning_ire._torch import gradient_marks
 from lightning_ire.callbacks._no_trace import no_trace_on_the_graph
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._stepper import Stepper
@@ -115,7 +116,7 @@ class AutomaticSession:
         if not window.unmoved:
             self._moved.enter_context(window.moved())
         try:
-            with window.estimate.watch(micro_batch) if window.estimate else nullcontext():
+            with window.training_pass(), window.estimate.watch(micro_batch) if window.estimate else nullcontext():
                 output = original(*args, **kwargs)
         except BaseException:
             self._moved.close()

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import will_log
+from lightning_ire._torch import run_first
 from lightning_ire.callbacks._boost import OldWeights, boost
+from lightning_ire.callbacks._module_state import MovingWeights
 from lightning_ire.callbacks._no_trace import devices_of
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._tensorboard import layer_fractions
@@ -42,6 +44,7 @@ class Stepper:
 
     Attributes:
         devices: Devices that hold a parameter of the module.
+        moving: The weights that the module itself moves.
     """
 
     def __init__(
@@ -60,13 +63,14 @@ class Stepper:
         self.optimizer = optimizer
         self.first_step = first_step
         self.devices = devices_of(module)
+        self.moving = MovingWeights(module)
         self.logs: dict[str, Tensor | float] = {}
         self._names = self._current_names()
         self._old: OldWeights | None = None
         self._depth = 0
         self._hooks = [
             optimizer.register_step_pre_hook(self._stepping),
-            optimizer.register_step_post_hook(self._stepped),
+            run_first(optimizer.register_step_post_hook(self._stepped)),  # others may keep constraints
         ]
 
     def release(self) -> None:
@@ -118,6 +122,7 @@ class Stepper:
             devices=self.devices,
             step=progress.step,
             seed=mixed_seed(progress.seed, progress.step),
+            moving=self.moving,
             replays=replays
             or (self.refreshes and self.settings.curvature.reruns)
             or (perturbation is not None and perturbation.uses_gradient),

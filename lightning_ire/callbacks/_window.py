@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import differentiable_once, loss_of, loss_scale, scaled, unsynchronized
-from lightning_ire.callbacks._no_trace import no_trace
+from lightning_ire._lightning import loss_of, loss_scale, scaled, unsynchronized
+from lightning_ire._torch import differentiable_once
+from lightning_ire.callbacks._module_state import ModuleState, MovingWeights, modules_of
+from lightning_ire.callbacks._no_trace import Replay, no_trace
 from lightning_ire.curvature import Estimate, MicroBatch
-from lightning_ire.functional import BufferState, RandomState, perturbed
+from lightning_ire.functional import perturbed
 from lightning_ire.perturbation import Ascent, Perturbation
 
 __all__ = ["AccumulationWindow", "mixed_seed"]
@@ -36,7 +38,8 @@ class AccumulationWindow:
         devices: Devices that hold a parameter of the module.
         step: Its real steps so far.
         seed: Seed of this window's draws: the same on all ranks.
-        replays: Whether extra passes may be asked for, so that random number states have to be kept.
+        moving: The weights that the module itself moves.
+        replays: Whether extra passes may be asked for, so that what a pass starts from has to be kept.
         perturbation: How this step's gradient is perturbed; ``None``: not at all.
 
     Attributes:
@@ -57,6 +60,7 @@ class AccumulationWindow:
         devices: Collection[torch.device],
         step: int,
         seed: int,
+        moving: MovingWeights,
         replays: bool,
         perturbation: Perturbation | None,
     ) -> None:
@@ -75,8 +79,9 @@ class AccumulationWindow:
         self.stepped = False
         self.world_size = trainer.world_size
         self._seed = seed
+        self._moving = moving
         self._replays = replays
-        self._buffers: BufferState | None = None
+        self._start: ModuleState | None = None
         self._gradients_before: dict[int, Tensor] = {}
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch:
@@ -91,10 +96,23 @@ class AccumulationWindow:
         """
         micro_batch = MicroBatch(args, kwargs)
         if self._replays:
-            micro_batch.replay = RandomState.capture(self.devices)
-            self._buffers = self._buffers or BufferState.capture(self.module)
+            micro_batch.replay = Replay(self.module, self.devices)
+            self._start = self._start or self.state()
         self.micro_batches.append(micro_batch)
         return micro_batch
+
+    def state(self) -> ModuleState:
+        """What a pass starts from besides the optimizer's weights and a :class:`Replay`."""
+        frozen = [parameter for parameter in self._moving.parameters() if not parameter.requires_grad]
+        return ModuleState(modules_of(self.module), frozen)
+
+    def training_pass(self) -> AbstractContextManager[None]:
+        """To be entered for a forward pass of the training itself, at which extra passes look back."""
+        return self._moving.watched() if self._replays else nullcontext()
+
+    def no_trace(self) -> AbstractContextManager[None]:
+        """An extra pass of the module inside the block leaves none."""
+        return no_trace(self.module, self.devices, self._moving.parameters())
 
     def keep_gradients(self) -> None:
         """Remember the gradients that are there before the window's first backward pass, usually none."""
@@ -203,9 +221,9 @@ class AccumulationWindow:
         Yields:
             The loss that `training_step` returned, with its graph.
         """
-        with torch.enable_grad(), no_trace(self.module, self.devices):
-            if self._buffers is not None and micro_batch is self.micro_batches[0]:
-                self._buffers.restore()
+        with torch.enable_grad(), self.no_trace():
+            if self._start is not None and micro_batch is self.micro_batches[0]:
+                self._start.restore()
             micro_batch.replay.restore()
             with self.trainer.precision_plugin.train_step_context(), context:
                 output = (step or self.training_step)(*args, **micro_batch.kwargs)
@@ -227,9 +245,9 @@ class AccumulationWindow:
         losses = []
         todo = self.back_propagated
         synchronized = final or self.synchronized
-        with torch.enable_grad(), no_trace(self.module, self.devices), self.fresh_gradients(final):
-            if self._buffers is not None:  # layers may compute with buffers that they change (spectral norm, queues)
-                self._buffers.restore()
+        with torch.enable_grad(), self.no_trace(), self.fresh_gradients(final):
+            if self._start is not None:  # layers may compute with buffers that they change (spectral norm, queues)
+                self._start.restore()
             for index, micro_batch in enumerate(todo):
                 with nullcontext() if synchronized and index == len(todo) - 1 else unsynchronized(strategy):
                     micro_batch.replay.restore()

@@ -225,11 +225,15 @@ class IRE(Callback):
                 "Expected an IRE callback to serve one Trainer at a time, got one that is in another fit: make "
                 "a second IRE(...)."
             )
-        local = False
+        second_pass = self.perturbation is not None and self.perturbation.uses_gradient
         if self.perturbation is not None:
             self.perturbation.selects(pl_module)
-            local = self.perturbation.uses_gradient and not self.perturbation.sync
-        check_supported(trainer, pl_module, local_gradients=local)
+        check_supported(
+            trainer,
+            pl_module,
+            local_gradients=self.perturbation is not None and second_pass and not self.perturbation.sync,
+            replays=second_pass or self.dry_run or (self.kappa > 0 and self.curvature.reruns),
+        )
         if self.kappa and self.scale_weight_decay is not True:
             for optimizer in trainer.optimizers:
                 check_decoupled_decay(optimizer, self.scale_weight_decay)

@@ -6,31 +6,48 @@ import bz2
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
+import re
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire.data._text_sources import Piece, TextSource, in_one_line, is_unicode, no_column
+from lightning_ire.data._hidden import is_of_the_system
+from lightning_ire.data._text_sources import MARK, Piece, TextSource, in_one_line, is_unicode, no_column, reading_of
 
 __all__ = ["FileSource"]
 
 _BLOCK = 1 << 20
 """Characters in a piece of a long document: what is tokenized at once."""
 
+_LONGEST_ROW = 1 << 24
+"""Bytes of a line that is looked at to find out whether a file has rows."""
+
+_ROWS = re.compile(r"\.(?:(parquet)|jsonl?|jsonlines|ndjson|ldjson)(?:[-._]\d[\w-]*)?$", re.ASCII | re.IGNORECASE)
+"""How the name of a file with rows ends, perhaps with the number of a shard (`.json-00000-of-00010`)."""
+
 
 class FileSource(TextSource):
     """Local files, compressed or not (.gz, .bz2, .xz, .zst).
 
-    `.jsonl` has a document per line, `.parquet` one per row; any other file is a document of UTF-8 text.
+    JSON has a document per line (`.jsonl`, `.jsonlines`, `.ndjson`, `.json`), or is one array or object of records,
+    which is read into memory as a whole; `.parquet` has a document per row. Any other file is a document of UTF-8 text,
+    unless it is no `.txt` and its first two lines are JSON objects that have the text's key.
+
+    A byte order mark with which a document begins is no part of it. Patterns match no hidden files, nor those that
+    operating systems leave beside others.
 
     Args:
         patterns: Paths or glob patterns of each part; "train" is needed.
-        text_column: Key of the text in `.jsonl`, column in `.parquet`.
+        text_column: Key of the text in JSON, column in `.parquet`.
 
     Raises:
         ConfigurationError: If there are none, or a file is in two parts.
@@ -68,11 +85,32 @@ class FileSource(TextSource):
         for path in self._found[part]:
             yield from self._read(path)
 
+    def reading(self, path: Path) -> str:
+        """Text, JSON or parquet, and how it is compressed."""
+        kind, compression, beginning = self._look(path)
+        return reading_of(f"{kind} in {compression}" if compression else kind, beginning if kind == "text" else b"")
+
+    def left_out(self) -> Counter[str]:
+        """Hidden files that the patterns would match if hidden ones were matched; Python 3.10 cannot say that."""
+        find = partial(glob.glob, recursive=True)
+        if sys.version_info >= (3, 11):
+            find = partial(find, include_hidden=True)
+        every = {
+            path
+            for patterns in self.patterns.values()
+            for pattern in map(_absolute, patterns)
+            if not os.path.isfile(pattern)
+            for path in find(pattern)
+            if not os.path.isdir(path)
+        }
+        count = len(every - {str(path) for paths in self._found.values() for path in paths})
+        return Counter({"hidden": count} if count else {})
+
     def _find(self, part: str) -> list[Path]:
         found: dict[Path, None] = {}
         for pattern in self.patterns[part]:
             path = _absolute(pattern)
-            paths = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
+            paths = [path] if os.path.isfile(path) else _matches(path)
             files = [Path(path) for path in paths if not os.path.isdir(path)]
             if not files:
                 hint = f": for all files in this folder give '{pattern}/**/*.txt'" if paths else ""
@@ -81,18 +119,16 @@ class FileSource(TextSource):
         return list(found)
 
     def _read(self, path: Path) -> Iterator[Piece]:
-        *_, kind, compression = ["", "", *(suffix.lower() for suffix in path.suffixes)]
-        if compression == ".zip":
+        if path.suffix.lower() == ".zip":
             raise ConfigurationError(f"Expected .gz, .bz2, .xz or .zst for a compressed file, got {path}.")
-        if compression not in _READERS:
-            kind, compression = compression, ""
+        kind, compression, _ = self._look(path)
         with path.open("rb") as raw:
-            opened: Any = _READERS[compression](raw) if compression else raw
+            opened = _READERS[compression](raw)
             meter = _Meter(raw)
             try:
-                if kind == ".jsonl":
-                    yield from meter.count(self._lines(path, opened))
-                elif kind == ".parquet":  # it is not read from the beginning to the end
+                if kind == "JSON":
+                    yield from meter.count(self._records(path, opened))
+                elif kind == "parquet":  # it is not read from the beginning to the end
                     yield from self._rows(path, io.BytesIO(opened.read()) if compression else raw)
                 else:
                     yield from meter.count(_blocks(path, opened))
@@ -103,15 +139,41 @@ class FileSource(TextSource):
                     f"Expected a whole {compression} file, got {type(error).__name__} ({error}) in {path}."
                 ) from error
 
-    def _lines(self, path: Path, stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError and UnicodeDecodeError
-                raise ConfigurationError(f"Expected JSON in line {number} of {path}, got: {error}.") from error
-            yield self._text(row, f"line {number} of {path}"), True
+    def _look(self, path: Path) -> tuple[str, str, bytes]:
+        """What a file is (text, JSON, parquet), its compression, and its first line where the name does not tell."""
+        compression = path.suffix.lower() if path.suffix.lower() in _READERS else ""
+        name = path.stem if compression else path.name
+        if named := _ROWS.search(name, 1):
+            return "parquet" if named[1] else "JSON", compression, b""
+        try:
+            with path.open("rb") as raw, _READERS[compression](raw) as stream:
+                first = stream.readline(_LONGEST_ROW)
+                lines = itertools.chain([first], iter(lambda: stream.readline(_LONGEST_ROW), b""))
+                rows = list(itertools.islice((line for line in lines if line.strip()), 2))
+        except _broken():  # it comes again when the file is read
+            return "text", compression, b""
+        has_rows = rows and not name.lower().endswith(".txt") and all(map(self._is_row, rows))
+        return "JSON" if has_rows else "text", compression, first
+
+    def _is_row(self, line: bytes) -> bool:
+        row = _parsed_or_none(line)
+        return isinstance(row, dict) and isinstance(row.get(self.text_column), str)
+
+    def _records(self, path: Path, stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
+        """The rows of JSON lines, or of one array or object."""
+        lines = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
+        beginning = list(itertools.islice(lines, 2))
+        if len(beginning) == 2 and _parsed_or_none(beginning[0][1]) is not None:
+            for number, line in itertools.chain(beginning, lines):
+                where = f"line {number} of {path}"
+                yield self._text(_parsed(line, f"JSON in {where}"), where), True
+        elif beginning:
+            content = b"".join(line for _, line in itertools.chain(beginning, lines))
+            value = _parsed(content, f"JSON lines, or one array or object of records, in {path}")
+            if isinstance(value, dict) and value and all(isinstance(row, dict) for row in value.values()):
+                value = list(value.values())
+            for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+                yield self._text(row, f"record {number} of {path}"), True
 
     def _rows(self, path: Path, stream: IO[bytes]) -> Iterator[Piece]:
         try:
@@ -144,7 +206,7 @@ class FileSource(TextSource):
             raise ConfigurationError(f"Expected text under {self.text_column!r} in {where}, got {type(text).__name__}.")
         if text and not is_unicode(text):
             raise ConfigurationError(f"Expected Unicode text in {where}, got half of a surrogate pair.")
-        return text or ""
+        return (text or "").removeprefix(MARK)
 
 
 class _Meter:
@@ -165,7 +227,7 @@ class _Meter:
 
 def _blocks(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
     """Cut a text at ends of lines into blocks; what they are put together again is the text."""
-    reader = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    reader = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     rest, first = "", True
     try:
         while block := reader.read(_BLOCK):
@@ -178,7 +240,7 @@ def _blocks(path: Path, stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
     except UnicodeDecodeError as error:
         raise ConfigurationError(
             f"Expected UTF-8 text in {path}, got byte 0x{error.object[error.start]:02x} ({error.reason}): convert the "
-            "file, or name a compressed, .jsonl or .parquet file by its suffix."
+            "file, or name a compressed or .parquet file by its suffix."
         ) from error
     finally:
         reader.detach()
@@ -234,6 +296,7 @@ class _Zstandard(io.RawIOBase):
 
 
 _READERS: dict[str, Callable[[Any], Any]] = {
+    "": lambda raw: raw,
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
@@ -241,8 +304,29 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def _parsed(content: bytes, what: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError and UnicodeDecodeError
+        raise ConfigurationError(f"Expected {what}, got: {error}.") from error
+
+
+def _parsed_or_none(content: bytes) -> Any:
+    try:
+        return _parsed(content, "JSON")
+    except ConfigurationError:
+        return None
+
+
 def _absolute(pattern: str) -> str:
     return os.path.abspath(os.path.expanduser(pattern))
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a pattern matches, without files and folders of the system, in alphabetical order."""
+    named = len(list(itertools.takewhile(lambda name: not set(name) & set("*?["), Path(pattern).parts)))
+    found = sorted(glob.glob(pattern, recursive=True))
+    return [path for path in found if not any(map(is_of_the_system, Path(path).parts[named:]))]
 
 
 def _broken() -> tuple[type[Exception], ...]:

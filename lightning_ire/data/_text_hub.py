@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire.data._text_sources import Piece, TextSource, in_one_line, no_column
+from lightning_ire.data._text_sources import MARK, Piece, TextSource, in_one_line, no_column
 
 __all__ = ["HUB", "HubDataset", "HubSource"]
 
@@ -89,10 +89,12 @@ class HubSource(TextSource):
                     f"Expected `text_column` to be a column of text in {self.dataset.path}, got "
                     f"{type(text).__name__} in {self.text_column!r}."
                 )
-            if self.dataset.lines and not (text or "").endswith("\n"):
-                text = (text or "") + "\n"  # an empty row is an empty line
+            first = not (self.dataset.lines and told)
+            text = (text or "").removeprefix(MARK if first else "")
+            if self.dataset.lines and not text.endswith("\n"):
+                text += "\n"  # an empty row is an empty line
             if text:
-                yield Piece(text, first=not (self.dataset.lines and told), progress=number - told)
+                yield Piece(text, first, progress=number - told)
                 told = number
 
     def _split(self, part: str) -> Any:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import sysconfig
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_ire._checks import ConfigurationError
+from lightning_ire.data._hidden import is_hidden
 
-__all__ = ["Piece", "StandardLibrary", "TextSource", "in_one_line", "is_unicode", "no_column"]
+__all__ = ["MARK", "Piece", "StandardLibrary", "TextSource", "in_one_line", "is_unicode", "no_column"]
+
+MARK = "\ufeff"
+"""Unicode's byte order mark: at the beginning of a text it is no part of it, elsewhere it is a character."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,19 @@ class TextSource(ABC):
     def files(self) -> dict[str, list[Path]]:
         """The files that each part is read from; tokens are made anew when one of them changes."""
 
+    def reading(self, path: Path) -> str:
+        """How a file is read; tokens are made anew when a release reads it in another way.
+
+        Args:
+            path: One of `files`.
+        """
+        with path.open("rb") as file:
+            return reading_of("text", file.read(len(MARK.encode())))
+
+    def left_out(self) -> Counter[str]:
+        """What is not read where files are looked for: of each kind, how many."""
+        return Counter()
+
     def size(self, part: str) -> int:
         """How much there is to read of a part: here the bytes of its files as they are on the disk.
 
@@ -81,12 +99,12 @@ class StandardLibrary(TextSource):
         return {"source": self.name}
 
     def files(self) -> dict[str, list[Path]]:
-        """All `*.py` files of the library without those of installed packages."""
+        """All `*.py` files of the library without those of installed packages and hidden ones."""
         root = Path(sysconfig.get_path("stdlib"))
         found = []
         for folder, folders, names in os.walk(root):
             folders[:] = sorted(set(folders) - {"site-packages", "dist-packages", "__pycache__"})
-            found += [Path(folder, name) for name in names if name.endswith(".py")]
+            found += [Path(folder, name) for name in names if name.endswith(".py") and not is_hidden(name)]
         if not found:
             raise ConfigurationError(
                 f"Expected the standard library's source code in {root}, got no .py file: set `source` to 'files'."
@@ -100,12 +118,22 @@ class StandardLibrary(TextSource):
             content = path.read_bytes()
             skipped += len(content)
             try:
-                text = content.decode()
+                text = content.decode("utf-8-sig")
             except UnicodeDecodeError:
                 continue
             if text:
                 yield Piece(text, first=True, progress=skipped)
                 skipped = 0
+
+
+def reading_of(kind: str, beginning: bytes) -> str:
+    """Return what `TextSource.reading` says of a file.
+
+    Args:
+        kind: What it is read as.
+        beginning: Its first bytes.
+    """
+    return f"{kind} after a byte order mark" if beginning.startswith(MARK.encode()) else kind
 
 
 def is_unicode(text: str) -> bool:
@@ -129,7 +157,7 @@ def no_column(text_column: str, where: object, names: Sequence[str]) -> Configur
         where: What has no such column.
         names: The columns that it has.
     """
-    has = ", ".join(map(repr, names)) or "none"
+    has = ", ".join(map(repr, names[:10])) + (", ..." if len(names) > 10 else "") or "none"
     return ConfigurationError(f"Expected `text_column` to be a column of {where} (it has: {has}), got {text_column!r}.")
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from tqdm import tqdm
 
 from lightning_ire._checks import ConfigurationError
+from lightning_ire.data._hidden import say_left_out
 from lightning_ire.data._text_sources import Piece, TextSource
 from lightning_ire.data._text_split import Split
 from lightning_ire.data._text_tokenizers import TextTokenizer, TokenizerPlan, load_tokenizer
@@ -81,14 +82,16 @@ class TokenCache:
             if writable:
                 self._remove_all_but(manifest)  # what a killed process left; the tokens of old stay until there are new
             inputs = {**self.source.files(), "tokenizer": self.plan.files()}
-            stamps = _stamps(inputs, manifest.get("inputs", []))
+            stamps = _stamps(inputs, manifest.get("inputs", []), self.source)
             if self._is_whole(manifest, verify) and _contents(stamps) == _contents(manifest["inputs"]):
                 if writable and stamps != manifest["inputs"]:  # touched or moved: remembered, not read again
                     self._write_manifest({**manifest, "inputs": stamps})
                 return
             if not writable:
                 raise self._not_writable("the tokens there are of another text")
-            rank_zero_info(f"Making tokens of {self.source.name} in {self.folder}.")
+            why = _read_otherwise(stamps, manifest.get("inputs", []))
+            rank_zero_info(f"Making tokens of {self.source.name} in {self.folder}{why}.")
+            say_left_out(self.source.name, self.source.left_out())
             try:
                 made = self._make(stamps, progress)
             except BaseException:
@@ -164,14 +167,15 @@ class TokenCache:
 
     def _make(self, stamps: list[dict[str, Any]], progress: bool) -> dict[str, Any]:
         begun, build = time.time(), secrets.token_hex(4)
-        tokenizer = self.plan.make(lambda: self._training_texts(progress), progress)
+        ends = self.split.ends(self.source, self._training_pieces(progress))
+        tokenizer = self.plan.make(lambda: self._training_texts(ends, progress), progress)
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         with contextlib.ExitStack() as stack:
             writers = {part: _Writer(self.folder / f"{part}.{build}.bin", dtype) for part in PARTS}
             for writer in writers.values():
                 stack.enter_context(writer)
             sample = ""
-            for batch in self._batches(progress, "Tokenizing"):
+            for batch in self._batches(ends, progress, "Tokenizing"):
                 sample = sample or "".join(piece.text for _, piece in batch)[: 1 << 18]
                 encoded = tokenizer.encode([piece.text for _, piece in batch])
                 for (part, piece), tokens in zip(batch, encoded, strict=True):
@@ -198,20 +202,27 @@ class TokenCache:
             "seconds": round(time.time() - begun, 1),
         }
 
-    def _training_texts(self, progress: bool) -> Iterator[str]:
-        for batch in self._batches(progress, "Learning the vocabulary"):
+    def _training_pieces(self, progress: bool) -> Iterator[Piece]:
+        with self._bar(progress, "Measuring", ["train"]) as bar:
+            for piece in self.source.pieces("train"):
+                yield piece
+                bar.update(piece.progress)
+
+    def _training_texts(self, ends: list[tuple[str, float]], progress: bool) -> Iterator[str]:
+        for batch in self._batches(ends, progress, "Learning the vocabulary"):
             yield from (piece.text for part, piece in batch if part == "train")
 
-    def _batches(self, progress: bool, what: str) -> Iterator[list[tuple[str, Piece]]]:
+    def _batches(self, ends: list[tuple[str, float]], progress: bool, what: str) -> Iterator[list[tuple[str, Piece]]]:
         """All pieces with their parts, as many together as are tokenized at once."""
-        total = sum(self.source.size(part) for part in self.source.parts) if progress else None
-        unit = self.source.unit
-        with tqdm(
-            total=total, unit=unit, unit_scale=True, desc=f"{what} ({self.source.name})", disable=not progress
-        ) as bar:
-            for batch in _together(self.split.assign(self.source)):
+        with self._bar(progress, what, self.source.parts) as bar:
+            for batch in _together(self.split.assign(self.source, ends)):
                 yield batch
                 bar.update(sum(piece.progress for _, piece in batch))
+
+    def _bar(self, progress: bool, what: str, parts: Sequence[str]) -> tqdm:
+        total = sum(self.source.size(part) for part in parts) if progress else None
+        unit, name = self.source.unit, self.source.name
+        return tqdm(total=total, unit=unit, unit_scale=True, desc=f"{what} ({name})", disable=not progress)
 
     def _nothing_for(self, part: str, documents: dict[str, int]) -> ConfigurationError:
         held_out = [other for other in self.split.expected(self.source) if other not in self.source.parts]
@@ -220,11 +231,7 @@ class TokenCache:
             return ConfigurationError(f"Expected text in the {part} part of {self.source.name}, got none.")
         if part == "train":  # all of it was held out
             part = max(held_out, key=documents.__getitem__)
-        cut = "set `split_by` to 'position' (the end of the text is held out), " if self.split.by == "document" else ""
-        return ConfigurationError(
-            f"Expected `{part}_size` to split {total} document(s) so that every part has text, got "
-            f"{getattr(self.split, part + '_size')!r}: {cut}change it, or give `{part}_files`."
-        )
+        return self.split.too_little(part, total)
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
         temporary = self.folder / "manifest.json.partial"
@@ -302,7 +309,7 @@ def _together(pieces: Iterator[tuple[str, Piece]]) -> Iterator[list[tuple[str, P
         yield batch
 
 
-def _stamps(inputs: dict[str, list[Path]], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _stamps(inputs: dict[str, list[Path]], known: list[dict[str, Any]], source: TextSource) -> list[dict[str, Any]]:
     """What is known of each file; it is only read if its size or time of change is new."""
     before = {entry["path"]: entry for entry in known}
     stamps = []
@@ -310,17 +317,40 @@ def _stamps(inputs: dict[str, list[Path]], known: list[dict[str, Any]]) -> list[
         stat = path.stat()
         stamp = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         old = before.get(str(path), {})
-        if any(old.get(key) != value for key, value in stamp.items()):
-            stamp["digest"] = _digest(path)
-        else:
-            stamp["digest"] = old["digest"]
+        same = all(old.get(key) == value for key, value in stamp.items())
+        stamp["digest"] = old["digest"] if same else _digest(path)
+        if part != "tokenizer":
+            stamp["reading"] = old["reading"] if same and "reading" in old else source.reading(path)
         stamps.append({**stamp, "part": part})
     return stamps
 
 
 def _contents(stamps: list[dict[str, Any]]) -> list[Any]:
-    """What tokens depend on: of each file the part, the end of the name (it says how to read it) and the contents."""
-    return [(stamp.get("part"), Path(stamp["path"]).suffixes[-2:], stamp["digest"]) for stamp in stamps]
+    """What tokens depend on: of each file the part, the contents and how they are read."""
+    return [(stamp.get("part"), stamp["digest"], _reading(stamp)) for stamp in stamps]
+
+
+def _reading(stamp: dict[str, Any]) -> str:
+    """How a file is read, or was read by releases that did not note it."""
+    if "reading" in stamp or stamp.get("part") == "tokenizer":
+        return stamp.get("reading", "")
+    *_, kind, compression = ["", "", *(suffix.lower() for suffix in Path(stamp["path"]).suffixes)]
+    if compression not in (".gz", ".bz2", ".xz", ".zst"):
+        kind, compression = compression, ""
+    kind = {".jsonl": "JSON", ".parquet": "parquet"}.get(kind, "text")
+    return f"{kind} in {compression}" if compression else kind
+
+
+def _read_otherwise(stamps: list[dict[str, Any]], known: list[dict[str, Any]]) -> str:
+    """Why tokens are made anew of files that have not changed."""
+    before = {(stamp["path"], stamp["digest"]): _reading(stamp) for stamp in known}
+    changed = [(stamp, before.get((stamp["path"], stamp["digest"]), _reading(stamp))) for stamp in stamps]
+    changed = [(stamp, old) for stamp, old in changed if old != _reading(stamp)]
+    if not changed:
+        return ""
+    stamp, old = changed[0]
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return f" anew: {stamp['path']}{more} is read as {_reading(stamp)} now, was read as {old}"
 
 
 def _digest(path: Path) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import pickle
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_ire._checks import ConfigurationError
+from lightning_ire.data._text_sources import in_one_line
 from lightning_ire.data.image_data import ImageData
 from lightning_ire.data.transforms import torchvision, torchvision_v2
 
@@ -39,7 +43,7 @@ class _CIFAR(ImageData):
             global_batch_size: Images per optimizer step, over all devices and micro-batches.
             download: Whether to download the data if it is not there.
             verify: Whether the files must have the checksums of the original. Switch it off for data of your own in
-                the same format: other labels, a part of the images.
+                the same format: other labels, a part of the images. Files are pickles; nothing in them is executed.
             settings: The other settings of :class:`ImageData`.
 
         Raises:
@@ -62,7 +66,7 @@ class _CIFAR(ImageData):
             return
         if self._folder.exists():
             raise ConfigurationError(f"{self._fault()} Move {self._folder} away to download it again.")
-        source = self._source(verify=True)
+        source = self._source
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.root, prefix=".download-") as place:
@@ -82,15 +86,11 @@ class _CIFAR(ImageData):
         Raises:
             ConfigurationError: If files are missing, broken or not the original ones.
         """
-        try:
-            return _InMemory(self._source(self.verify)(self.root, train=part == "train"))
-        except RuntimeError as error:  # torchvision: "not found or corrupted"
-            raise ConfigurationError(self._fault() or str(error)) from error
-        except (OSError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-            raise ConfigurationError(
-                f"Expected `root` to hold {self._source_name} in Python format, got a file in {self._folder} that "
-                f"cannot be read ({type(error).__name__}: {error})."
-            ) from error
+        if fault := self._fault():
+            raise ConfigurationError(fault)
+        files = self._source.train_list if part == "train" else self._source.test_list
+        images, labels = zip(*(self._read(self._folder / name) for name, _ in files), strict=True)
+        return _InMemory(np.concatenate(images), [label for some in labels for label in some])
 
     def geometry(self, training: bool) -> list[nn.Module]:
         """Crop with 4 pixels of black padding and flip, or nothing.
@@ -107,26 +107,38 @@ class _CIFAR(ImageData):
 
     @property
     def _folder(self) -> Path:
-        return self.root / self._source(verify=True).base_folder
+        return self.root / self._source.base_folder
 
-    def _source(self, verify: bool) -> Any:
-        """Torchvision's class; without checksums, if these are not to be verified."""
-        original = getattr(torchvision("datasets"), self._source_name)
-        if verify:
-            return original
+    @property
+    def _source(self) -> Any:
+        """Torchvision's class, which knows the names of the files, their checksums and the download."""
+        return getattr(torchvision("datasets"), self._source_name)
 
-        anything = {
-            "train_list": [(name, None) for name, _ in original.train_list],
-            "test_list": [(name, None) for name, _ in original.test_list],
-            "meta": {**original.meta, "md5": None},
-        }
-        return type(original.__name__, (original,), anything)
+    def _read(self, path: Path) -> tuple[np.ndarray, list[int]]:
+        """The images [N, 32, 32, 3] and labels of a file."""
+        assert self.num_classes is not None
+        try:
+            with path.open("rb") as file:
+                entry = _Arrays(file, encoding="latin1").load()
+            data, labels = entry["data"], entry["labels" if "labels" in entry else "fine_labels"]
+            if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
+                raise ValueError(f"`data` is no array of uint8 but {getattr(data, 'dtype', type(data).__name__)}")
+            images = np.asarray(data).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+            labels = list(map(operator.index, labels))
+            if len(images) != len(labels) or not set(labels) <= set(range(self.num_classes)):
+                raise ValueError(f"not each of {len(images)} images has a label in [0, {self.num_classes})")
+        except Exception as error:  # no one class: a damaged pickle may ask for any operation on any value
+            raise ConfigurationError(
+                f"Expected `root` to hold {self._source_name} in Python format, got a file in {self._folder} that "
+                f"cannot be read ({type(error).__name__}: {in_one_line(error)}): {path.name}."
+            ) from error
+        return images, labels
 
     def _fault(self) -> str | None:
         """What is wrong with the files; `None`: nothing."""
         from torchvision.datasets.utils import check_integrity
 
-        source = self._source(self.verify)
+        source = self._source
         files = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
         names = ", ".join(name for name, _ in files)
         if not self._folder.is_dir():
@@ -138,7 +150,7 @@ class _CIFAR(ImageData):
         if missing:
             return f"Expected {self._folder} to hold {names}, got a folder without {', '.join(missing)}."
         for name, checksum in files:
-            if not check_integrity(str(self._folder / name), checksum):
+            if self.verify and not check_integrity(str(self._folder / name), checksum):
                 return (
                     f"Expected {self._folder / name} to have the MD5 checksum {checksum}, got another one: the file is "
                     "damaged (data of your own: set `verify` to false)."
@@ -183,11 +195,11 @@ class CIFAR100(_CIFAR):
 
 
 class _InMemory(Dataset):
-    """The images of one of torchvision's datasets; unlike a class made on the fly it can be sent to other processes."""
+    """Images [N, 32, 32, 3] and their labels."""
 
-    def __init__(self, source: Any) -> None:
-        self.images = source.data
-        self.labels = source.targets
+    def __init__(self, images: np.ndarray, labels: Sequence[int]) -> None:
+        self.images = images
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -196,6 +208,63 @@ class _InMemory(Dataset):
         from PIL import Image
 
         return Image.fromarray(self.images[index]), self.labels[index]
+
+
+class _Arrays(pickle.Unpickler):
+    """Makes arrays of numbers, and what needs no class: strings, bytes, numbers, lists, tuples and dicts.
+
+    Pickles of Python 2 and 3 and of numpy 1 and 2 are understood. Whatever else a pickle asks for is refused.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for a name; nothing is imported."""
+        try:
+            return _ALLOWED[module.replace("numpy._core", "numpy.core"), name]
+        except KeyError:
+            raise pickle.UnpicklingError(
+                f"it is to hold arrays, strings, numbers, lists and dicts only, and asks for {module}.{name}"
+            ) from None
+
+
+def _bytes(text: str, _encoding: str) -> bytes:
+    """How Python 3 writes bytes in an old protocol; the encoding is always this one."""
+    return text.encode("latin1")
+
+
+class _Kind:
+    """Stands for a type of numbers: numpy's own believes whatever state it is given, as wrong as it may be."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.dtype = np.dtype(name)
+        if self.dtype.kind not in "biuf":  # objects would be read as addresses in memory
+            raise pickle.UnpicklingError(f"it is to hold arrays of numbers only, and asks for one of {self.dtype}")
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array(np.ndarray):
+    """An array whose type comes as a `_Kind`."""
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, kind, *rest = state
+        super().__setstate__((version, shape, kind.dtype, *rest))
+
+
+_scalar: Any = np.uint8(0).__reduce__()[0]
+_from_buffer: Any = np.empty(0, np.uint8).__reduce_ex__(5)[0]
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("_codecs", "encode"): _bytes,
+    ("__builtin__", "bytes"): bytes,
+    ("builtins", "bytes"): bytes,
+    ("numpy", "ndarray"): None,  # only named; called it could be given any memory
+    ("numpy", "dtype"): _Kind,
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.empty(0, np.uint8).view(_Array),
+    ("numpy.core.multiarray", "scalar"): lambda kind, content: _scalar(kind.dtype, content),
+    ("numpy.core.numeric", "_frombuffer"): lambda content, kind, *rest: _from_buffer(content, kind.dtype, *rest),
+}
+"""What `_Arrays` takes for which name."""
 
 
 def _download_error(error: Exception, url: str, root: Path) -> str:

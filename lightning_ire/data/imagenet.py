@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_ire._checks import ConfigurationError, check_whole
+from lightning_ire.data._hidden import is_hidden, say_left_out
 from lightning_ire.data.image_data import ImageData
-from lightning_ire.data.transforms import torchvision, torchvision_v2
+from lightning_ire.data.transforms import torchvision_v2
 
 __all__ = ["ImageNet"]
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Of image files: those of torchvision's `ImageFolder`."""
 
 _LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
@@ -24,6 +31,11 @@ class ImageNet(ImageData):
     On disk: `root/train/CLASS/*.JPEG` and `root/val/CLASS/*.JPEG`, with the same classes in both. The official
     validation images (`val/`) are the test set here, as in the papers. Batches, split, mixing and what validation
     means: see :class:`ImageData`.
+
+    Other files are images if their names end in .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff or .webp, in any
+    letters. Hidden files and folders (`._x.png`, `.ipynb_checkpoints`, `__MACOSX`) are no images and no classes. What
+    is left out is said in one line. Grey images of 16 bits or of floats in [0, 1] are scaled to 8 bits; alpha is
+    dropped.
 
     Images are float32 [3, S, S]. Training: a random part of 8 to 100 % of the area, scaled to S x S, and a flip (He et
     al., arXiv 1512.03385). Evaluation: the shorter side scaled to S / 0.875, and the centre.
@@ -69,12 +81,8 @@ class ImageNet(ImageData):
         Raises:
             ConfigurationError: If folders are missing, empty, or the classes of `train/` and `val/` are not the same.
         """
-        image_folder = torchvision("datasets").ImageFolder
         classes = self._classes(part)
-        try:
-            images = image_folder(str(self._folder(part)), loader=read_image)
-        except FileNotFoundError as error:  # torchvision names the classes without images
-            raise ConfigurationError(f"Expected `root` to hold {_LAYOUT}, got: {error}") from error
+        images = _ClassFolders(self._folder(part), classes)
         other = self._folder("test" if part == "train" else "train")
         others = _folders(other) if other.is_dir() else []
         different = sorted(set(classes) ^ set(others)) if others else []
@@ -118,23 +126,62 @@ class ImageNet(ImageData):
         return classes
 
 
+class _ClassFolders(Dataset):
+    """The images in one folder per class, in the order of torchvision's `ImageFolder`.
+
+    Attributes:
+        classes: Names of the class folders.
+        samples: Path and class of each image.
+    """
+
+    def __init__(self, folder: Path, classes: list[str]) -> None:
+        self.classes = classes
+        self.samples: list[tuple[str, int]] = []
+        left_out = Counter(_kind(name) for name in set(os.listdir(folder)).difference(classes))
+        for label, name in enumerate(classes):
+            for place, names in sorted(_visible(folder / name, left_out)):
+                images = sorted(image for image in names if image.lower().endswith(_SUFFIXES))
+                self.samples += [(os.path.join(place, image), label) for image in images]
+                left_out.update(_kind(other) for other in set(names).difference(images))
+        say_left_out(folder, left_out)
+        empty = sorted(set(classes) - {classes[label] for _, label in self.samples})
+        if empty:
+            raise ConfigurationError(
+                f"Expected `root` to hold {_LAYOUT}, got: Found no valid file for the classes {_some(empty)} in "
+                f"{folder}: images end in {', '.join(_SUFFIXES)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        return read_image(path), label
+
+
 def read_image(path: str) -> Any:
     """Read an image file whole.
 
     Args:
-        path: The file.
+        path: The file. Grey images may have 16 bits (12 in TIFF), of which white is the largest number, or floats in
+            [0, 1].
 
     Returns:
-        PIL image in RGB.
+        PIL image in RGB, 8 bits per channel. An alpha channel is dropped.
 
     Raises:
-        ConfigurationError: If the file cannot be read to its end.
+        ConfigurationError: If the file cannot be read to its end, or its values have another range.
     """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                return Image.fromarray(_scaled(image)).convert("RGB")
+            # the way over RGBA changes no colour: without it Pillow warns of palettes with transparency
+            return (image.convert("RGBA") if "transparency" in image.info else image).convert("RGB")
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{error} in {path}: save it with 8 bits per channel, or remove it.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ConfigurationError(
             f"Expected an image that can be read, got {path} ({type(error).__name__}: {error}): "
@@ -142,8 +189,35 @@ def read_image(path: str) -> Any:
         ) from error
 
 
+def _scaled(image: Any) -> np.ndarray:
+    """A grey image of more than 8 bits as uint8; Pillow would cut its values off at 255."""
+    values, tags = np.asarray(image, dtype=np.float32), getattr(image, "tag_v2", {})  # tags of TIFF
+    if image.mode != "F":
+        if image.mode == "I" and image.format not in ("PNG", "PPM"):
+            raise ConfigurationError("Expected a grey image of 8 or 16 bits, got one of 32 bits")
+        values = values / (2 ** tags.get(258, (16,))[0] - 1)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):  # not a number is refused too
+        raise ConfigurationError(f"Expected floats in [0, 1], got values from {low:g} to {high:g}")
+    return np.rint(255 * (1 - values if tags.get(262) == 0 else values)).astype(np.uint8)  # 0: white is 0
+
+
+def _visible(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
+    """The folders below one and their files, without hidden ones, which are counted."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        hidden = set(filter(is_hidden, folders))
+        left_out.update(map(_kind, hidden))
+        folders[:] = [name for name in folders if name not in hidden]
+        left_out.update(_kind(name) for name in names if is_hidden(name))
+        yield place, [name for name in names if not is_hidden(name)]
+
+
+def _kind(name: str) -> str:
+    return "hidden" if is_hidden(name) else Path(name).suffix.lower() or "without a suffix"
+
+
 def _folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
 
 
 def _some(names: list[str]) -> str:

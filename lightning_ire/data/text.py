@@ -32,16 +32,18 @@ class Text(GlobalBatchData):
     them. Targets of -100 (in the last sequence of an evaluation) count nowhere.
 
     **Sources.** `stdlib`: the source code of Python's own standard library, which is on every machine. `files`: local
-    files of text, `.jsonl` (a document per line) or `.parquet` (per row), also compressed (.gz, .bz2, .xz, .zst). Or
-    from the Hugging Face hub: `wikitext-2`, `wikitext-103`, `minipile`, `openwebtext`, and `hub:OWNER/NAME` or
-    `hub:OWNER/NAME:CONFIG`.
+    files of text, JSON (`.jsonl`, `.ndjson`, `.json`: a document per line, or per record of one array or object) or
+    `.parquet` (per row), also compressed (.gz, .bz2, .xz, .zst); patterns match no hidden files. Or from the Hugging
+    Face hub: `wikitext-2`, `wikitext-103`, `minipile`, `openwebtext`, and `hub:OWNER/NAME` or `hub:OWNER/NAME:CONFIG`.
+    A byte order mark at the beginning of a document is no part of it.
 
     **Tokenizers.** `bytes`; `words` (between spaces, and `<eos>` for the end of a line); `bpe`, a byte-level byte-pair
     encoding that is learnt from the training part; `gpt2`; or the path of a `tokenizer.json`.
 
     **Tokens are made once**, in `cache_dir`, in a folder for each combination of source, tokenizer and split, and again
-    only when one of the files has changed (its size or time, and then its contents). 2 bytes each, 4 from 65,537
-    tokens on; what is read of them in training is not copied into memory as a whole.
+    only when one of the files has changed (its size or time, and then its contents), or is read in another way than by
+    the release that made them. 2 bytes each, 4 from 65,537 tokens on; what is read of them in training is not copied
+    into memory as a whole.
 
     **Batches.** An optimizer step sees `global_batch_size` sequences, over all devices and accumulated micro-batches
     (`max_batch_per_device`); they are the same on any number of devices. With `order: random` an epoch is the text cut
@@ -50,7 +52,8 @@ class Text(GlobalBatchData):
     before. A run that is resumed inside an epoch, with as many devices and micro-batches, goes on with the next batch.
 
     **Evaluation.** Every token is a target once, on any number of devices. A source's own validation and test parts
-    are used; where it has none, `val_size` and `test_size` are held out of its text.
+    are used; where it has none, `val_size` and `test_size` are held out of its text: exactly these shares of the
+    documents, at least one each. To count the documents the text is read once more before it becomes tokens.
 
     Attributes:
         vocab_size: Number of tokens; `None` until `setup`.
@@ -90,7 +93,7 @@ class Text(GlobalBatchData):
             files: For the source `files`: paths or patterns of the training text.
             val_files: Paths or patterns of the validation part; none: `val_size` of the training text.
             test_files: Paths or patterns of the test part; none: `test_size` of the training text.
-            text_column: Key of the text in `.jsonl`, column in `.parquet` and on the hub.
+            text_column: Key of the text in JSON, column in `.parquet` and on the hub.
             tokenizer: What makes tokens of it.
             vocabulary_size: Most tokens that `bpe` learns or `words` knows (none: all words).
             sequence_length: Tokens in a sequence.

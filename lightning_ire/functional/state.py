@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_ire.functional._foreach import copied, copy_
 
-__all__ = ["BufferState", "RandomState", "kept_buffers", "seeded"]
+__all__ = ["BufferState", "RandomState", "kept_buffers", "overwrite_", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,7 @@ class BufferState:
                 owner.register_buffer(name, buffer)
             elif getattr(owner, name) is not buffer:
                 setattr(owner, name, buffer)
-        writable = [(buffer, before) for _, _, buffer, before in self.saved if not _overlaps_itself(buffer)]
-        copy_([buffer for buffer, _ in writable], [before for _, before in writable])
+        overwrite_([buffer for _, _, buffer, _ in self.saved], [before for _, _, _, before in self.saved])
 
 
 @contextmanager
@@ -158,6 +157,16 @@ def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+@torch.no_grad()
+def overwrite_(tensors: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Give tensors, in place, the shapes and contents of others (quantization's observers resize their buffers)."""
+    pairs = [pair for pair in zip(tensors, sources, strict=True) if not _overlaps_itself(pair[0])]
+    for tensor, source in pairs:
+        if tensor.shape != source.shape:
+            tensor.resize_(source.shape)
+    copy_([tensor for tensor, _ in pairs], [source for _, source in pairs])
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -2,8 +2,11 @@ import errno
 import functools
 import hashlib
 import http.server
+import io
 import os
 import pickle
+import re
+import struct
 import sys
 import tarfile
 import threading
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import vision_data
@@ -18,6 +22,7 @@ from torchvision import datasets
 
 from lightning_ire import ConfigurationError
 from lightning_ire.data import CIFAR10, CIFAR100
+from lightning_ire.data.cifar import _Arrays
 
 
 def ready(root: Path, **settings) -> CIFAR10:
@@ -291,6 +296,145 @@ def test_a_file_of_something_else(root):
     vision_data.write_cifar10(root)
     (root / "cifar-10-batches-py" / "test_batch").write_bytes(b"not a pickle")
     assert "that cannot be read (UnpicklingError" in fault(root)
+
+
+# Pickles.
+
+
+class Harmful:
+    """What is executed when a file is unpickled: a file of this name appears."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def with_batch(root: Path, entry: object, name: str = "data_batch_2", protocol: int = 2) -> Path:
+    vision_data.write_cifar10(root)
+    path = root / "cifar-10-batches-py" / name
+    path.write_bytes(entry if isinstance(entry, bytes) else pickle.dumps(entry, protocol))
+    return path
+
+
+def pixels(count: int = 8, kind: str = "u1") -> np.ndarray:
+    return np.arange(count * 3072).reshape(count, 3072).astype(kind)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_pickles_of_all_protocols(root, protocol, order):
+    labels = [np.int64(3), 1, *[True] * 6]
+    entry = {"data": np.asarray(pixels(), order=order), "labels": labels, "more": (b"\xff", b"", 1.5, None, ["é"])}
+    with_batch(root, entry, protocol=protocol)
+    train = ready(root)._sources["train"]
+    assert np.array_equal(train.images[8:16].transpose(0, 3, 1, 2).reshape(8, 3072), pixels())
+    assert train.labels[8:16] == [3, 1, 1, 1, 1, 1, 1, 1]
+    assert {type(label) for label in train.labels} == {int}
+
+
+def test_pickles_of_python_2(root):
+    """The bytes of the original files: strings of Python 2, classes by their names in numpy 1."""
+    data = pixels(2).tobytes()
+    text = b"U\x0bbatch_label" + b"U\x15training batch 1 of 5"
+    array = (
+        b"U\x04data" + b"cnumpy.core.multiarray\n_reconstruct\n" + b"cnumpy\nndarray\n" + b"K\x00\x85U\x01b\x87R"
+        b"(K\x01K\x02M\x00\x0c\x86" + b"cnumpy\ndtype\n" + b"U\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ"
+        b"\xff\xff\xff\xffK\x00tb\x89" + b"T" + struct.pack("<I", len(data)) + data + b"tb"
+    )
+    labels = b"U\x06labels](K\x06K\x09e"
+    with_batch(root, b"\x80\x02}(" + text + array + labels + b"u.")
+    train = ready(root)._sources["train"]
+    assert np.array_equal(train.images[8:10].transpose(0, 3, 1, 2).reshape(2, 3072), pixels(2))
+    assert train.labels[8:10] == [6, 9]
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("place", ["all", "data", "labels", "aside"])
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (os.mkdir, ["{root}/harm"]),
+        (eval, ["__import__('os').mkdir('{root}/harm')"]),
+        (getattr, [list, "append"]),
+        (set, [[1]]),
+    ],
+)
+def test_a_harmful_pickle(root, function, arguments, place, protocol):
+    harm = Harmful(function, *(a.format(root=root) if isinstance(a, str) else a for a in arguments))
+    entry = {"data": pixels(), "labels": [0] * 8}
+    path = with_batch(root, harm if place == "all" else {**entry, place: harm}, protocol=protocol)
+    message = fault(root)
+    assert not (root / "harm").exists()
+    assert re.search(
+        r"got a file in .* that cannot be read \(UnpicklingError: it is to hold arrays, .* asks for ", message
+    )
+    assert message.endswith(f"{function.__name__}): {path.name}.")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        b"cnumpy\nndarray\n(K\x01\x85U\x01OU\x08AAAAAAAAtR",  # an object at any address
+        b"cnumpy\ndtype\n(U\x01OtR",
+        b"cnumpy\ndtype\n(U\x04O,i4tR",
+        b"cnumpy\ndtype\n(U\x02S4tR",
+        b"cnumpy.core.numeric\n_frombuffer\n(U\x08AAAAAAAAU\x01OK\x01\x85U\x01CtR",
+        b"c_codecs\nencode\n(U\x01aU\x04zlibU\x01xtR",
+        b"\x82\x01",  # a registered extension
+        b"U\x01aQ",  # a persistent object
+    ],
+)
+def test_a_crafted_pickle(root, call):
+    with_batch(root, b"\x80\x02}(U\x04data" + call + b"u.")
+    assert re.search(r"that cannot be read \(\w+: .*\): data_batch_2\.$", fault(root))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"NNNJ\xff\xff\xff\xff",
+        b"(cnumpy\ndtype\nU\x02u1\x85R(M\xff\xfftt" + b"NNJ\xff\xff\xff\xff",  # each number is an array of 65,535
+        b"N(U\x01at}U\x01a(cnumpy\ndtype\nU\x02u1\x85RM\xff\x00ts" + b"J\xff\xff\xff\xff",  # 255 bytes further on
+    ],
+)
+def test_a_type_with_a_crafted_state_reads_no_other_memory(state):
+    array = (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR(K\x01K\x02\x85"
+        + (b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|" + state + b"J\xff\xff\xff\xffK\x00tb")
+        + b"\x89U\x02abtb."
+    )
+    made = _Arrays(io.BytesIO(array), encoding="latin1").load()
+    assert (made.dtype.subdtype, made.dtype.names, made.tolist()) == (None, None, [97, 98])
+
+
+def test_the_order_of_bytes_is_kept():
+    for kind in (">i2", "<i2", "<f8", ">f4", "?"):
+        values = np.array([[1, 0], [3, 258]]).astype(kind)
+        for protocol in (2, 5):
+            made = _Arrays(io.BytesIO(pickle.dumps([values, values[1, 1]], protocol)), encoding="latin1").load()
+            assert np.array_equal(made[0], values)
+            assert made[1] == values[1, 1]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"labels": [0] * 8}, "(KeyError: 'data')"),
+        ({"data": pixels()}, "(KeyError: 'fine_labels')"),
+        ([1], "(TypeError: "),
+        ({"data": pixels(kind="f4"), "labels": [0] * 8}, "(ValueError: `data` is no array of uint8 but float32)"),
+        ({"data": b"", "labels": [0] * 8}, "(ValueError: `data` is no array of uint8 but bytes)"),
+        ({"data": pixels()[:, :100], "labels": [0] * 8}, "(ValueError: cannot reshape array"),
+        ({"data": pixels(), "labels": [0] * 7}, "(ValueError: not each of 8 images has a label in [0, 10))"),
+        ({"data": pixels(), "labels": [0] * 7 + [10]}, "(ValueError: not each of 8 images has a label in [0, 10))"),
+        ({"data": pixels(), "labels": [0.5] * 8}, "(TypeError: 'float' object cannot be interpreted as an integer)"),
+    ],
+)
+def test_other_contents(root, entry, message):
+    with_batch(root, entry)
+    assert message in fault(root)
 
 
 # The download, from a server in this process.

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import random
 import sys
@@ -51,7 +52,8 @@ def test_standard_library(library):
     write(library / "zz.py", "last = 1\r\n")
     write(library / "package" / "__init__.py", "")
     write(library / "package" / "a.py", "grüße = 2\n")
-    write(library / "aa.py", "first = 0")
+    write(library / "aa.py", "\ufefffirst = 0")
+    write(library / ".hidden.py", "no = 1\n")
     write(library / "encoding.py", "latin = 'é'".encode("latin-1"))
     for other in ("package/data.txt", "site-packages/x.py", "dist-packages/x.py", "package/__pycache__/x.py"):
         write(library / other, "no = 1\n")
@@ -91,7 +93,7 @@ def test_the_real_standard_library():
         "one\ntwo\n",
         "no newline at the end",
         "windows\r\nlines\r\n",
-        "\ufeffwith a mark\n",
+        "with \ufeff inside\n",
         "\n",
         "\x00",
         text_data.NASTY,
@@ -102,6 +104,21 @@ def test_a_text_is_one_document(tmp_path, text):
     pieces = list(source(path).pieces("train"))
     assert [(piece.text, piece.first) for piece in pieces] == [(text, True)]
     assert sum(piece.progress for piece in pieces) == source(path).size("train") == len(text.encode())
+
+
+@pytest.mark.parametrize("suffix", ["", *COMPRESS])
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, suffix):
+    blocks(monkeypatch, 16)
+    text = "".join(f"line {number}\n" for number in range(50)) + "\ufeffis a character here\n"
+    path = write(tmp_path / f"a.txt{suffix}", ("\ufeff" + text).encode())
+    assert read(path) == [text]
+    assert sum(piece.progress for piece in source(path).pieces("train")) == path.stat().st_size
+    assert read(write(tmp_path / f"b.txt{suffix}", "\ufeff")) == []
+    assert read(write(tmp_path / f"c.txt{suffix}", "\ufeff\ufefftwice")) == ["\ufefftwice"]
+    lines = write(tmp_path / f"a.jsonl{suffix}", "\ufeff" + jsonl(["\ufeffone", "\ufeff", "two\ufeff"]))
+    assert read(lines) == ["one", "two\ufeff"]
+    table = write(tmp_path / f"a.parquet{suffix}", parquet(["\ufeffone", "\ufeff", "two\ufeff"]))
+    assert read(table) == ["one", "two\ufeff"]
 
 
 def test_an_empty_file_is_no_document(tmp_path):
@@ -202,6 +219,87 @@ def test_lines_of_json(tmp_path):
 def test_a_broken_line(tmp_path, line, message):
     content = line if isinstance(line, bytes) else line.encode()
     path = write(tmp_path / "a.jsonl", b'{"text": "good"}\n\n' + content + b"\n")
+    assert message.format(path=path) in fault(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "c4-train.00000-of-01024.json.gz", "a.json", "A.JSON", "a.NDJSON.GZ", "a.jsonlines.zst", "a.jsonl.bz2",
+        "a.ldjson", "a.json-00000-of-00010", "a.json.1.xz", "a.jsonl_3", "part-00000", "part-00000.gz", "a.jl",
+        "lines.log.zst",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("texts", [["one", "two é", text_data.NASTY], ["only one"]])
+def test_names_of_lines_of_json(tmp_path, name, texts):
+    path = tmp_path / name
+    path.write_bytes(COMPRESS.get(path.suffix.lower(), bytes)(jsonl(texts).encode()))
+    pieces = list(source(path).pieces("train"))
+    assert documents(pieces) == texts
+    assert sum(piece.progress for piece in pieces) == path.stat().st_size
+    assert source(path).reading(path).startswith("JSON")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", jsonl(["one", "two"])),
+        ("a.json.txt", jsonl(["one", "two"])),
+        ("a.json.2.TXT", jsonl(["one", "two"])),
+        ("a.md", '{"text": "an example"}\nis a record\n'),
+        ("a.md", '\n{"text": "cut\n{"text": "one"}\n'),
+        ("a", jsonl(["one", "two"], "body")),
+        ("a.log", '{"text": ["one"]}\n'),
+        ("a.py", '["text"]\n'),
+        ("json", "one\n"),
+        (".json", "one\n"),
+    ],
+)
+def test_plain_text_is_no_json(tmp_path, name, text, suffix):
+    assert read(write(tmp_path / f"{name}{suffix}", text)) == [text]
+
+
+RECORDS = [{"text": text, "id": number} for number, text in enumerate(["one", "", "two\n"])]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\n\n"])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.zst"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (RECORDS, ["one", "two\n"]),
+        ({str(number): record for number, record in enumerate(RECORDS)}, ["one", "two\n"]),
+        (RECORDS[0], ["one"]),
+        ([], []),
+    ],
+)
+def test_one_array_or_object_of_json(tmp_path, value, expected, indent, mark, name):
+    path = write(tmp_path / name, mark + json.dumps(value, indent=indent))
+    pieces = list(source(path).pieces("train"))
+    assert documents(pieces) == expected
+    assert sum(piece.progress for piece in pieces) == (path.stat().st_size if expected else 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"data": RECORDS}, "column of record 1 of {path} (it has: 'data'), got 'text'."),
+        ({"text": {"0": "one"}}, "column of record 1 of {path} (it has: '0'), got 'text'."),
+        ({"text": ["one", "two"]}, "Expected text under 'text' in record 1 of {path}, got list."),
+        ([*RECORDS, {"body": "three"}], "column of record 4 of {path} (it has: 'body'), got 'text'."),
+        ([["one"]], "column of record 1 of {path} (it has: none), got 'text'."),
+        (dict.fromkeys(map(str, range(99)), 0), "(it has: '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', ...), got"),
+        ("[1, 2", "Expected JSON lines, or one array or object of records, in {path}, got: Expecting ',' delimiter"),
+        (
+            '{"text": "cut\n{"text": "one"}\n',
+            "Expected JSON lines, or one array or object of records, in {path}, got: ",
+        ),
+    ],
+)
+def test_other_json_is_refused(tmp_path, value, message):
+    path = write(tmp_path / "a.json", value if isinstance(value, str) else json.dumps(value))
     assert message.format(path=path) in fault(path)
 
 
@@ -342,6 +440,25 @@ def test_patterns(tmp_path, monkeypatch):
     assert source("~/a.txt").files() == {"train": [tmp_path / "a.txt"]}
 
 
+def test_hidden_files_are_left_out(tmp_path, monkeypatch):
+    kept = ["a.txt", "sub/b.txt"]
+    hidden = [".a.txt", "sub/._b.txt", ".ipynb_checkpoints/c.txt"]
+    system = ["__MACOSX/d.txt", "sub/__MACOSX/e.txt", "Thumbs.db", "sub/desktop.ini"]
+    for name in (*kept, *hidden, *system):
+        write(tmp_path / name, name)
+    monkeypatch.chdir(tmp_path)
+    for pattern in ("**", "**/*", str(tmp_path / "**")):
+        assert read(pattern) == kept
+        assert source(pattern).left_out() == {"hidden": 7 if sys.version_info >= (3, 11) else 4}
+    assert read("**/*.txt") == kept
+    assert source("a.txt", "sub/*.txt", val=["Thumbs.db"]).left_out() == (
+        {"hidden": 1} if sys.version_info >= (3, 11) else {}
+    )
+    assert read(".a.txt", "Thumbs.db") == [".a.txt", "Thumbs.db"]  # asked for by name
+    assert read("__MACOSX/*", ".ipynb*/*") == ["__MACOSX/d.txt", ".ipynb_checkpoints/c.txt"]
+    assert fault("*.db") == "Expected `files` to match files, got '*.db'."
+
+
 def test_patterns_that_match_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     assert fault(tmp_path / "*.txt") == f"Expected `files` to match files, got '{tmp_path}/*.txt'."
@@ -397,6 +514,8 @@ def test_names_of_sources():
 
 # The hub: `datasets` reads a folder as it reads a repository.
 
+MARKED = ["\ufeffone", "\ufeff", "two \ufeff"]
+
 LINES = {
     "train": ["", " = Title = \n", "", " one <unk> line \n", None, " another \n"],
     "validation": [" held out \n", ""],
@@ -413,7 +532,7 @@ def hub(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     datasets.disable_progress_bars()
-    return write_hub(tmp_path / "mine", {"lines": LINES, "other": {"train": ["a", "b"]}})
+    return write_hub(tmp_path / "mine", {"lines": LINES, "other": {"train": ["a", "b"], "test": MARKED}})
 
 
 def test_hub_rows_are_documents(hub):
@@ -425,7 +544,8 @@ def test_hub_rows_are_documents(hub):
     assert [rows.size(part) for part in rows.parts] == [6, 2, 2]
     assert sum(piece.progress for piece in rows.pieces("train")) == 6
     assert documents(HubSource(f"hub:{hub}:other", "text").pieces("train")) == ["a", "b"]
-    assert HubSource(f"hub:{hub}:other", "text").parts == ("train",)
+    assert documents(HubSource(f"hub:{hub}:other", "text").pieces("test")) == ["one", "two \ufeff"]
+    assert HubSource(f"hub:{hub}:other", "text").parts == ("train", "test")
 
 
 def test_hub_rows_are_lines_of_one_text(hub, monkeypatch):
@@ -434,6 +554,8 @@ def test_hub_rows_are_lines_of_one_text(hub, monkeypatch):
     assert documents(text.pieces("train")) == ["\n = Title = \n\n one <unk> line \n\n another \n"]
     assert documents(text.pieces("val")) == [" held out \n\n"]
     assert documents(text.pieces("test")) == ["\n for the test \n"]
+    monkeypatch.setitem(HUB, "wikitext-2", HubDataset(str(hub), "other", lines=True))
+    assert documents(make_source("wikitext-2", {}, "text").pieces("test")) == ["one\n\ufeff\ntwo \ufeff\n"]
     assert text.settings() == {
         "source": "hub", "path": str(hub), "config": "lines", "revision": None, "lines": True, "text_column": "text",
     }  # fmt: skip

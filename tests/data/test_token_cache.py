@@ -90,10 +90,10 @@ def builds(monkeypatch) -> list[str]:
 
 def test_parts_and_manifest(corpus):
     cache = prepared(corpus, seed=3)
-    draw, expected = random.Random(3), {"train": [], "val": [], "test": []}
-    for text in DOCUMENTS:
-        number = draw.random()
-        expected["val" if number < 0.2 else "test" if number < 0.2 + 0.1 else "train"].append(text)
+    draw = random.Random(3)
+    order = sorted(range(40), key=[draw.random() for _ in DOCUMENTS].__getitem__)
+    numbers = {"val": order[:8], "test": order[8:12], "train": order[12:]}
+    expected = {part: [DOCUMENTS[number] for number in sorted(numbers[part])] for part in PARTS}
     assert texts(cache) == expected
     parts, tokenizer, lossless = cache.open()
     said = manifest(cache)
@@ -202,14 +202,47 @@ def test_documents_are_drawn(corpus):
 @pytest.mark.parametrize(("val", "test"), [(0.05, 0.05), (0.3, 0.2), (0.5, 0.0), (0.0, 0.1), (0.9, 0.09)])
 def test_shares(tmp_path, val, test):
     write(tmp_path / "text" / "a.jsonl", text_data.jsonl([f"{number} text" for number in range(4000)]))
-    for by in ("document", "position"):
+    for by, within in (("document", 0), ("position", 80)):
         cache = prepared(tmp_path / "text", pattern="*.jsonl", val_size=val, test_size=test, by=by)
         parts, _, _ = cache.open()
         counts = {part: opened.documents for part, opened in parts.items()}
         assert set(counts) == {"train", *(["val"] if val else []), *(["test"] if test else [])}
         for part, share in (("val", val), ("test", test), ("train", 1 - val - test)):
-            if share:  # four standard deviations
-                assert abs(counts[part] - 4000 * share) < 4 * (4000 * share * (1 - share)) ** 0.5 + 2
+            assert abs(counts.get(part, 0) - round(4000 * share)) <= within
+
+
+@pytest.mark.parametrize(
+    ("documents", "val", "test", "expected"),
+    [
+        (20, 0.2, 0.0, (16, 4, 0)),
+        (20, 0.05, 0.05, (18, 1, 1)),
+        (3, 0.05, 0.05, (1, 1, 1)),
+        (2, 0.0, 0.01, (1, 0, 1)),
+        (4, 0.9, 0.0, (1, 3, 0)),
+        (3, 0.5, 0.4, (1, 1, 1)),
+        (5, 0.3, 0.6, (1, 2, 2)),
+    ],
+)
+def test_shares_of_few_documents(tmp_path, documents, val, test, expected):
+    write(tmp_path / "text" / "a.jsonl", text_data.jsonl([f"{number}" for number in range(documents)]))
+    held_out = set()
+    for seed in range(8):
+        parts = texts(prepared(tmp_path / "text", pattern="*.jsonl", val_size=val, test_size=test, seed=seed))
+        assert tuple(len(parts.get(part, [])) for part in PARTS) == expected
+        assert sorted(text for part in parts.values() for text in part) == sorted(map(str, range(documents)))
+        held_out |= {text for part in ("val", "test") for text in parts.get(part, [])}
+    assert len(held_out) > 1  # drawn, not the first or the last
+
+
+def test_the_text_is_read_once_more_for_the_shares(corpus, monkeypatch):
+    read, pieces = [], FileSource.pieces
+    monkeypatch.setattr(FileSource, "pieces", lambda self, part: (read.append(part), pieces(self, part))[1])
+    for split, times in (({}, 2), ({"by": "position"}, 2), ({"val_size": 0.0, "test_size": 0.0}, 1)):
+        read.clear()
+        prepared(corpus, **split)
+        assert read == ["train"] * times
+    prepared(corpus, "words")
+    assert read == ["train"] * 4  # and for the vocabulary
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -287,6 +320,7 @@ def test_parts_of_the_source_are_used(corpus, by):
 @pytest.mark.parametrize(
     ("documents", "split", "message"),
     [
+        (["one", "two"], {}, r"^Expected `val_size` to split 2 document\(s\) so that every part has text, got"),
         (["only one"], {}, r"^Expected `val_size` to split 1 document\(s\) so that .*, got 0.2: set `split_by`"),
         (["only one"], {"val_size": 0.0, "test_size": 0.1}, r"^Expected `test_size` to .*, or give `test_files`"),
         (["only one"], {"val_size": 0.9, "test_size": 0.0}, r"^Expected `val_size` to split 1 .*, got 0.9:"),
@@ -447,6 +481,81 @@ def test_the_hub_is_asked_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     again = prepared(HubSource(f"hub:{hub}:a", "text"), root=tmp_path)
     assert texts(again) == texts(first)
+
+
+def of_an_older_release(cache: TokenCache, monkeypatch, **replaced: object) -> None:
+    """Tokens as a release made them that did not note how a file is read: text as it is, JSON where it is `.jsonl`."""
+    with monkeypatch.context() as context:
+        for name, value in replaced.items():
+            context.setattr(cache.source, name, value)
+        stamps = _token_cache._stamps
+        context.setattr(
+            _token_cache,
+            "_stamps",
+            lambda *args: [{key: value for key, value in stamp.items() if key != "reading"} for stamp in stamps(*args)],
+        )
+        cache.prepare(progress=False)
+    assert not any("reading" in entry for entry in manifest(cache)["inputs"])
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "words"])
+def test_old_tokens_stay_where_the_text_is_read_as_before(corpus, builds, tokenizer, monkeypatch):
+    write(corpus / "41.txt.gz", "compressed")
+    write(corpus / "42.jsonl", text_data.jsonl(["lines"]))
+    write(corpus / "43.PARQUET", text_data.parquet(["rows"]))
+    write(corpus / "44.txt", "a \ufeff inside")
+    of_an_older_release(make(corpus, tokenizer, pattern="*"), monkeypatch)
+    for _ in range(2):
+        prepared(corpus, tokenizer, pattern="*")
+        assert len(builds) == 1
+    readings = [entry["reading"] for entry in manifest(make(corpus, tokenizer, pattern="*"))["inputs"]]
+    assert readings == [*["text"] * 40, "text in .gz", "JSON", "parquet", "text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "was", "now"),
+    [
+        ("99.txt", "\ufeffmarked", "text", "text after a byte order mark"),
+        ("99.txt.xz", "\ufeffmarked", "text in .xz", "text in .xz after a byte order mark"),
+        ("99.json.gz", text_data.jsonl(["marked"]), "text in .gz", "JSON in .gz"),
+        ("99.ndjson", text_data.jsonl(["marked"]), "text", "JSON"),
+        ("99", text_data.jsonl(["marked"]), "text", "JSON"),
+    ],
+)
+def test_old_tokens_are_made_anew_where_the_text_was_read_otherwise(
+    corpus, builds, monkeypatch, caplog, name, content, was, now
+):
+    write(corpus / name, content)
+    old = make(corpus, pattern="*", val_size=0.0, test_size=0.0)
+    of_an_older_release(old, monkeypatch, pieces=lambda part: iter([Piece("as it was", True, 1)]))
+    with caplog.at_level("INFO"):
+        new = prepared(corpus, pattern="*", val_size=0.0, test_size=0.0)
+    assert f"in {new.folder} anew: {corpus / name} is read as {now} now, was read as {was}." in caplog.text
+    assert texts(new) == {"train": [*DOCUMENTS, "marked"]}
+    prepared(corpus, pattern="*", val_size=0.0, test_size=0.0)
+    assert len(builds) == 2
+
+
+def test_what_is_left_out_is_said_once(corpus, caplog):
+    write(corpus / "Thumbs.db", b"\xff")
+    write(corpus / "__MACOSX" / "00.txt", "no text")
+    with caplog.at_level("INFO"):
+        cache = prepared(corpus, pattern="**", val_size=0.0, test_size=0.0)
+        prepared(corpus, pattern="**", val_size=0.0, test_size=0.0)
+    assert texts(cache) == {"train": DOCUMENTS}
+    assert [line for line in caplog.messages if "Left out" in line] == ["Left out of files: 2 hidden."]
+
+
+@pytest.mark.parametrize(("tokenizer", "size"), [("bytes", None), ("words", None), ("bpe", 300)])
+def test_a_byte_order_mark_is_no_token(tmp_path, tokenizer, size):
+    write(tmp_path / "a" / "a.txt", "one two\n" * 9)
+    write(tmp_path / "b" / "a.txt", "\ufeff" + "one two\n" * 9)
+    plain, marked = (
+        prepared(tmp_path / name, tokenizer, size, val_size=0.0, test_size=0.0).open() for name in ("a", "b")
+    )
+    assert contents(plain[0]) == contents(marked[0])
+    assert plain[1].to_json() == marked[1].to_json()
+    assert plain[0]["train"].bytes == marked[0]["train"].bytes == 72
 
 
 # What faults leave behind.
@@ -750,7 +859,7 @@ def test_a_folder_that_cannot_be_written_in(corpus, monkeypatch):
     monkeypatch.setattr(Path, "unlink", refuse)
     cache.prepare(progress=False)
     assert (files(cache), manifest(cache)) == (before, known)
-    assert {part: len(found) for part, found in texts(cache).items()} == {"train": 34, "val": 2, "test": 4}
+    assert {part: len(found) for part, found in texts(cache).items()} == {"train": 28, "val": 8, "test": 4}
     message = (
         r"^Expected `cache_dir` to be a folder that can be written in, got .*cache: \[Errno 13\] Permission denied\.$"
     )

@@ -1,0 +1,265 @@
+"""What a pass of `training_step` may change in a module: buffers, weights that it moves itself, Python attributes."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torchmetrics import Metric
+
+from lightning_ire._torch import change_marks, uncounted_changes
+from lightning_ire.functional import BufferState
+from lightning_ire.functional.state import overwrite_
+
+__all__ = ["AttributeState", "ModuleState", "MovingWeights", "modules_of", "weights_of"]
+
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_CONTAINERS = (list, dict, set, deque)
+_OF_TORCH = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, ...: not the user's attributes
+_DEPTH = 3  # containers in containers: a dictionary of lists of metrics
+_WALKED = 32  # entries of a container that are looked into
+_COPIED = 100_000  # entries of a container whose references are copied
+_ELEMENTS = 1 << 24  # of a tensor or array that is no buffer
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """The module, all below it, and those in lists and dictionaries in their attributes (metrics, teachers), each once.
+
+    Args:
+        module: Any module.
+    """
+    found = dict.fromkeys(module.modules())
+    todo = list(found)
+    while todo:
+        hidden = [one for value in _attributes(todo.pop()).values() for one in _modules_in(value, _DEPTH)]
+        new = [one for root in hidden for one in root.modules() if one not in found]
+        found |= dict.fromkeys(new)
+        todo += new
+    return list(found)
+
+
+def weights_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters that belong to the modules themselves, not to those below them, each once.
+
+    Args:
+        modules: Modules.
+    """
+    found = {id(p): p for module in modules for p in module.parameters(recurse=False) if not is_lazy(p)}
+    return list(found.values())
+
+
+class MovingWeights:
+    """The weights that `training_step` itself writes to: momentum encoders, teachers, normalized prototypes.
+
+    Any frozen parameter may be one, as long as they are no more than the trained ones (a teacher is as large as its
+    student). Where they are more (a frozen backbone), those are that a training pass was seen to change. So are trained
+    parameters.
+
+    Args:
+        module: The module being trained.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._seen: set[int] = set()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that an extra pass may change."""
+        parameters = weights_of(modules_of(self._module))
+        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+        many = 2 * _bytes(frozen) > _bytes(parameters)
+        return [p for p in parameters if id(p) in self._seen or not (p.requires_grad or many)]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Notice which weights change inside the block, a training pass."""
+        parameters = weights_of(self._module.modules())
+        before = change_marks(parameters)
+        yield
+        after = change_marks(parameters)
+        self._seen |= {id(p) for p, old, new in zip(parameters, before, after, strict=True) if old != new}
+
+
+class ModuleState:
+    """The contents of all buffers and of some parameters.
+
+    Args:
+        modules: What :func:`modules_of` says.
+        parameters: The parameters.
+        host: Whether to keep the copies of parameters in host memory.
+    """
+
+    def __init__(
+        self, modules: Collection[nn.Module], parameters: Iterable[nn.Parameter] = (), host: bool = False
+    ) -> None:
+        self._buffers = BufferState.capture(modules)
+        self._parameters = [
+            (parameter, parameter.detach().to("cpu" if host else parameter.device, copy=True))
+            for parameter in parameters
+        ]
+
+    def restore(self, for_the_graph: bool = False) -> None:
+        """Put everything back; can be called again.
+
+        Args:
+            for_the_graph: Whether graphs that saved a buffer have to go backward afterwards, as a backward pass through
+                a checkpointed layer runs it again, and BatchNorm's statistics with it.
+        """
+        with uncounted_changes([buffer for _, _, buffer, _ in self._buffers.saved] if for_the_graph else []):
+            self._buffers.restore()
+        with torch.no_grad(), uncounted_changes([parameter for parameter, _ in self._parameters]):
+            for parameter, before in self._parameters:
+                parameter.copy_(before)
+
+
+class AttributeState:
+    """What the Python attributes of modules hold.
+
+    All names mean again what they meant. Containers, tensors and arrays (of up to 2^24 elements), random generators and
+    objects of nothing but data have their contents back. Left alone are a module's numbers (not a metric's): it may
+    count its passes; one that changed in an extra pass is warned about, and so is what was too large to be copied.
+
+    Args:
+        modules: What :func:`modules_of` says.
+    """
+
+    def __init__(self, modules: Collection[nn.Module]) -> None:
+        self._namespaces = [(module, vars(module), _attributes(module)) for module in modules]
+        self._undo: list[Callable[[], Any]] = []
+        self._watched: list[tuple[str, Any, Callable[[], Any]]] = []
+        known: set[int] = set()
+        for owner, _, attributes in self._namespaces:
+            for key, value in attributes.items():
+                self._keep(value, f"{type(owner).__name__}.{key}", known, _DEPTH)
+
+    def restore(self, replay: bool = False) -> None:
+        """Put back what can be, and warn of what cannot.
+
+        Args:
+            replay: Whether this is for running the pass again that came after: then nothing is wrong with what changed.
+        """
+        changed = [name for name, before, now in self._watched if now() != before]
+        for owner, namespace, before in self._namespaces:
+            changed += [f"{type(owner).__name__}.{key}" for key in _rebind(namespace, before, isinstance(owner, Metric))]
+        for undo in self._undo:
+            undo()
+        for name in () if replay else changed:
+            warnings.warn(
+                f"An extra pass changed `{name}` and cannot put it back: let the module ask "
+                "`lightning_ire.in_extra_pass()` before it does so, or make it a buffer.",
+                stacklevel=2,
+            )
+
+    def _keep(self, value: Any, name: str, known: set[int], depth: int) -> None:
+        """Remember the contents of a value that can be changed in place."""
+        if isinstance(value, _SCALARS) or id(value) in known:
+            return
+        known.add(id(value))
+        numpy = sys.modules.get("numpy")
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter) and not value.is_inference():
+                self._keep_tensor(value, name)
+        elif isinstance(value, (*_CONTAINERS, tuple)):
+            if len(value) > _COPIED:
+                self._watched.append((name, len(value), partial(len, value)))
+            elif not isinstance(value, tuple):
+                self._undo.append(partial(_refill, value, value.copy()))
+            if depth and len(value) <= _WALKED and not isinstance(value, set):
+                for inner in value.values() if isinstance(value, dict) else value:
+                    self._keep(inner, name, known, depth - 1)
+        elif isinstance(value, torch.Generator):
+            self._undo.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._undo.append(partial(value.setstate, value.getstate()))
+        elif numpy is not None and isinstance(value, numpy.random.Generator):
+            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif numpy is not None and isinstance(value, numpy.random.RandomState):
+            self._undo.append(partial(value.set_state, value.get_state()))
+        elif numpy is not None and isinstance(value, numpy.ndarray):
+            if value.size <= _ELEMENTS and value.flags.writeable:
+                self._undo.append(partial(numpy.copyto, value, value.copy()))
+        elif depth and _is_data(value):
+            before = dict(vars(value))
+            self._undo.append(partial(_refill, vars(value), before))
+            for inner in before.values():
+                self._keep(inner, name, known, depth - 1)
+
+    def _keep_tensor(self, tensor: Tensor, name: str) -> None:
+        (mark,) = change_marks([tensor])
+        if tensor.numel() > _ELEMENTS:
+            self._watched.append((name, mark, lambda: change_marks([tensor])[0]))
+            return
+        before = tensor.detach().clone()
+
+        def undo() -> None:
+            if change_marks([tensor])[0] != mark:  # else a graph that saved it would take it for changed
+                overwrite_([tensor], [before])
+
+        self._undo.append(undo)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if key not in _OF_TORCH}
+
+
+def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
+    if isinstance(value, nn.Module):
+        yield value
+    elif depth and isinstance(value, (list, tuple, dict)) and len(value) <= _WALKED:
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _modules_in(inner, depth - 1)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _is_data(value: Any) -> bool:
+    """Whether an object has nothing but data in its attributes (a meter of averages; not one that holds a file)."""
+    if isinstance(value, (nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return False
+    numpy = sys.modules.get("numpy")
+    kinds = (*_SCALARS, *_CONTAINERS, tuple, Tensor, *((numpy.ndarray, numpy.generic) if numpy is not None else ()))
+    return all(isinstance(inner, kinds) for inner in vars(value).values())
+
+
+def _rebind(namespace: dict[str, Any], before: dict[str, Any], numbers: bool) -> list[str]:
+    """Let a module's names mean what they meant; what is as it was is not written, since torch.compile guards it.
+
+    Args:
+        namespace: The module's.
+        before: What its names meant.
+        numbers: Whether numbers are put back too.
+
+    Returns:
+        Names of the numbers that are not.
+    """
+    left = []
+    for key, now in list(namespace.items()):
+        if key in _OF_TORCH or now is before.get(key, before):
+            continue
+        if not numbers and isinstance(now, (int, float)) and not isinstance(now, bool):
+            left += [key] if now != before.get(key) else []
+        elif key not in before:
+            del namespace[key]
+    for key, value in before.items():
+        if namespace.get(key, namespace) is not value and key not in left:
+            namespace[key] = value
+    return left
+
+
+def _refill(container: Any, before: Any) -> None:
+    if isinstance(container, list):
+        container[:] = before
+    else:
+        container.clear()
+        (container.extend if isinstance(container, deque) else container.update)(before)

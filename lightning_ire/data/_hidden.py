@@ -1,0 +1,45 @@
+"""Files and folders that are nobody's data: hidden ones, and what operating systems leave beside files."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+__all__ = ["is_hidden", "is_of_the_system", "say_left_out"]
+
+_OF_THE_SYSTEM = {
+    "$recycle.bin", "__macosx", "@eadir", "desktop.ini", "ehthumbs.db", "icon\r", "lost+found",
+    "system volume information", "thumbs.db",
+}  # fmt: skip
+
+
+def is_of_the_system(name: str) -> bool:
+    """Return whether a file or folder is one that an operating system makes by itself, like `__MACOSX`, `Thumbs.db`.
+
+    Args:
+        name: Its name without the folders above it.
+    """
+    return name.lower() in _OF_THE_SYSTEM
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a name begins with a dot (`._x.png`, `.ipynb_checkpoints`) or is one of the system's.
+
+    Args:
+        name: As in `is_of_the_system`.
+    """
+    return name.startswith(".") or is_of_the_system(name)
+
+
+def say_left_out(place: object, counts: Counter[str]) -> None:
+    """Say in one line what is not read, if there is any.
+
+    Args:
+        place: Where it is.
+        counts: What kind, and how many of each.
+    """
+    if counts:
+        rank_zero_info(
+            f"Left out of {place}: {', '.join(f'{count} {kind}' for kind, count in sorted(counts.items()))}."
+        )
