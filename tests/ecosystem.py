@@ -15,15 +15,18 @@ import cases
 import lightning.pytorch as pl
 import matrix
 import numpy as np
+import pytest
 import pytorch_optimizer
 import torch
 import torch.nn.functional as F
 from cases import CLASSES, FEATURES, Net, OptimizerFactory
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelPruning
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_ire import IRE, SAM, Curvature, EmpiricalFisher, SampledFisher
+from lightning_ire import IRE, SAM, Curvature, EmpiricalFisher, SampledFisher, SharpnessMonitor, in_extra_pass
 
 VERSION = "4.1.0"
 EPOCHS, BATCHES, BATCH = 5, 4, 8
@@ -84,7 +87,7 @@ class SaveOnce(Checkpoint):
         self.path = path
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step == SAVED:
+        if BATCHES * (trainer.current_epoch + 1) == SAVED:
             trainer.save_checkpoint(self.path)
 
 
@@ -94,17 +97,19 @@ class Outcome:
 
     Attributes:
         weights: Of all parameters and buffers.
-        optimizer: Of the optimizer's state.
+        optimizers: Of the optimizers' states.
         finite: Whether all weights and buffers are.
-        steps: How many optimizer steps there were.
+        steps: How many steps each optimizer made.
         masks: For how many parameters there is a mask.
+        measured: What was measured last.
     """
 
     weights: dict[str, Any]
-    optimizer: Any
+    optimizers: list[Any]
     finite: bool
-    steps: int
+    steps: float
     masks: int
+    measured: dict[str, float]
 
 
 def bits(value: Any) -> Any:
@@ -120,18 +125,20 @@ def bits(value: Any) -> Any:
     return getattr(value, "__qualname__", None) or {"class": type(value).__name__, **bits(vars(value))}
 
 
-def train(row: "Row", ire: IRE | None, save: Path | None = None, resume: Path | None = None) -> Outcome:
+def train(
+    row: "Row", ours: Sequence[pl.Callback] = (), save: Path | None = None, resume: Path | None = None
+) -> Outcome:
     """Train once, from the beginning or from a checkpoint.
 
     Args:
         row: What to train.
-        ire: The callback; `None`: plain Lightning.
+        ours: Callbacks of this package; none: plain Lightning.
         save: Where the checkpoint of the step `SAVED` goes.
         resume: Such a checkpoint.
     """
     matrix.seed_all(5)
     module = row.module()
-    callbacks: list[pl.Callback] = [*([ire] if ire else []), *([SaveOnce(save)] if save else [])]
+    callbacks = [*ours, *row.callbacks(), *([SaveOnce(save)] if save else [])]
     trainer = cases.trainer(
         callbacks, max_epochs=EPOCHS, enable_checkpointing=save is not None, log_every_n_steps=STEPS // 2
     )
@@ -140,18 +147,22 @@ def train(row: "Row", ire: IRE | None, save: Path | None = None, resume: Path | 
     state = module.state_dict()
     return Outcome(
         bits(state),
-        bits(trainer.optimizers[0].state_dict()),
+        [bits(optimizer.state_dict()) for optimizer in trainer.optimizers],
         all(bool(torch.isfinite(value).all()) for value in state.values()),
-        trainer.global_step,
-        0 if ire is None else len(ire._progress.masks.masks),
+        trainer.global_step / len(trainer.optimizers),
+        sum(len(progress.masks.masks) for one in ours if isinstance(one, IRE) for progress in one._progresses),
+        next((one.last.values for one in ours if isinstance(one, SharpnessMonitor) and one.last), {}),
     )
 
 
-ARMS: dict[str, Callable[["Row"], IRE | None]] = {
-    "base": lambda row: None,
-    "forced": lambda row: IRE(kappa=0.0, curvature=row.curvature(), perturbation=SAM(0.0)),
-    "idle": lambda row: IRE(kappa=0.0, curvature=row.curvature()),
-    "sam-ire": lambda row: IRE(kappa=1.0, gamma=0.8, interval=5, curvature=row.curvature(), perturbation=SAM(0.05)),
+ARMS: dict[str, Callable[["Row"], list[pl.Callback]]] = {
+    "base": lambda row: [],
+    "forced": lambda row: [IRE(interval=5, exclude="*", curvature=row.curvature(), perturbation=SAM(0.0))],
+    "monitored": lambda row: [
+        IRE(kappa=0.0, curvature=row.curvature()),
+        SharpnessMonitor(10, None, ["trace_fisher", "trace_hessian"], mode="train", max_vectors=2),
+    ],
+    "sam-ire": lambda row: [IRE(kappa=1.0, gamma=0.8, interval=5, curvature=row.curvature(), perturbation=SAM(0.05))],
 }
 
 
@@ -304,6 +315,199 @@ def three_terms(self: Exercise, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
     return loss
 
 
+class MomentumContrast(Exercise):
+    """MoCo (He et al., arXiv 1911.05722) as its authors write it: a step first moves the key encoder."""
+
+    def __init__(self) -> None:
+        encoder = Net(batch_norm=True)
+        super().__init__(pair(encoder, copy.deepcopy(encoder).requires_grad_(False), "query", "key"))
+        self.register_buffer("queue", F.normalize(torch.randn(2 * BATCH, CLASSES), dim=1))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    @torch.no_grad()
+    def keys(self, x: Tensor) -> Tensor:
+        for key, query in zip(self.net["key"].parameters(), self.net["query"].parameters(), strict=True):
+            key.data = 0.9 * key.data + 0.1 * query.data
+        return F.normalize(self.net["key"](x), dim=1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        first, second = two_views(batch[0])
+        queries, keys = F.normalize(self.net["query"](first), dim=1), self.keys(second)
+        logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ self.queue.clone().T], dim=1) / 0.2
+        place = int(self.place)
+        self.queue[place : place + len(keys)] = keys
+        self.place[0] = (place + len(keys)) % len(self.queue)
+        return F.cross_entropy(logits, torch.zeros(len(keys), dtype=torch.long))
+
+
+class SelfDistilled(Exercise):
+    """DINO (Caron et al., arXiv 2104.14294): the teacher moves in the step, and so does the center of what it says."""
+
+    def __init__(self) -> None:
+        student = Net(batch_norm=True)
+        super().__init__(pair(student, copy.deepcopy(student).requires_grad_(False), "student", "teacher"))
+        self.register_buffer("center", torch.zeros(CLASSES))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        views = two_views(batch[0])
+        with torch.no_grad():
+            for teacher, student in zip(
+                self.net["teacher"].parameters(), self.net["student"].parameters(), strict=True
+            ):
+                teacher.data.mul_(0.9).add_(0.1 * student.detach().data)
+            aims = [self.net["teacher"](view) for view in views]
+        loss = torch.zeros(())
+        for view, aim in zip(views, reversed(aims), strict=True):
+            soft = ((aim - self.center) / 0.5).softmax(1)
+            loss = loss - (soft * F.log_softmax(self.net["student"](view), dim=1)).sum(1).mean() / 2
+        self.center = 0.9 * self.center + 0.1 * torch.cat(aims).mean(0)
+        return loss
+
+
+class Anchored(Exercise):
+    """EWC (Kirkpatrick et al., arXiv 1612.00796): after a task its weights and their Fisher diagonal are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index, parameter in enumerate(self.net.parameters()):
+            self.register_buffer(f"anchor_{index}", torch.zeros_like(parameter))
+            self.register_buffer(f"fisher_{index}", torch.zeros_like(parameter))
+
+    def plain_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.net(x), (y + self.current_epoch // 2) % CLASSES)  # a task takes two epochs
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        kept = [
+            (getattr(self, f"fisher_{index}") * (parameter - getattr(self, f"anchor_{index}")).square()).sum()
+            for index, parameter in enumerate(self.net.parameters())
+        ]
+        return self.plain_loss(*batch[:2]) + 5 * torch.stack(kept).sum()
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch % 2 == 0:
+            return
+        for batch in self.trainer.train_dataloader:
+            gradients = torch.autograd.grad(self.plain_loss(*batch[:2]), list(self.net.parameters()))
+            for index, gradient in enumerate(gradients):
+                getattr(self, f"fisher_{index}").add_(gradient.square())
+        for index, parameter in enumerate(self.net.parameters()):
+            getattr(self, f"anchor_{index}").copy_(parameter.detach())
+
+
+class Players(Seeded):
+    """Two optimizers in turn, in manual optimization: WGAN-GP (Gulrajani et al., arXiv 1704.00028)."""
+
+    def __init__(self) -> None:
+        generator = nn.Sequential(nn.Linear(CLASSES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, FEATURES))
+        critic = nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Softplus(), nn.Linear(HIDDEN, 1))
+        super().__init__(pair(generator, critic, "generator", "critic"))
+        self.automatic_optimization = False
+
+    def made(self, x: Tensor) -> Tensor:
+        return self.net["generator"](torch.randn(len(x), CLASSES))
+
+    def slopes(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.net["critic"](x).sum(), x, create_graph=True)[0].norm(dim=1)
+
+    def critics_loss(self, x: Tensor) -> Tensor:
+        made = self.made(x).detach()
+        penalty = (self.slopes(torch.lerp(made, x, torch.rand(len(x), 1))) - 1).square().mean()
+        return self.net["critic"](made).mean() - self.net["critic"](x).mean() + 10 * penalty
+
+    def generators_loss(self, x: Tensor) -> Tensor:
+        return -self.net["critic"](self.made(x)).mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, loss in zip(self.optimizers(), (self.critics_loss, self.generators_loss), strict=True):
+
+            def closure(optimizer: Any = optimizer, loss: Loss = loss) -> Tensor:
+                value = loss(batch[0])
+                optimizer.zero_grad()
+                self.manual_backward(value)
+                return value
+
+            self.toggle_optimizer(optimizer)
+            optimizer.step(closure)
+            self.untoggle_optimizer(optimizer)
+
+    def sharpness_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.critics_loss(batch[0]) + self.generators_loss(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.Adam(self.net[name].parameters(), lr=0.01, betas=(0.0, 0.9)) for name in ("critic", "generator")
+        ]
+
+
+class Discriminating(Players):
+    """The same with a likelihood, and a penalty on real data alone (R1; Mescheder et al., arXiv 1801.04406)."""
+
+    def critics_loss(self, x: Tensor) -> Tensor:
+        votes = self.net["critic"](torch.cat([self.made(x).detach(), x]))
+        real = torch.arange(len(votes)).unsqueeze(1).ge(len(x)).float()
+        return F.binary_cross_entropy_with_logits(votes, real) + 0.5 * self.slopes(x).square().mean()
+
+    def generators_loss(self, x: Tensor) -> Tensor:
+        votes = self.net["critic"](self.made(x))
+        return F.binary_cross_entropy_with_logits(votes, torch.ones_like(votes))
+
+
+def denoiser() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES + 1, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, FEATURES))
+
+
+def denoised(self: Exercise, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """The noise is predicted, at a random time (DDPM; Ho et al., arXiv 2006.11239)."""
+    time, noise = torch.rand(len(x), 1), torch.randn_like(x)
+    return F.mse_loss(self.net(torch.cat([time.cos() * x + time.sin() * noise, time], dim=1)), noise)
+
+
+class AveragedInside(Exercise):
+    """A moving average of the weights as a part of the module, moved in the step; not frozen, but in no optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__(denoiser(), denoised, lambda module: torch.optim.AdamW(module.net.parameters(), lr=0.01))
+        self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.average.update_parameters(self.net)
+        return super().training_step(batch, batch_idx)
+
+
+def residual(self: Exercise, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """A physics-informed loss (Raissi et al., arXiv 1711.10561): u_t = u_xx, and u = sin x where t = 0."""
+    x.requires_grad_()
+    u = self.net(x)[:, :1]
+    slopes = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+    curved = torch.autograd.grad(slopes[:, 1].sum(), x, create_graph=True)[0][:, 1]
+    start = x.detach() * torch.arange(FEATURES).ne(0)
+    return F.mse_loss(slopes[:, 0], curved) + F.mse_loss(self.net(start)[:, :1], start[:, 1:2].sin())
+
+
+def adapted(self: Exercise, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """MAML (Finn et al., arXiv 1703.03400): the loss of half a batch after a step for the other half."""
+    weights = dict(self.net.named_parameters())
+    loss = F.cross_entropy(functional_call(self.net, weights, x[::2]), y[::2])
+    gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+    moved = {name: weight - 0.5 * gradient for (name, weight), gradient in zip(weights.items(), gradients, strict=True)}
+    return F.cross_entropy(functional_call(self.net, moved, x[1::2]), y[1::2])
+
+
+def adapted_to_tasks(self: Exercise, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """The same for two tasks at once, by transforms of torch.func."""
+
+    def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(self.net, weights, x), y)
+
+    def after_a_step(x: Tensor, y: Tensor) -> Tensor:
+        gradients = grad(loss)(weights, x[::2], y[::2])
+        return loss({name: weights[name] - 0.5 * gradients[name] for name in weights}, x[1::2], y[1::2])
+
+    weights = dict(self.net.named_parameters())
+    return vmap(after_a_step)(x.unflatten(0, (2, -1)), y.unflatten(0, (2, -1))).mean()
+
+
 class WithLossWeights(Exercise):
     """Two tasks whose weights are learned (Kendall et al., arXiv 1705.07115)."""
 
@@ -330,6 +534,34 @@ class Experts(nn.Module):
         weights = self.gate(x).softmax(1).mean(0)
         chosen = int(x[0, 0] > 0) + int(x[0, 1] > 0)
         return weights[chosen] * self.experts[chosen](x)
+
+
+class Routed(nn.Module):
+    """Each sample goes to the best two of five experts, with noise and a bias that evens their loads out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(FEATURES, 5, bias=False)
+        self.experts = nn.ModuleList(Net() for _ in range(5))
+        self.register_buffer("bias", torch.zeros(5))
+        self.balance = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x).softmax(1)
+        chosen = (scores + 0.1 * torch.randn_like(scores) + self.bias).topk(2, dim=1).indices
+        result = x.new_zeros(len(x), CLASSES)
+        loads = chosen.flatten().bincount(minlength=5) / len(x)
+        for number, expert in enumerate(self.experts):
+            rows = chosen.eq(number).any(1).nonzero().squeeze(1)
+            if len(rows):
+                result = result.index_add(0, rows, scores[rows, number, None] * expert(x[rows]))
+        self.bias += 0.1 * (loads.mean() - loads).sign()
+        self.balance = (scores.mean(0) * loads).sum()
+        return result
+
+
+def balanced(self: Exercise, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    return F.cross_entropy(self.net(x), y) + 0.1 * self.net.balance
 
 
 class Detector(nn.Module):
@@ -397,6 +629,46 @@ def parametrized() -> nn.Module:
     return nn.Sequential(symmetric, nn.Tanh(), parametrizations.weight_norm(nn.Linear(FEATURES, CLASSES)))
 
 
+class Pruned(Exercise):
+    """Masks of torch.nn.utils.prune, of single weights and of whole rows; more weights go at each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        prune.ln_structured(self.net[0], "weight", amount=2, n=2, dim=0)
+        prune.random_unstructured(self.net[2], "weight", amount=1)
+        self.less()
+
+    def less(self) -> None:
+        for index in (0, 2):
+            layer = self.net[index]  # `weight` itself is what the last forward pass made: none after a resume
+            prune.l1_unstructured(layer, "weight", amount=0.2, importance_scores=layer.weight_orig)
+
+    def on_train_epoch_start(self) -> None:
+        self.less()
+
+
+class LowRank(nn.Module):
+    """LoRA (Hu et al., arXiv 2106.09685): a product of two thin matrices is added to a frozen layer."""
+
+    def __init__(self, layer: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(layer.in_features, rank))
+        self.up = nn.Parameter(torch.zeros(rank, layer.out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + F.dropout(x, 0.1, self.training) @ self.down @ self.up
+
+
+def quantized(fused: bool) -> nn.Module:
+    """Quantization-aware training: the first pass gives the observers' buffers their shape."""
+    from torch.ao import quantization
+
+    net: Any = nn.Sequential(quantization.QuantStub(), *Net(), quantization.DeQuantStub())
+    net.qconfig = quantization.get_default_qat_qconfig("fbgemm", version=1 if fused else 0)
+    return quantization.prepare_qat(net.train())
+
+
 def matrices() -> nn.Module:
     """No biases: some optimizers take matrices only."""
     return nn.Sequential(nn.Linear(FEATURES, HIDDEN, bias=False), nn.Tanh(), nn.Linear(HIDDEN, CLASSES, bias=False))
@@ -431,6 +703,75 @@ class KeepsNorms(torch.optim.Optimizer):
         """Put the weights back on their spheres; IRE calls it after its boost."""
         for parameter, state in self.state.items():
             parameter.mul_(state["norm"] / parameter.norm())
+
+
+class Kronecker(torch.optim.Optimizer):
+    """K-FAC (Martens and Grosse, arXiv 1503.05671), its factors collected by hooks of the linear layers."""
+
+    def __init__(self, module: nn.Module, lr: float = 0.02) -> None:
+        super().__init__(module.parameters(), {"lr": lr})
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_pre_hook(self.see_inputs)
+                layer.register_full_backward_hook(self.see_gradients)
+
+    def see_inputs(self, layer: nn.Linear, inputs: tuple[Tensor]) -> None:
+        self.see(layer, "inputs", inputs[0])
+
+    def see_gradients(self, layer: nn.Linear, inputs: Any, outputs: tuple[Tensor]) -> None:
+        self.see(layer, "outputs", len(outputs[0]) * outputs[0])
+
+    def see(self, layer: nn.Linear, name: str, rows: Tensor) -> None:
+        """A moving average of the factor, and how many passes it has seen."""
+        if in_extra_pass():
+            return
+        factor, state = rows.detach().T @ rows.detach() / len(rows), self.state[layer.weight]
+        state[name] = factor.lerp(state.get(name, factor), 0.9)
+        state[f"{name}_seen"] = state.get(f"{name}_seen", 0) + 1
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                update, state = parameter.grad, self.state[parameter]
+                if "inputs" in state:
+                    left, right = (state[name] + torch.eye(len(state[name])) for name in ("outputs", "inputs"))
+                    update = torch.linalg.solve(right, torch.linalg.solve(left, update).T).T
+                parameter.sub_(update, alpha=group["lr"])
+        return loss
+
+
+class Continual(torch.optim.Optimizer):
+    """CoRe (Eckhoff and Reiher, arXiv 2307.15663): sizes of steps by signs, and the most important weights stay."""
+
+    def __init__(self, parameters: Any, lr: float = 0.01) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    zero = torch.zeros_like(weight)
+                    state |= {"step": 0, "g": zero, "h": zero, "score": zero, "size": zero + group["lr"]}
+                state["step"] += 1
+                before, state["g"] = state["g"], state["g"].lerp(weight.grad, 0.3)
+                state["h"] = state["h"].lerp(weight.grad.square(), 0.01)
+                unbiased = [state[name] / (1 - beta ** state["step"]) for name, beta in (("g", 0.7), ("h", 0.99))]
+                direction = unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+                agreement = (before * state["g"]).sign()
+                factor = torch.where(agreement > 0, 1.2, torch.where(agreement < 0, 0.7375, 1.0))
+                state["size"] = (state["size"] * factor).clamp(1e-6, 0.1)
+                stays = state["score"] > state["score"].flatten().quantile(0.9) if state["step"] > 10 else False
+                update = (direction * state["size"]).masked_fill(torch.as_tensor(stays), 0.0)
+                state["score"] = state["score"].lerp(state["g"] * update, 0.1)
+                weight.sub_(update + 1e-3 * update.abs() * weight)
+        return loss
 
 
 class Twice(KeepsNorms):
@@ -602,6 +943,7 @@ class Row:
         module: Makes the user's module.
         curvature: Makes the estimate of the curvature.
         batches: Makes the four batches of an epoch.
+        callbacks: Makes the user's other callbacks.
         resumes: Whether plain Lightning resumes it bit for bit; else why not.
         slow: Whether it takes seconds, or is one of many.
     """
@@ -612,6 +954,7 @@ class Row:
     module: Callable[[], pl.LightningModule] = Exercise
     curvature: Callable[[], Curvature] = SampledFisher
     batches: Callable[[], list[Any]] = samples
+    callbacks: Callable[[], list[pl.Callback]] = list
     resumes: bool | str = True
     slow: bool = False
 
@@ -640,8 +983,9 @@ KINDS: dict[str, str] = {
     "teachers and memories": "",
     "self-supervised steps": "",
     "other steps": "",
-    "weights": "",
+    "weights": "a run with ModelPruning is not resumed exactly, with or without IRE: it saves no masks",
     "Hugging Face models": "the model computes its loss from the labels",
+    "peft": "tried with peft 0.21.2, which the tests do not install",
     "timm": "",
     "torchvision": "",
 }
@@ -740,6 +1084,12 @@ def gpt2() -> pl.LightningModule:
     return LabelledInside(GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=2, n_head=2)))
 
 
+def adapters() -> pl.LightningModule:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, lora_dropout=0.1, target_modules=["query", "value"])
+    return LabelledInside(peft.get_peft_model(bert().net, config))
+
+
 def llama() -> pl.LightningModule:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -815,6 +1165,13 @@ ROWS: list[Row] = [
         with_optimizer("", lambda module: KeepsNorms(module.parameters())),
     ),
     Row("by-width", "own optimizers", "a learning rate per width (muP)", with_optimizer("", by_width)),
+    Row("kfac", "own optimizers", "K-FAC by hooks with `in_extra_pass()`", with_optimizer("", Kronecker)),
+    Row(
+        "core",
+        "own optimizers",
+        "sizes of steps by signs (CoRe)",
+        with_optimizer("", lambda module: Continual(module.parameters())),
+    ),
     # losses
     Row("nll", "losses", "nll_loss of log_softmax", with_loss(negative_log_likelihood)),
     Row("bce", "losses", "binary_cross_entropy_with_logits", with_loss(binary_cross_entropy)),
@@ -833,6 +1190,15 @@ ROWS: list[Row] = [
     Row("learned-weights", "penalties and weights in the loss", "learned weights of several losses", WithLossWeights),
     Row("distillation", "teachers and memories", "distillation from a frozen teacher", WithTeacher),
     Row("memory", "teachers and memories", "a buffer of past predictions in the loss", Remembering),
+    Row("ewc", "teachers and memories", "anchors and a Fisher diagonal as buffers (EWC)", Anchored),
+    Row(
+        "average-callback",
+        "teachers and memories",
+        "diffusion with EMAWeightAveraging",
+        with_loss(denoised, denoiser),
+        callbacks=lambda: [EMAWeightAveraging(decay=0.9)],
+    ),
+    Row("average-inside", "teachers and memories", "diffusion with an EMA moved in `training_step`", AveragedInside),
     # steps
     Row("info-nce", "self-supervised steps", "InfoNCE", with_loss(contrast)),
     Row(
@@ -845,6 +1211,8 @@ ROWS: list[Row] = [
         EmpiricalFisher,
     ),
     Row("byol", "self-supervised steps", "BYOL", OwnLatent, EmpiricalFisher),
+    Row("moco", "self-supervised steps", "MoCo", MomentumContrast),
+    Row("dino", "self-supervised steps", "DINO", SelfDistilled, EmpiricalFisher),
     Row("vicreg", "self-supervised steps", "VICReg", with_loss(three_terms)),
     Row(
         "vae",
@@ -861,6 +1229,12 @@ ROWS: list[Row] = [
         batches=pictures_with_points,
     ),
     Row("experts", "other steps", "experts without a gradient at times", with_net(Experts)),
+    Row("routed", "other steps", "a mixture of experts with routing per sample", lambda: Exercise(Routed(), balanced)),
+    Row("wgan", "other steps", "GANs with a gradient penalty (two optimizers)", Players, EmpiricalFisher),
+    Row("gan", "other steps", module=Discriminating, slow=True),
+    Row("physics", "other steps", "physics-informed losses", with_loss(residual)),
+    Row("maml", "other steps", "MAML", with_loss(adapted)),
+    Row("maml-tasks", "other steps", "MAML by torch.func", with_loss(adapted_to_tasks), EmpiricalFisher),
     # weights
     Row(
         "mixout",
@@ -870,8 +1244,25 @@ ROWS: list[Row] = [
     ),
     Row("tied", "weights", "tied matrices and shared kernels", with_net(Tied)),
     Row("parametrized", "weights", "parametrize and weight_norm", with_net(parametrized)),
+    Row("pruned", "weights", "torch.nn.utils.prune", Pruned),
+    Row(
+        "model-pruning",
+        "weights",
+        "ModelPruning",
+        callbacks=lambda: [ModelPruning("l1_unstructured", amount=0.2)],
+        resumes="the callback saves the pruned weights without their masks",
+    ),
+    Row(
+        "lora",
+        "weights",
+        "LoRA by hand",
+        with_net(lambda: nn.Sequential(LowRank(nn.Linear(FEATURES, HIDDEN)), nn.Tanh(), nn.Linear(HIDDEN, CLASSES))),
+    ),
+    Row("quantized", "weights", "quantization-aware training", with_net(lambda: quantized(fused=False))),
+    Row("quantized-fused", "weights", module=with_net(lambda: quantized(fused=True)), slow=True),
     # other packages
     Row("bert", "Hugging Face models", "BERT (classes)", bert, batches=words("classes"), slow=True),
+    Row("peft", "peft", "LoRA in BERT", adapters, batches=words("classes"), slow=True),
     Row("gpt2", "Hugging Face models", "GPT-2", gpt2, batches=words("tokens"), slow=True),
     Row("llama", "Hugging Face models", "Llama", llama, batches=words("tokens"), slow=True),
     Row("vit", "Hugging Face models", "ViT", vision_transformer, batches=images(named=True), slow=True),

@@ -1,5 +1,9 @@
-"""The compatibility suite: each row with SAM-IRE is finite, deterministic, resumable, and the base at kappa = 0."""
+"""The compatibility suite: each row with SAM-IRE is finite, deterministic, resumable, and the base at kappa = 0.
 
+A SharpnessMonitor leaves no trace in any of them.
+"""
+
+import math
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +17,7 @@ import pytorch_optimizer
 import torch
 from ecosystem import ARMS, KINDS, ROWS, SAVED, STEPS, Exercise, Outcome, Row, ecosystem_table
 
-from lightning_ire import IRE
+from lightning_ire import IRE, tags
 from lightning_ire._checks import ConfigurationError
 
 # what Lightning, torch and the other packages say about runs this small
@@ -21,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore::UserWarning:lightning\."),
     pytest.mark.filterwarnings(r"ignore::UserWarning:torch\."),
     pytest.mark.filterwarnings(r"ignore::UserWarning:pytorch_optimizer\."),
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*:FutureWarning"),
 ]
@@ -61,18 +66,25 @@ def differences(first: Outcome, second: Outcome) -> list[str]:
     """Weights, buffers and entries of the optimizer's state that differ in a bit."""
     return [
         *matrix.differences(first.weights, second.weights, "weights"),
-        *matrix.differences(first.optimizer, second.optimizer, "optimizer"),
+        *matrix.differences(first.optimizers, second.optimizers, "optimizers"),
     ]
 
 
 @pytest.mark.parametrize("row", cells())
 def test_without_a_boost_and_a_climb_it_is_the_base(row: Row, runs: Runs) -> None:
-    """With a second pass at each step, and with the callback that does nothing."""
+    """With a second pass at each step, and estimates whose masks hold no weight."""
     base = runs(row, "base")
     assert base.steps == STEPS
     assert base.finite
     assert differences(runs(row, "forced"), base) == []
-    assert differences(runs(row, "idle"), base) == []
+
+
+@pytest.mark.parametrize("row", cells())
+def test_a_monitor_and_a_callback_that_is_off_leave_no_trace(row: Row, runs: Runs) -> None:
+    with cases.monitor_warnings():  # where it skips the Fisher information or takes differences
+        monitored = runs(row, "monitored")
+    assert differences(monitored, runs(row, "base")) == []
+    assert math.isfinite(monitored.measured[tags.TRACE_HESSIAN])
 
 
 @pytest.mark.parametrize("row", cells())
@@ -108,9 +120,9 @@ def test_a_resumed_run_is_the_one_that_was_never_killed(row: Row, runs: Runs) ->
 def test_ire_alone_with_an_optimizer_that_differentiates_gradients(name: str) -> None:
     make = ecosystem.of_package(name)
     row = Row(name, "", module=lambda: ecosystem.TwiceDifferentiable(optimizer=make))
-    base = ecosystem.train(row, None)
-    assert differences(ecosystem.train(row, IRE(kappa=1.0, interval=5, exclude="*")), base) == []
-    ours = ecosystem.train(row, IRE(kappa=1.0, interval=5))
+    base = ecosystem.train(row)
+    assert differences(ecosystem.train(row, [IRE(kappa=1.0, interval=5, exclude="*")]), base) == []
+    ours = ecosystem.train(row, [IRE(kappa=1.0, interval=5)])
     assert ours.finite
     assert ours.weights != base.weights
 
@@ -119,7 +131,7 @@ def test_an_optimizer_that_runs_the_closure_twice_is_refused() -> None:
     """As LBFGS is: which of its passes the mask, the climb and the old weights belong to cannot be known."""
     row = Row("twice", "", module=lambda: Exercise(optimizer=lambda module: ecosystem.Twice(module.parameters())))
     with pytest.raises(ConfigurationError, match="closure"):
-        ecosystem.train(row, IRE(kappa=1.0))
+        ecosystem.train(row, [IRE(kappa=1.0)])
 
 
 @pytest.mark.parametrize("name", ["alig", "a2grad"])
@@ -127,7 +139,7 @@ def test_kappa_cannot_follow_a_learning_rate_that_is_not_there(name: str) -> Non
     make = ecosystem.of_package(name, **({"max_lr": 0.1} if name == "alig" else {}))
     row = Row(name, "", module=lambda: Exercise(optimizer=make))
     with pytest.raises(ConfigurationError, match="kappa_schedule"):
-        ecosystem.train(row, IRE(kappa=1.0, kappa_schedule="lr"))
+        ecosystem.train(row, [IRE(kappa=1.0, kappa_schedule="lr")])
 
 
 @pytest.mark.parametrize("name", ["prodigy", "apollo", "splus", "adams", "adafactor"])
@@ -135,7 +147,7 @@ def test_a_decay_that_is_not_lr_times_weight_decay_is_not_taken_for_it(name: str
     make = ecosystem.of_package(name, weight_decay=0.1)
     row = Row(name, "", module=lambda: Exercise(optimizer=make))
     with pytest.raises(ConfigurationError, match="scale_weight_decay"):
-        ecosystem.train(row, IRE(kappa=1.0, scale_weight_decay=False))
+        ecosystem.train(row, [IRE(kappa=1.0, scale_weight_decay=False)])
 
 
 def test_an_optimizer_that_keeps_norms_keeps_them_under_the_boost() -> None:
