@@ -734,3 +734,25 @@ def test_graphs_are_freed_without_a_garbage_collector(make: Callable[[], Curvatu
         return max(counts)
 
     assert most_alive(make()) <= most_alive(None) + 1
+
+
+def test_an_estimate_that_is_never_finite_is_said_once() -> None:
+    class Never(RandomMask):
+        def begin(self, window: Any) -> Any:
+            estimate = super().begin(window)
+            estimate.finish = lambda: None  # type: ignore[method-assign]
+            return estimate
+
+    with pytest.warns(UserWarning, match=r"no finite estimate in 20 steps, up to step 19, so that no step is") as said:
+        cases.fit(Classifier(), [IRE(kappa=1.0, interval=5, curvature=Never())], max_epochs=6)
+    assert sum("no finite estimate" in str(one.message) for one in said) == 1
+
+
+def test_a_loss_inside_vmap_is_the_usual_line() -> None:
+    class Tasks(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            return torch.func.vmap(lambda x, y: F.cross_entropy(self.net(x), y))(x[None], y[None]).mean()
+
+    with pytest.raises(ConfigurationError, match="fisher_loss"):
+        cases.fit(Tasks(), [IRE(kappa=1.0)])

@@ -167,16 +167,52 @@ def test_what_a_training_pass_was_seen_to_change_is_put_back_beside_a_large_froz
     assert_same(*ends)
 
 
-def test_only_few_frozen_weights_are_copied() -> None:
-    """A teacher is as large as its student; a frozen backbone under adapters is not copied in every step."""
-    module = Prototypes()
-    moving = MovingWeights(module)
-    assert moving.parameters() == []
-    with moving.watched(), torch.no_grad():
-        module.teacher += 1
-    assert [id(parameter) for parameter in moving.parameters()] == [id(module.teacher)]
+class Teacher(Classifier):
+    """DINO's own form of the teacher, which may require a gradient, beside a backbone or not."""
+
+    def __init__(self, frozen: bool, backbone: bool) -> None:
+        super().__init__(optimizer=lambda m: torch.optim.SGD(m.net.parameters(), lr=0.1))
+        self.teacher = copy.deepcopy(self.net).requires_grad_(not frozen)
+        self.backbone = nn.Linear(100, 100).requires_grad_(False) if backbone else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        in_data(self.teacher, self.net)
+        with torch.no_grad():
+            aim = self.teacher(batch[0]) + 1
+        return F.mse_loss(self.net(batch[0]), aim)
+
+
+@pytest.mark.parametrize("passes", ["SAM", "monitor"])
+@pytest.mark.parametrize(("frozen", "backbone"), [(False, False), (True, True), (False, True)])
+def test_a_teacher_of_any_kind_moves_once(frozen: bool, backbone: bool, passes: str) -> None:
+    ends = []
+    for callbacks in ([], [PASSES[passes]()]):
+        torch.manual_seed(0)
+        module = Teacher(frozen, backbone)
+        cases.fit(module, callbacks, max_epochs=1)
+        ends.append(states(module))
+    assert_same(*ends)
+
+
+def test_a_backbone_is_not_copied_in_every_step() -> None:
+    """A teacher is as large as its student; frozen weights of more are copied until it is clear which of them move."""
+    module = Teacher(frozen=True, backbone=True)
+    optimizer = module.make_optimizer(module)
+    moving = MovingWeights(module, [optimizer])
+    assert len(moving.parameters()) == 6
+    assert moving.host, "in host memory"
+    for look in range(3):
+        with moving.watched(), torch.no_grad():
+            in_data(module.teacher, module.net)
+            module.net[0].bias += look
+        moving.parameters()
+    teacher = {id(parameter) for parameter in module.teacher.parameters()}
+    assert {id(parameter) for parameter in moving.parameters(trained=False)} == teacher
+    assert {id(parameter) for parameter in moving.parameters()} == teacher | {id(module.net[0].bias)}
+    assert not moving.host
     student = Momentum()
-    assert {id(p) for p in MovingWeights(student).parameters()} == {id(p) for p in student.keys.parameters()}
+    few = MovingWeights(student, [cases.sgd(student)]).parameters()
+    assert {id(parameter) for parameter in few} == {id(parameter) for parameter in student.keys.parameters()}
 
 
 # Python attributes

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-__all__ = ["kept"]
+__all__ = ["kept", "rewound"]
 
 _DATA = 10_000  # elements: a container of more is data; it is put back itself, what is in it is not looked at
 _LARGE = 1 << 20  # bytes: a tensor or array of more is data
@@ -68,16 +68,8 @@ def _look_at(one: Any, undo: list[Undo]) -> list[Any]:
     elif numpy is not None and isinstance(one, numpy.ndarray):
         if one.nbytes <= _LARGE and one.flags.writeable and not one.dtype.hasobject:
             undo.append(functools.partial(numpy.copyto, one, one.copy()))
-    elif isinstance(one, torch.Generator):
-        undo.append(functools.partial(one.set_state, one.get_state()))
-    elif isinstance(one, random.Random):
-        undo.append(functools.partial(one.setstate, one.getstate()))
-    elif numpy is not None and isinstance(one, numpy.random.Generator):
-        return [one.bit_generator]
-    elif numpy is not None and isinstance(one, numpy.random.BitGenerator):
-        undo.append(functools.partial(setattr, one, "state", one.state))
-    elif numpy is not None and isinstance(one, numpy.random.RandomState):
-        undo.append(functools.partial(one.set_state, one.get_state(legacy=False)))
+    elif (rewind := rewound(one)) is not None:
+        undo.append(rewind)
     elif isinstance(one, io.IOBase):
         undo.append(functools.partial(one.seek, one.tell()))
     elif isinstance(one, types.FunctionType):
@@ -93,6 +85,28 @@ def _look_at(one: Any, undo: list[Undo]) -> list[Any]:
     else:
         return _parts_of_object(one, undo)
     return []
+
+
+def rewound(generator: Any) -> Undo | None:
+    """What puts a random generator of torch, Python or numpy back; ``None`` for anything else.
+
+    Args:
+        generator: Any object.
+    """
+    numpy = sys.modules.get("numpy")
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if numpy is None:
+        return None
+    if isinstance(generator, numpy.random.Generator):
+        generator = generator.bit_generator
+    if isinstance(generator, numpy.random.BitGenerator):
+        return functools.partial(setattr, generator, "state", generator.state)
+    if isinstance(generator, numpy.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state(legacy=False))
+    return None
 
 
 def _refill(tensor: Tensor, before: Tensor) -> None:

@@ -20,7 +20,7 @@ from lightning_ire._lightning import (
     unsynchronized,
 )
 from lightning_ire._torch import differentiable_once
-from lightning_ire.callbacks._module_state import AttributeState, ModuleState, MovingWeights, modules_of, weights_of
+from lightning_ire.callbacks._module_state import AttributeState, ModuleState, few_of, modules_of, weights_of
 from lightning_ire.callbacks._no_trace import devices_of, no_trace, without_inference_tensors
 from lightning_ire.callbacks._probe import Probe
 from lightning_ire.callbacks._window import mixed_seed
@@ -178,7 +178,8 @@ class Landscape:
         modes = [(part, part.training) for part in self.module.modules()]
         self.release()
         modules = modules_of(self.module)
-        frozen = [weight for weight in MovingWeights(self.module).parameters() if not weight.requires_grad]
+        frozen = [weight for weight in weights_of(modules) if not weight.requires_grad]
+        frozen = frozen if few_of(frozen, weights_of(modules)) else []  # a backbone: put back by `measuring` alone
         self._start, self._attributes = ModuleState(modules, frozen), AttributeState(modules)
         try:
             for part, _ in modes:  # the attribute itself: `train()` may be overridden to do more

@@ -102,7 +102,7 @@ class FlatMasks:
         self.masks, self.average = {}, {}
         for name, bits in packed.items():
             parameter = parameters.get(name)
-            if parameter is None or not _fits(parameter, bits, shapes.get(name), average.get(name)):
+            if parameter is None or not _fits(parameter, shapes.get(name), average.get(name)):
                 misfits.append(name)
                 continue
             self.masks[name] = unpack_mask(bits, parameter.shape).to(parameter.device)
@@ -114,12 +114,11 @@ class FlatMasks:
         return misfits
 
 
-def _fits(parameter: Tensor, bits: Tensor, shape: Sequence[int] | None, average: Tensor | None) -> bool:
-    """Whether a saved mask is of this parameter; older releases saved no shape but that of a moving average."""
+def _fits(parameter: Tensor, shape: Sequence[int] | None, average: Tensor | None) -> bool:
+    """Whether a saved mask is of this parameter; one whose shape is not known (an old state's) is made anew."""
     if shape is None and average is not None:
         shape = average.shape
-    size = bits.numel() == -(-parameter.numel() // 8)
-    return size and (shape is None or tuple(shape) == tuple(parameter.shape))
+    return shape is not None and tuple(shape) == tuple(parameter.shape)
 
 
 def _statistics(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_ire._torch import change_marks, uncounted_changes
+from lightning_ire.callbacks._kept import rewound
 from lightning_ire.functional import BufferState
 from lightning_ire.functional.state import overwrite_
 
-__all__ = ["AttributeState", "ModuleState", "MovingWeights", "modules_of", "weights_of"]
+__all__ = ["AttributeState", "ModuleState", "MovingWeights", "few_of", "modules_of", "weights_of"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, dict, set, deque)
@@ -29,6 +30,7 @@ _DEPTH = 3  # containers in containers: a dictionary of lists of metrics
 _WALKED = 32  # entries of a container that are looked into
 _COPIED = 100_000  # entries of a container whose references are copied
 _ELEMENTS = 1 << 24  # of a tensor or array that is no buffer
+_LOOKS = 3  # training passes that are looked at more closely
 
 
 def modules_of(module: nn.Module) -> list[nn.Module]:
@@ -57,36 +59,68 @@ def weights_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     return list(found.values())
 
 
+def few_of(chosen: Collection[Tensor], parameters: Iterable[Tensor]) -> bool:
+    """Whether some weights are at most half of all: a teacher is as large as its student, a frozen backbone larger.
+
+    Args:
+        chosen: Some of the weights.
+        parameters: All of them.
+    """
+    return 2 * sum(p.numel() * p.element_size() for p in chosen) <= sum(
+        p.numel() * p.element_size() for p in parameters
+    )
+
+
 class MovingWeights:
     """The weights that `training_step` itself writes to: momentum encoders, teachers, normalized prototypes.
 
-    Any frozen parameter may be one, as long as they are no more than the trained ones (a teacher is as large as its
-    student). Where they are more (a frozen backbone), those are that a training pass was seen to change. So are trained
-    parameters.
+    Any weight that no optimizer trains may be one. As long as those are at most half of all, they are copied for every
+    extra pass. Where they are more, only those that one of the first training passes, or a counted change later, was
+    seen to move; until then all of them, in host memory. So are trained ones that a pass moved.
 
     Args:
         module: The module being trained.
+        optimizers: Its optimizers.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         self._module = module
+        self._optimizers = optimizers
         self._seen: set[int] = set()
+        self._looks = _LOOKS
+        self.host = False
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters that an extra pass may change."""
+    def parameters(self, trained: bool = True) -> list[nn.Parameter]:
+        """The parameters that an extra pass may change.
+
+        Args:
+            trained: Whether those count that an optimizer trains.
+        """
         parameters = weights_of(modules_of(self._module))
-        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-        many = 2 * _bytes(frozen) > _bytes(parameters)
-        return [p for p in parameters if id(p) in self._seen or not (p.requires_grad or many)]
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        by_optimizers = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+        others = [p for p in parameters if id(p) not in by_optimizers]
+        few = few_of(others, parameters)
+        self.host = not few and self._looks > 0
+        moving = others if few or self.host else [p for p in others if id(p) in self._seen]
+        return moving + [p for p in parameters if trained and id(p) in by_optimizers and id(p) in self._seen]
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Notice which weights change inside the block, a training pass."""
-        parameters = weights_of(self._module.modules())
-        before = change_marks(parameters)
+        parameters = weights_of(modules_of(self._module))
+        before, contents = change_marks(parameters), self._contents(parameters)
         yield
-        after = change_marks(parameters)
-        self._seen |= {id(p) for p, old, new in zip(parameters, before, after, strict=True) if old != new}
+        now = zip(change_marks(parameters), self._contents(parameters), strict=True)
+        then = zip(before, contents, strict=True)
+        self._seen |= {id(p) for p, old, new in zip(parameters, then, now, strict=True) if old != new}
+        self._looks = max(self._looks - 1, 0)
+
+    def _contents(self, parameters: Sequence[Tensor]) -> list[float]:
+        """Sums that show what is written through `tensor.data`, at the first few looks (a teacher starts as a copy)."""
+        if not (self.host and self._looks):
+            return [0.0] * len(parameters)
+        return [float(p.detach().double().sum()) if not p.is_complex() else 0.0 for p in parameters]
 
 
 class ModuleState:
@@ -177,14 +211,8 @@ class AttributeState:
             if depth and len(value) <= _WALKED and not isinstance(value, set):
                 for inner in value.values() if isinstance(value, dict) else value:
                     self._keep(inner, name, known, depth - 1)
-        elif isinstance(value, torch.Generator):
-            self._undo.append(partial(value.set_state, value.get_state()))
-        elif isinstance(value, random.Random):
-            self._undo.append(partial(value.setstate, value.getstate()))
-        elif numpy is not None and isinstance(value, numpy.random.Generator):
-            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
-        elif numpy is not None and isinstance(value, numpy.random.RandomState):
-            self._undo.append(partial(value.set_state, value.get_state()))
+        elif (rewind := rewound(value)) is not None:
+            self._undo.append(rewind)
         elif numpy is not None and isinstance(value, numpy.ndarray):
             if value.size <= _ELEMENTS and value.flags.writeable:
                 self._undo.append(partial(numpy.copyto, value, value.copy()))
@@ -218,10 +246,6 @@ def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
     elif depth and isinstance(value, (list, tuple, dict)) and len(value) <= _WALKED:
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _modules_in(inner, depth - 1)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _is_data(value: Any) -> bool:

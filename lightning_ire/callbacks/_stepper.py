@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from lightning_ire.callbacks.ire import IRE
 
 __all__ = ["Stepper", "named_parameters", "trainable_parameters"]
+
+_PATIENCE = 20  # a GradScaler that starts too high overflows less often
 
 
 class Stepper:
@@ -63,11 +66,11 @@ class Stepper:
         self.optimizer = optimizer
         self.first_step = first_step
         self.devices = devices_of(module)
-        self.moving = MovingWeights(module)
+        self.moving = MovingWeights(module, trainer.optimizers)
         self.logs: dict[str, Tensor | float] = {}
         self._names = self._current_names()
         self._old: OldWeights | None = None
-        self._depth = 0
+        self._depth = self._failures = 0
         self._hooks = [
             optimizer.register_step_pre_hook(self._stepping),
             run_first(optimizer.register_step_post_hook(self._stepped)),  # others may keep constraints
@@ -147,7 +150,14 @@ class Stepper:
         values = window.estimate.finish()
         window.estimate = None
         self.progress.retry = values is None
+        self._failures = self._failures + 1 if values is None else 0
         if values is None:
+            if self._failures == _PATIENCE:
+                rank_zero_warn(
+                    f"{self.settings.curvature!r} had no finite estimate in {_PATIENCE} steps, up to step "
+                    f"{self.progress.step}, so that {'the mask stays' if self.progress.masks.masks else 'no step is'} "
+                    f"{'as it was' if self.progress.masks.masks else 'boosted'}: set `curvature` to another one."
+                )
             return
         self._names = self._current_names()
         excluded = _fitting(self.module, self.settings.exclude)

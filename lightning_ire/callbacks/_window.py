@@ -103,8 +103,8 @@ class AccumulationWindow:
 
     def state(self) -> ModuleState:
         """What a pass starts from besides the optimizer's weights and a :class:`Replay`."""
-        frozen = [parameter for parameter in self._moving.parameters() if not parameter.requires_grad]
-        return ModuleState(modules_of(self.module), frozen)
+        others = self._moving.parameters(trained=False)
+        return ModuleState(modules_of(self.module), others, self._moving.host)
 
     def training_pass(self) -> AbstractContextManager[None]:
         """To be entered for a forward pass of the training itself, at which extra passes look back."""
@@ -112,7 +112,8 @@ class AccumulationWindow:
 
     def no_trace(self) -> AbstractContextManager[None]:
         """An extra pass of the module inside the block leaves none."""
-        return no_trace(self.module, self.devices, self._moving.parameters())
+        weights = self._moving.parameters()
+        return no_trace(self.module, self.devices, weights, self._moving.host)
 
     def keep_gradients(self) -> None:
         """Remember the gradients that are there before the window's first backward pass, usually none."""
