@@ -15,7 +15,6 @@ import cases
 import lightning.pytorch as pl
 import matrix
 import numpy as np
-import pytest
 import pytorch_optimizer
 import torch
 import torch.nn.functional as F
