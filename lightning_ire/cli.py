@@ -112,7 +112,7 @@ class IRECLI(ConfigWins, LightningCLI):
         """
         settings = self.config[self.subcommand]
         try:
-            if settings.ckpt_path not in (None, *NAMES):
+            if settings.get("ckpt_path") not in (None, *NAMES):
                 self._check_checkpoint(settings)
             super().instantiate_classes()
             self._check_folders(settings)
@@ -138,7 +138,7 @@ class IRECLI(ConfigWins, LightningCLI):
 
     def _find_checkpoint(self, settings: Any) -> None:
         """Replace `last`, `best` and `hpc` by a file and say which; say where the weights are not those of a run."""
-        name, resume, say = settings.ckpt_path, self.subcommand == "fit", rank_zero_only(print)
+        name, resume, say = settings.get("ckpt_path"), self.subcommand == "fit", rank_zero_only(print)
         if name in NAMES:
             version = _fixed_version(settings.trainer.logger)
             path, searched = find_checkpoint(name, self.trainer, version, settings.weights_only, resume=resume)

@@ -277,7 +277,7 @@ def run(name: str, devices: int, batch_size: int, folder: Path | None = None) ->
         settings["curvature"] = EmpiricalFisher()
     torch.manual_seed(11)
     module = spec.get("module", lambda: Classifier(Net()))().double()
-    module.draws = []
+    module.draws = cases.Notes()
     ire, steps = IRE(**settings), Steps()
     accumulate = spec.get("accumulate", 1)
     dataset = cases.data(16 * STEPS, dtype=torch.float64)
@@ -315,7 +315,7 @@ def run(name: str, devices: int, batch_size: int, folder: Path | None = None) ->
         "masks": masks,
         "threshold": float(ire._progress.masks.logs.get(tags.THRESHOLD, 0.0)),
         "calls": module.calls,
-        "draws": module.draws,
+        "draws": list(module.draws),
         "started_at": ire.started_at,
     }
 

@@ -21,7 +21,7 @@ import cases
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from cases import Classifier, Net
+from cases import Classifier, Net, Notes
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, TensorDataset
@@ -68,7 +68,16 @@ class Victim(Classifier):
     def __init__(self, dropout: float = 0.0, scheduler: Any = None) -> None:
         super().__init__(Net(batch_norm=True, dropout=dropout), scheduler=scheduler)
         self.kill: tuple[int, int, str] | None = None
-        self.at, self.forwards, self.backwards = (0, 0), 0, 0
+        self.where, self.forwards, self.backwards = Notes([(0, 0)]), 0, 0
+
+    @property
+    def at(self) -> tuple[int, int]:
+        """The epoch and batch that Lightning is in, also while an earlier micro-batch is replayed."""
+        return self.where[0]
+
+    @at.setter
+    def at(self, place: tuple[int, int]) -> None:
+        self.where[0] = place
 
     def event(self, name: str) -> None:
         if self.kill == (*self.at, name):

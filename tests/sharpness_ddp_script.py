@@ -44,7 +44,7 @@ class Measured(Classifier):
         super().__init__(Net() if net is None else net)
         self.measurement = self.evaluations = 0
         self.inside = False
-        self.draws: list[float] = []
+        self.draws = cases.Notes()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self.inside:
@@ -330,7 +330,7 @@ class Watched(SharpnessMonitor):
 
     def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> Any:
         assert isinstance(module, Measured)
-        module.inside, module.evaluations, module.draws = True, 0, []
+        module.inside, module.evaluations, module.draws = True, 0, cases.Notes()
         module.measurement += 1
         hooked, grads = len(self.hooked), [p.grad for p in module.parameters()]
         bits = [None if grad is None else grad.clone() for grad in grads]

@@ -201,10 +201,10 @@ def test_a_backbone_is_not_copied_in_every_step() -> None:
     moving = MovingWeights(module, [optimizer])
     assert len(moving.parameters()) == 6
     assert moving.host, "in host memory"
-    for look in range(3):
+    for _ in range(3):
         with moving.watched(), torch.no_grad():
             in_data(module.teacher, module.net)
-            module.net[0].bias += look
+            module.net[0].bias += 1
         moving.parameters()
     teacher = {id(parameter) for parameter in module.teacher.parameters()}
     assert {id(parameter) for parameter in moving.parameters(trained=False)} == teacher

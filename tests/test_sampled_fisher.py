@@ -720,7 +720,7 @@ def test_a_likelihood_with_a_learned_factor(monkeypatch: pytest.MonkeyPatch, nam
 
 def test_distributions_are_left_as_they_were() -> None:
     """Also while another thread trains, and after an error."""
-    distribution = td.Normal(torch.zeros(3, requires_grad=True), 1.0)
+    distribution = td.Normal(torch.zeros(3, requires_grad=True), 1.0, validate_args=True)
     tap, seen = LossTap(None), []
     with tap:
         distribution.log_prob(torch.ones(3)).sum()
@@ -1219,7 +1219,8 @@ class Detector(Custom):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.calls += 1
         images, targets = batch
-        self.sizes = [*getattr(self, "sizes", []), (len(images), len(targets))]
+        self.sizes = getattr(self, "sizes", None) or cases.Notes()
+        self.sizes.append((len(images), len(targets)))
         x = torch.stack([image.reshape(-1)[: cases.FEATURES] for image in images])
         return F.cross_entropy(self.net(x), torch.stack([target["label"] for target in targets]))
 
@@ -1406,7 +1407,8 @@ def test_average_sam_estimates_at_the_unmoved_weights() -> None:
 class DictBatch(Custom):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.calls += 1
-        self.sizes = [*getattr(self, "sizes", []), len(batch["inputs"]["x"])]
+        self.sizes = getattr(self, "sizes", None) or cases.Notes()
+        self.sizes.append(len(batch["inputs"]["x"]))
         assert batch["scale"].dim() == 0
         return F.cross_entropy(self.net(batch["inputs"]["x"]) * batch["scale"], batch["targets"][0])
 

@@ -583,7 +583,7 @@ class OneGraph(Module):
 @pytest.mark.parametrize("num_batches", [1, 2])
 def test_there_is_one_graph_at_a_time(num_batches: int) -> None:
     module = OneGraph()
-    module.graphs = []
+    module.graphs = cases.Notes()
     trainer = trained(module)
     module.graphs.clear()
     wanted = set(QUANTITIES) - {"spectral_density"}
@@ -729,8 +729,8 @@ class Sees(Classifier):
 
     def __init__(self, **hooks: Any) -> None:
         super().__init__()
-        self.seen: list[Any] = []
-        self.trained: list[Any] = []
+        self.seen = cases.Notes()
+        self.trained = cases.Notes()
         vars(self).update(hooks)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

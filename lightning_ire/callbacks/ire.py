@@ -49,8 +49,9 @@ class IRE(Callback):
     parameter for the mask (4 more with `beta`). With `kappa=0` and no perturbation: nothing at all; before the start:
     a step counter.
 
-    Known limits: extra passes cannot hide Python attributes that `training_step` sets, direct calls of a logger, and
-    in-place changes of the batch. Single device and DDP; sharded strategies, LBFGS and (with a boost) complex
+    Known limits: extra passes cannot hide numbers in Python attributes that `training_step` changes, objects of other
+    kinds than data, direct calls of a logger, and in-place changes of the batch (:func:`~lightning_ire.in_extra_pass`
+    tells them). Single device and DDP; sharded strategies, LBFGS and (with a boost) complex
     parameters are refused at fit start.
 
     A module in manual optimization: the boost works around each step of what `self.optimizers()` returns, with masks

@@ -64,8 +64,7 @@ class SampledFisher(Curvature):
       and each piece counts by its number of samples, as if the loss were their mean.
     - "sample": each sample's gradient, with `torch.func`: sqrt(2 / n) for n samples. Layers with running statistics
       (BatchNorm) use them. Needs a step that returns what one call of a loss function returned; else, and where
-      torch.func cannot follow the step (`.item()`, ...), a slow loop over samples, with a warning. A step that keeps
-      tensors in Python lists has to leave these alone: see :func:`~lightning_ire.in_extra_pass`.
+      torch.func cannot follow the step (`.item()`, ...), a slow loop over samples, with a warning.
 
     Args:
         fraction: Part of each micro-batch used, in (0, 1]: the first `ceil(fraction * n)` of its n samples. Below 1

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import vision_data
+from cases import Notes
 from torch.nn import functional as F
 
 from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor
@@ -21,7 +22,7 @@ class Linear(pl.LightningModule):
         torch.nn.init.zeros_(self.layer.weight)
         torch.nn.init.zeros_(self.layer.bias)
         self.automatic_optimization = not manual
-        self.seen: list[tuple[bool, torch.Tensor, torch.Tensor]] = []
+        self.seen = Notes()
 
     def training_step(self, batch, batch_idx):
         images, labels = batch

@@ -108,6 +108,11 @@ ENTRIES: dict[str, Callable[[On], Any]] = {
     "sampled_cross_entropy": lambda on: on.labelled(
         functional.sampled_cross_entropy, on.matrix, on.labels, weight=on.x.abs(), label_smoothing=0.1
     ),
+    "sampled_gaussian_nll_loss": lambda on: on.labelled(functional.sampled_gaussian_nll_loss, on.x, on.y, on.y.abs()),
+    "sampled_kl_div": lambda on: on.labelled(
+        functional.sampled_kl_div, on.matrix.log_softmax(1), on.matrix.softmax(1), reduction="batchmean"
+    ),
+    "sampled_poisson_nll_loss": lambda on: on.labelled(functional.sampled_poisson_nll_loss, on.x, on.y.abs()),
     "sampled_mse_loss": lambda on: on.labelled(functional.sampled_mse_loss, on.a, on.x, weight=on.y.abs()),
     "sampled_nll_loss": lambda on: on.labelled(
         functional.sampled_nll_loss, on.matrix.log_softmax(1), on.labels, ignore_index=2
@@ -120,6 +125,7 @@ ENTRIES: dict[str, Callable[[On], Any]] = {
 # what gives numbers or classes, needs a graph (this torch has no autograd for the device) or has no tensors of a device
 ELSEWHERE = {
     *("SAMPLED", "BufferState", "Extremes", "Krylov", "MeanEstimate", "RandomState", "SampledLoss", "SpectralDensity"),
+    *("sampled_log_prob",),  # draws by the distribution's own `sample`
     *("adam_limit", "sgd_limit", "stability_edge", "seeded", "unpack_mask", "widest_dtype"),
     *("gradients_by_backward", "hessian_product", "per_sample_squares", "twice_differentiable"),
 }
