@@ -45,6 +45,9 @@ class Notes(UserList):
     def __call__(self) -> None:
         raise NotImplementedError
 
+    def __getitem__(self, index: Any) -> Any:
+        return self.data[index]
+
 
 class Classifier(pl.LightningModule):
     """A user's module: nothing in it knows of IRE."""

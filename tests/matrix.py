@@ -450,7 +450,7 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
             return
         for key in first:
             yield from differences(first[key], second[key], f"{path}.{key}")
-    elif isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)):
+    elif isinstance(first, (list, tuple, cases.Notes)) and isinstance(second, (list, tuple, cases.Notes)):
         for index, pair in enumerate(zip(first, second, strict=False)):
             yield from differences(*pair, f"{path}[{index}]")
         if len(first) != len(second):

@@ -68,16 +68,16 @@ class Victim(Classifier):
     def __init__(self, dropout: float = 0.0, scheduler: Any = None) -> None:
         super().__init__(Net(batch_norm=True, dropout=dropout), scheduler=scheduler)
         self.kill: tuple[int, int, str] | None = None
-        self.where, self.forwards, self.backwards = Notes([(0, 0)]), 0, 0
+        self.places, self.forwards, self.backwards = Notes([(0, 0)]), 0, 0
 
     @property
     def at(self) -> tuple[int, int]:
         """The epoch and batch that Lightning is in, also while an earlier micro-batch is replayed."""
-        return self.where[0]
+        return self.places[0]
 
     @at.setter
     def at(self, place: tuple[int, int]) -> None:
-        self.where[0] = place
+        self.places[0] = place
 
     def event(self, name: str) -> None:
         if self.kill == (*self.at, name):

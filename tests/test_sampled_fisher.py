@@ -33,6 +33,7 @@ class Custom(Classifier):
     def __init__(self, loss: Callable[[Tensor, Tensor, nn.Module], Tensor], net: nn.Module | None = None) -> None:
         super().__init__(net)
         self.loss = loss
+        self.sizes = cases.Notes()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.calls += 1
@@ -1219,7 +1220,6 @@ class Detector(Custom):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.calls += 1
         images, targets = batch
-        self.sizes = getattr(self, "sizes", None) or cases.Notes()
         self.sizes.append((len(images), len(targets)))
         x = torch.stack([image.reshape(-1)[: cases.FEATURES] for image in images])
         return F.cross_entropy(self.net(x), torch.stack([target["label"] for target in targets]))
@@ -1240,7 +1240,7 @@ def test_a_list_of_samples_is_cut_sample_by_sample(monkeypatch: pytest.MonkeyPat
         (got,) = estimates(module, train, SampledFisher(form="sample"), precision="64-true")
     assert_unbiased(got, expected)
     assert module.sizes == [(4, 4), *[(1, 1)] * 4]
-    module.sizes = []
+    module.sizes = cases.Notes()
     estimates(module, train, SampledFisher(form="micro_batch", micro_batch_size=2), precision="64-true")
     assert module.sizes == [(4, 4), (2, 2), (2, 2)]
 
@@ -1407,7 +1407,6 @@ def test_average_sam_estimates_at_the_unmoved_weights() -> None:
 class DictBatch(Custom):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.calls += 1
-        self.sizes = getattr(self, "sizes", None) or cases.Notes()
         self.sizes.append(len(batch["inputs"]["x"]))
         assert batch["scale"].dim() == 0
         return F.cross_entropy(self.net(batch["inputs"]["x"]) * batch["scale"], batch["targets"][0])

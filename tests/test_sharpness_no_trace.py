@@ -265,7 +265,7 @@ class Troubled(Subject):
 
     def __init__(self, trouble: Any) -> None:
         super().__init__(cases.Net(batch_norm=True, dropout=0.3))
-        self.trouble, self.calls, self.inside_calls = trouble, 0, [0]
+        self.trouble, self.calls, self.inside_calls = trouble, 0, cases.Notes([0])
 
     def step(self, batch: Any, batch_idx: int) -> Any:
         if "inside" in vars(self):
