@@ -22,6 +22,7 @@ __all__ = [
     "gradient_marks",
     "graph_number",
     "in_extra_pass",
+    "own_parameters",
     "run_first",
     "uncounted_changes",
 ]
@@ -92,6 +93,17 @@ def change_marks(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
         tensors: The tensors.
     """
     return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module itself, not of those below it.
+
+    Private: `module.parameters(recurse=False)` takes many times as long, and extra passes ask every layer.
+
+    Args:
+        module: Any module.
+    """
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
 def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor | None, int]]:

@@ -282,6 +282,7 @@ def test_vision_makes_one_step(path, images):
         pytest.param("--data.mixup_alpha 1 --data.cutmix_alpha 1 --data.cutout_size 8 --data.val_size 8", id="mixed"),
     ],
 )
+@pytest.mark.timeout(900)  # the widest network in bf16 on a busy machine
 @pytest.mark.parametrize("path", by_name(VISION))
 def test_vision_makes_two_steps(path, flags, images):
     cli = IRECLI([*tiny(path, images), *f"--trainer.fast_dev_run 4 {flags}".split()])

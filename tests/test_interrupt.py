@@ -285,6 +285,7 @@ def ctrl_c_everywhere(settings: dict[str, Any], stride: int, function: str | Non
     return found
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stride", [397, pytest.param(61, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", [SAM_IRE, AVERAGE], ids=["sam", "average-sam"])
 def test_ctrl_c_at_any_line_of_the_package(settings: dict[str, Any], stride: int) -> None:

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_ire._torch import change_marks, uncounted_changes
+from lightning_ire._torch import change_marks, own_parameters, uncounted_changes
 from lightning_ire.callbacks._kept import rewound
 from lightning_ire.functional import BufferState
 from lightning_ire.functional.state import overwrite_
@@ -55,8 +55,7 @@ def weights_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
     Args:
         modules: Modules.
     """
-    found = {id(p): p for module in modules for p in module.parameters(recurse=False) if not is_lazy(p)}
-    return list(found.values())
+    return list({id(p): p for module in modules for p in own_parameters(module) if not is_lazy(p)}.values())
 
 
 def few_of(chosen: Collection[Tensor], parameters: Iterable[Tensor]) -> bool:
@@ -237,7 +236,8 @@ class AttributeState:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {key: value for key, value in vars(module).items() if key not in _OF_TORCH}
+    namespace = vars(module)
+    return {key: namespace[key] for key in namespace.keys() - _OF_TORCH}
 
 
 def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
