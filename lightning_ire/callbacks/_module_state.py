@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from lightning_ire._torch import change_marks, own_parameters, uncounted_changes
 from lightning_ire.callbacks._kept import rewound
-from lightning_ire.functional import BufferState
+from lightning_ire.functional import BufferState, in_double
 from lightning_ire.functional.state import overwrite_
 
 __all__ = ["AttributeState", "ModuleState", "MovingWeights", "few_of", "modules_of", "weights_of"]
@@ -119,7 +119,7 @@ class MovingWeights:
         """Sums that show what is written through `tensor.data`, at the first few looks (a teacher starts as a copy)."""
         if not (self.host and self._looks):
             return [0.0] * len(parameters)
-        return [float(p.detach().double().sum()) if not p.is_complex() else 0.0 for p in parameters]
+        return [0.0 if p.is_complex() else float(in_double(p.detach()).sum()) for p in parameters]
 
 
 class ModuleState:
