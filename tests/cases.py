@@ -197,7 +197,7 @@ def recorded(curvature: Curvature) -> list[list[Tensor | None] | None]:
 
 
 def in_a_child(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """For what leaves torch's global state behind (an interrupt its modes, autograd its threads): a process of its own."""
+    """For what leaves global state of torch behind (an interrupt its modes, autograd its threads): an own process."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
