@@ -1,7 +1,6 @@
 """Small modules, data and runs that the tests of the callback share."""
 
 import copy
-import json
 import os
 import signal
 import subprocess
@@ -194,24 +193,6 @@ def recorded(curvature: Curvature) -> list[list[Tensor | None] | None]:
 
     curvature.begin = begin_recorded  # type: ignore[method-assign]
     return found
-
-
-def in_a_child(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """For what leaves global state of torch behind (an interrupt its modes, autograd its threads): an own process."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            result = function(*args, **kwargs)
-        except BaseException as error:
-            result = (0, [f"{type(error).__name__}: {error}"])
-        os.write(write, json.dumps(result).encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        result = json.loads(pipe.read())
-    os.waitpid(child, 0)
-    return result
 
 
 def leave_together() -> None:

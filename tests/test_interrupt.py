@@ -1,6 +1,8 @@
 """Whatever is raised, and wherever: weights are unmoved when others hear of it, and the module is plain again."""
 
 import inspect
+import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -256,17 +258,35 @@ def interrupted(line: int, settings: dict[str, Any], function: str | None = None
     return tracer.count, wrong
 
 
+def in_a_child(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """An interrupt may leave torch's global state (grad mode, mode stacks) behind: give it a process of its own."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            result = function(*args, **kwargs)
+        except BaseException as error:
+            result = (0, [f"{type(error).__name__}: {error}"])
+        os.write(write, json.dumps(result).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        result = json.loads(pipe.read())
+    os.waitpid(child, 0)
+    return result
+
+
 def ctrl_c_everywhere(settings: dict[str, Any], stride: int, function: str | None = None) -> set[str]:
-    lines, wrong = cases.in_a_child(interrupted, 0, settings, function)
+    lines, wrong = in_a_child(interrupted, 0, settings, function)
     assert lines > (1000 if function is None else 0), wrong
     found = set(wrong)
     for line in range(1, lines + 1, stride):
-        found.update(cases.in_a_child(interrupted, line, settings, function)[1])
+        found.update(in_a_child(interrupted, line, settings, function)[1])
     return found
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stride", [397, pytest.param(61, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [397, pytest.param(29, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("settings", [SAM_IRE, AVERAGE], ids=["sam", "average-sam"])
 def test_ctrl_c_at_any_line_of_the_package(settings: dict[str, Any], stride: int) -> None:
     found = ctrl_c_everywhere(settings, stride)
