@@ -12,7 +12,7 @@ THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX ?= $(CURDIR)/$(VENV)/bytecode
 
-.PHONY: help env run test test-all bench claims notebooks lint clean
+.PHONY: help env run test test-all test-weekly bench claims notebooks lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,7 +33,10 @@ test: env lint  ## lint, types and the fast tests
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'not slow'
 
 test-all: env  ## the long cells too
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m slow
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'slow and not weekly'
+
+test-weekly: env  ## the optimizers of which `make test-all` trains one
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m weekly
 
 bench: env  ## measure what a step costs (20 to 60 minutes on one core) and write benchmarks/RESULTS.md and the README's table
 	$(BIN)/python benchmarks/step_cost.py --output benchmarks/results/step_cost.json

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import warnings
 from collections import UserList
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -116,6 +117,14 @@ def fit(
     torch.manual_seed(seed)
     run.fit(module, train if train is not None else loader(data()), ckpt_path=ckpt_path)
     return run
+
+
+def first_at_once(cases: Iterable[Any], count: int = 1) -> list[Any]:
+    """The cases of a parametrization, all but the first of them for `make test-all`."""
+    return [
+        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if index < count else [pytest.mark.slow])
+        for index, case in enumerate(cases)
+    ]
 
 
 def clone(module: pl.LightningModule) -> pl.LightningModule:

@@ -876,7 +876,7 @@ PACKAGE: dict[str, str] = {
     "kron": "Kron (PSGD)", "adan": "Adan", "muon": "Muon", "lars": "LARS", "lamb": "LAMB",
     "schedulefreeadamw": "ScheduleFreeAdamW", "alig": "AliG",
 }  # fmt: skip
-# trained by the slow tests, with default arguments but for `SETTINGS`
+# trained by `make test-weekly`, the first of them by `make test-all` too, with default arguments but for `SETTINGS`
 OTHERS: tuple[str, ...] = (
     "a2grad", "accsgd", "adabelief", "adabound", "adadelta", "adafactor", "adagc", "adago", "adai", "adalite", "adam",
     "adamax", "adamc", "adamg", "adammini", "adamod", "adamp", "adams", "adamuon", "adamw", "adamwsn", "adanorm",
@@ -945,6 +945,7 @@ class Row:
         callbacks: Makes the user's other callbacks.
         resumes: Whether plain Lightning resumes it bit for bit; else why not.
         slow: Whether it takes seconds, or is one of many.
+        weekly: Whether it is one of very many.
     """
 
     id: str
@@ -956,6 +957,7 @@ class Row:
     callbacks: Callable[[], list[pl.Callback]] = list
     resumes: bool | str = True
     slow: bool = False
+    weekly: bool = False
 
 
 def with_optimizer(name: str, optimizer: OptimizerFactory) -> Callable[[], pl.LightningModule]:
@@ -1006,7 +1008,8 @@ def optimizer_rows() -> Iterator[Row]:
     for name in OTHERS:
         resumes: bool | str = NO_QUEUES if name == "adashift" else True
         module = with_optimizer(name, of_package(name))
-        yield Row(f"other-{name}", kind, module=module, resumes=resumes, slow=True)
+        weekly = name != OTHERS[0]
+        yield Row(f"other-{name}", kind, module=module, resumes=resumes, slow=True, weekly=weekly)
 
 
 # Networks of other packages, with random weights and without a download

@@ -71,7 +71,7 @@ def test_full_contains_default(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "setting", "missing"),
     [
-        ("accuracy", "method", {*accuracy.ON_TOP, *accuracy.CONTROLS}),
+        pytest.param("accuracy", "method", {*accuracy.ON_TOP, *accuracy.CONTROLS}, marks=pytest.mark.slow),
         ("language", "task", {"bpe", "unclipped"}),
         ("ablations", "task", {"bytes"}),
     ],
@@ -204,6 +204,7 @@ def test_runs_are_found_by_any_of_their_settings() -> None:
     assert runs.where(x=3) == []
 
 
+@pytest.mark.slow
 def test_runs_are_remembered_and_a_plan_may_depend_on_results(tmp_path: Path) -> None:
     def plan(runs: Runs) -> list[dict]:
         first = [{"x": x} for x in (-3.0, -2.0)]

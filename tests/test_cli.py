@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 import yaml
@@ -509,7 +510,7 @@ def test_sweep_goes_to_the_sweeps(way, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: Expected `--config` to be a file, got 'nowhere.yaml'.\n"
 
 
-@pytest.mark.parametrize("kind", ["csv", "two", "none", "other-tags"])
+@pytest.mark.parametrize("kind", cases.first_at_once(["two", "csv", "none", "other-tags"]))
 def test_sweep_reads_its_runs_whatever_the_configs_logger(kind, monkeypatch, capsys):
     csv = {"class_path": "CSVLogger", "init_args": {"save_dir": "c"}}
     board = {
@@ -558,6 +559,7 @@ def test_process_with_a_wrong_value():
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_process_that_trains_and_logs():
     flags = (
         "--ire.kappa 1 --ire.interval 2 --ire.perturbation SAM --trainer.limit_train_batches 5 --test_after_fit true"

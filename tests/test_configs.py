@@ -260,7 +260,7 @@ def tiny(path: Path, images: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "path", by_name(VISION, slow="cifar100_wrn28_10 cifar10_wrn28_10_sgd cifar100_vit_s sam_ire_decayed")
+    "path", by_name(VISION, slow="cifar10_ wrn cifar100_vit_s sam_ire_decayed resnet50_sgd vit_t_sam")
 )
 def test_vision_makes_one_step(path, images):
     cli = IRECLI([*tiny(path, images), "--trainer.fast_dev_run", "1", "--data.global_batch_size", "2"])
@@ -309,6 +309,7 @@ def one_step(path: Path, images: Path) -> list[str]:
 IN_MAKE_TEST = ("cifar10_resnet56_sgd_ire", "imagenet_resnet50_sam_ire")
 
 
+@pytest.mark.slow
 def test_three_configs_in_two_processes(images, tmp_path):
     """One of them with plain AdamW and no BatchNorm: what it logs is the same, up to rounding, in 1 and 2 processes."""
     (vit,) = (path for path in VISION if path.stem == "cifar100_vit_t_admire")

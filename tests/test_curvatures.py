@@ -168,7 +168,7 @@ WAYS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize(("loop", "passes"), WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize(("loop", "passes"), cases.first_at_once(WAYS.values()), ids=WAYS.keys())
 def test_mean_over_all_signs_is_the_diagonal_and_the_variance_the_rest_of_the_row(
     monkeypatch: pytest.MonkeyPatch, loop: dict[str, Any], passes: int
 ) -> None:

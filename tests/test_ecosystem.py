@@ -4,6 +4,7 @@ A SharpnessMonitor leaves no trace in any of them.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -55,9 +56,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def cells() -> list[Any]:
-    cells = []
+    """Two rows of each kind at once, others and slow ones in `make test-all`, very many in `make test-weekly`."""
+    cells, at_once = [], Counter[str]()
     for row in ROWS:
-        marks = [pytest.mark.xdist_group(f"ecosystem-{row.id}"), *([pytest.mark.slow] if row.slow else [])]
+        marks = [pytest.mark.xdist_group(f"ecosystem-{row.id}")]
+        if row.slow or at_once[row.kind] == 2:
+            marks.append(pytest.mark.slow)
+        else:
+            at_once[row.kind] += 1
+        if row.weekly:
+            marks.append(pytest.mark.weekly)
         cells.append(pytest.param(row, id=row.id, marks=marks))
     return cells
 

@@ -626,6 +626,7 @@ GRAPHS: list[int] = []
 COMPILED: list[Any] = []
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_anew_after_the_first_steps() -> None:
     """60 steps with `self.log`, IRE and SAM: the second pass runs what the first has compiled."""
 

@@ -287,13 +287,13 @@ def ctrl_c_everywhere(settings: dict[str, Any], stride: int, function: str | Non
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("stride", [397, pytest.param(29, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("settings", [SAM_IRE, AVERAGE], ids=["sam", "average-sam"])
+@pytest.mark.parametrize("settings", cases.first_at_once([SAM_IRE, AVERAGE]), ids=["sam", "average-sam"])
 def test_ctrl_c_at_any_line_of_the_package(settings: dict[str, Any], stride: int) -> None:
     found = ctrl_c_everywhere(settings, stride)
     assert not found
 
 
-@pytest.mark.parametrize("function", ["perturbed", "add_", "_put_back", "copy_"])
+@pytest.mark.parametrize("function", cases.first_at_once(["perturbed", "_put_back", "add_", "copy_"], 2))
 def test_ctrl_c_while_weights_are_moved_and_put_back(function: str) -> None:
     assert not ctrl_c_everywhere(SAM_IRE, 1, function)
 

@@ -22,8 +22,9 @@ HERE = Path(__file__).parent
 Jobs = Callable[[str], Path]
 JOBS = (*RUNS, *FORCED_RUNS, "exchange")
 SLOW = {
-    "start-fraction", "start-epoch", "start-behind", "empirical", "average-sam", "bf16", "sparse-rows", "sam",
-    "epoch-boundary-fixed", "start-loss-later",
+    "start-fraction", "start-epoch", "start-behind", "empirical", "average-sam", "bf16", "sparse-rows", "sam", "ire",
+    "epoch-boundary-fixed", "start-loss-later", "sam-interval", "float64", "kappa-lr", "accumulated-start-loss",
+    "validation-start-loss", "forced-accumulated", "forced-validation",
 }  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def test_the_runs_are_what_their_names_say(jobs: Jobs, name: str) -> None:
 
 
 FORCED_CELLS = [
-    pytest.param(name, kill, id=f"{name}-{moment(kill)}")
+    pytest.param(name, kill, id=f"{name}-{moment(kill)}", marks=marks(name))
     for name, spec in FORCED_RUNS.items()
     for kill in spec["kills"]
 ]

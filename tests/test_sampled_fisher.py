@@ -819,7 +819,7 @@ class OwnLoss(Custom):
         return -log_p[torch.arange(len(labels)), labels].mean(), len(labels)
 
 
-@pytest.mark.parametrize("make", [Custom, OwnLoss], ids=["shared", "fisher_loss"])
+@pytest.mark.parametrize("make", cases.first_at_once([Custom, OwnLoss]), ids=["shared", "fisher_loss"])
 def test_the_mean_of_real_draws_converges_to_the_gauss_newton_diagonal(make: Any) -> None:
     """Through the real callback, always the same batch of 8, weights fixed: the mean of 300 draws.
 

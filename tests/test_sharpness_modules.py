@@ -342,7 +342,7 @@ class Complex(nn.Module):
         return self.head((x.to(weight) @ weight).abs())
 
 
-@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
+@pytest.mark.parametrize("hvp", cases.first_at_once(["exact", "finite_difference"]))
 @pytest.mark.parametrize(
     "optimizer",
     [lambda module: torch.optim.SGD(module.parameters(), 0.1, 0.9, weight_decay=0.1),

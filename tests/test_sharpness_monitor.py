@@ -81,7 +81,7 @@ def block_traces(module: nn.Module, hessian: Tensor) -> dict[str, float]:
     return {name: float(part.sum()) for (name, _), part in zip(module.named_parameters(), diagonal, strict=True)}
 
 
-@pytest.mark.parametrize("num_batches", [1, 2])
+@pytest.mark.parametrize("num_batches", cases.first_at_once([2, 1]))
 @pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
 def test_the_hessian_is_that_of_the_probe(num_batches: int, hvp: str) -> None:
     module = Exact()
@@ -356,7 +356,7 @@ def test_no_stability_line_where_the_step_is_not_known(name: str) -> None:
     assert words in monitor.last.skipped["stability"]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", cases.first_at_once([2, 1]))
 def test_sgd_ratio_converges_to_its_definition(accumulate: int) -> None:
     """(eta / 2) mean ||H_B||_F^2 / mean Tr H_B over training batches, which two probe batches may make up."""
     module = Exact(optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.3, momentum=0.5, dampening=0.2))
@@ -409,6 +409,7 @@ def test_stability_is_that_of_training_mode_and_the_rest_that_of_the_mode_asked_
         assert values[tags.RATIO] == pytest.approx(0.3 * tops["train"] / 2, rel=1e-8)
 
 
+@pytest.mark.slow
 def test_the_normalized_trace_does_not_change_with_the_scale_of_weights_before_a_norm() -> None:
     """Doubling a weight before BatchNorm divides the raw trace of its block by four."""
     net = Net(batch_norm=True)

@@ -191,7 +191,9 @@ class OnlyPart(Subject):
 
 @pytest.mark.parametrize(
     ("mode", "accumulate", "together", "every"),
-    [("eval", 1, "alone", 7), ("train", 2, "alone", 4), ("eval", 2, "IRE", 4), ("train", 1, "IRE", 7)],
+    cases.first_at_once(
+        [("train", 2, "IRE", 4), ("eval", 1, "alone", 7), ("train", 2, "alone", 4), ("eval", 2, "IRE", 4)]
+    ),
 )
 def test_all_quantities_with_batchnorm_dropout_and_attention(
     mode: str, accumulate: int, together: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -515,8 +517,8 @@ class Bar:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("hvp", ["exact", "finite_difference"])
-@pytest.mark.parametrize("where", ["tick", "step"])
+@pytest.mark.parametrize("hvp", cases.first_at_once(["exact", "finite_difference"]))
+@pytest.mark.parametrize("where", cases.first_at_once(["step", "tick"]))
 def test_an_interrupt_in_a_measurement_leaves_the_module_as_it_was(
     hvp: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

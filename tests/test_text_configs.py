@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cases
 import pytest
 import torch
 import yaml
@@ -240,6 +241,7 @@ def test_two_processes_see_what_one_sees(tokens, tmp_path):
         assert two[tag] == pytest.approx(one[tag], rel=1e-4), tag
 
 
+@pytest.mark.slow
 def test_the_same_command_again_and_resuming(tokens, tmp_path, capsys):
     """A second run gets a folder of its own; a resumed one goes on; predict prints what a checkpoint has learned."""
     flags = "--trainer.limit_train_batches 3 --trainer.limit_val_batches 1 --trainer.limit_test_batches 1"
@@ -280,7 +282,10 @@ def assert_same_weights(folder: Path, first: str, second: str) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one), second
 
 
-@pytest.mark.parametrize("flags", ["", "--data.order contiguous --ire.perturbation SAM --ire.perturbation.rho 0.1"])
+@pytest.mark.parametrize(
+    "flags",
+    cases.first_at_once(["", "--data.order contiguous --ire.perturbation SAM --ire.perturbation.rho 0.1"]),
+)
 def test_a_resumed_run_goes_on_bit_for_bit(flags, tokens, tmp_path):
     """With dropout, accumulation, IRE and a learning-rate schedule; from the middle of an epoch and from its end."""
     IRECLI(keeping_every_step(tokens, flags, "whole"))
