@@ -1,18 +1,25 @@
-"""lightning_ire: IRE and SAM for any LightningModule, as one callback."""
+"""lightning_ire: IRE and SAM for any LightningModule, as one callback.
 
-from lightning_ire._checks import ConfigurationError
-from lightning_ire._torch import in_extra_pass
-from lightning_ire.callbacks.ire import IRE
-from lightning_ire.callbacks.sharpness_monitor import SharpnessMonitor
-from lightning_ire.curvature import (
-    Curvature,
-    EmpiricalFisher,
-    HutchinsonHessian,
-    RandomMask,
-    SampledFisher,
-    SecondMoment,
-)
-from lightning_ire.perturbation import SAM, AdversarialModelPerturbation, Ascent, AverageSAM, Perturbation
+Public names are loaded on first use: importing `lightning_ire.functional` loads neither Lightning nor torchmetrics.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_ire._checks import ConfigurationError
+    from lightning_ire._torch import in_extra_pass
+    from lightning_ire.callbacks.ire import IRE
+    from lightning_ire.callbacks.sharpness_monitor import SharpnessMonitor
+    from lightning_ire.curvature import (
+        Curvature,
+        EmpiricalFisher,
+        HutchinsonHessian,
+        RandomMask,
+        SampledFisher,
+        SecondMoment,
+    )
+    from lightning_ire.perturbation import SAM, AdversarialModelPerturbation, Ascent, AverageSAM, Perturbation
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,3 +39,27 @@ __all__ = [
     "SharpnessMonitor",
     "in_extra_pass",
 ]
+
+_MODULES = {
+    "_checks": ("ConfigurationError",),
+    "_torch": ("in_extra_pass",),
+    "callbacks": ("IRE", "SharpnessMonitor"),
+    "curvature": ("Curvature", "EmpiricalFisher", "HutchinsonHessian", "RandomMask", "SampledFisher", "SecondMoment"),
+    "perturbation": ("SAM", "AdversarialModelPerturbation", "Ascent", "AverageSAM", "Perturbation"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_PUBLIC_MODULES = ("callbacks", "curvature", "data", "functional", "models", "perturbation", "schedule", "tags")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public module, or the one that holds a public name."""
+    if name in _PUBLIC_MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PUBLIC_MODULES})

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import lightning_ire
+
 PACKAGE = Path(__file__).parent.parent / "lightning_ire"
 
 # what each part may import of the package itself; anything not listed is forbidden
@@ -93,16 +95,22 @@ def test_nothing_imports_the_command_line_or_the_tests() -> None:
         assert not {name for name in imports(path) if name.startswith(("lightning_ire.cli", "tests", "cli."))}
 
 
-def test_functional_does_not_load_lightning() -> None:
-    """The mathematics is usable without Lightning: its source folder is imported without the package around it."""
+@pytest.mark.parametrize("part", ["functional", "curvature", "perturbation", "schedule", "tags"])
+def test_the_mathematics_is_usable_without_lightning(part: str) -> None:
     code = (
-        "import importlib.util, sys, types\n"
-        f"package = types.ModuleType('lightning_ire'); package.__path__ = [{str(PACKAGE)!r}]\n"
-        "sys.modules['lightning_ire'] = package\n"
-        "import lightning_ire.functional\n"
+        f"import sys, lightning_ire.{part}\n"
         "assert not {'lightning', 'torchmetrics', 'jsonargparse'} & set(sys.modules), 'loaded'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_public_names_are_loaded_on_first_use() -> None:
+    assert sorted(name for names in lightning_ire._MODULES.values() for name in names) == sorted(lightning_ire.__all__)
+    for name in (*lightning_ire.__all__, *lightning_ire._PUBLIC_MODULES):
+        assert name in dir(lightning_ire)
+        assert getattr(lightning_ire, name).__name__ in (name, f"lightning_ire.{name}")
+    with pytest.raises(AttributeError, match="has no attribute 'Ire'"):
+        lightning_ire.Ire  # noqa: B018
 
 
 def test_private_names_of_lightning_are_in_one_file() -> None:
