@@ -48,7 +48,17 @@ _MODULES = {
     "perturbation": ("SAM", "AdversarialModelPerturbation", "Ascent", "AverageSAM", "Perturbation"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-_PUBLIC_MODULES = ("callbacks", "curvature", "data", "functional", "models", "perturbation", "schedule", "tags")
+_PUBLIC_MODULES = (
+    "callbacks",
+    "curvature",
+    "data",
+    "engine",
+    "functional",
+    "models",
+    "perturbation",
+    "schedule",
+    "tags",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,9 @@ ALLOWED = {
     "schedule": {"_checks"},
     "perturbation": {"_checks", "functional"},
     "curvature": {"_checks", "functional", "curvature"},
+    "engine": {"_checks", "functional", "schedule", "perturbation", "curvature", "engine"},
     "callbacks": {
-        *("_checks", "_lightning", "_torch", "_run_length", "tags", "functional", "schedule", "perturbation"),
+        *("engine", "_checks", "_lightning", "_torch", "_run_length", "tags", "functional", "schedule", "perturbation"),
         *("curvature", "callbacks"),
     },
     "_cli_messages": {"_checks"},
@@ -41,6 +42,7 @@ THIRD_PARTY = {
     "schedule": set(),
     "perturbation": {"torch"},
     "curvature": {"torch"},
+    "engine": {"torch"},
     "_torch": {"torch"},
     "_lightning": {"torch", "lightning"},
     "_run_length": {"lightning"},
@@ -95,7 +97,7 @@ def test_nothing_imports_the_command_line_or_the_tests() -> None:
         assert not {name for name in imports(path) if name.startswith(("lightning_ire.cli", "tests", "cli."))}
 
 
-@pytest.mark.parametrize("part", ["functional", "curvature", "perturbation", "schedule", "tags"])
+@pytest.mark.parametrize("part", ["functional", "curvature", "perturbation", "schedule", "tags", "engine"])
 def test_the_mathematics_is_usable_without_lightning(part: str) -> None:
     code = (
         f"import sys, lightning_ire.{part}\n"

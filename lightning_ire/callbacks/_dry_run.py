@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -11,19 +10,18 @@ from torch import Tensor
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import step_arguments
 from lightning_ire.callbacks._probe import Probe
+from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._stepper import Stepper, named_parameters
-
-if TYPE_CHECKING:
-    from lightning_ire.callbacks.ire import IRE
+from lightning_ire.engine.recipe import Recipe
 
 __all__ = ["flat_table", "show_mask"]
 
 
-def show_mask(settings: IRE, step: int, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+def show_mask(recipe: Recipe, step: int, trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Make one mask at the weights as they are, print its table, and let the fit end before its first step.
 
     Args:
-        settings: The callback.
+        recipe: The settings.
         step: The optimizer's real steps so far.
         trainer: The trainer at the start of training.
         module: The module.
@@ -36,9 +34,9 @@ def show_mask(settings: IRE, step: int, trainer: pl.Trainer, module: pl.Lightnin
             "Expected a module in automatic optimization for `dry_run`, got manual optimization: set `dry_run` to "
             "false; the log has `ire/flat_fraction`."
         )
-    progress = settings.new_progress()
+    progress = Progress.new(recipe)
     progress.step, progress.started_at, progress.retry = step, step, True
-    stepper = Stepper(settings, progress, trainer, module, trainer.optimizers[0], step)
+    stepper = Stepper(recipe, progress, trainer, module, trainer.optimizers[0], step)
     try:
         window = stepper.open_window(module.training_step, replays=True)
         batches = Probe.first(trainer.train_dataloader, trainer.accumulate_grad_batches)
@@ -53,9 +51,9 @@ def show_mask(settings: IRE, step: int, trainer: pl.Trainer, module: pl.Lightnin
     masks = progress.masks.masks
     table = flat_table(masks, named_parameters(module, trainer.optimizers[0]))
     if not masks:
-        table = f"{settings.curvature!r} has no finite estimate here (SecondMoment: before the first step)."
+        table = f"{recipe.curvature!r} has no finite estimate here (SecondMoment: before the first step)."
     if trainer.is_global_zero:
-        print(f"IRE, dry run: {settings.curvature!r}, gamma {settings.gamma:g}, step {step}\n{table}")
+        print(f"IRE, dry run: {recipe.curvature!r}, gamma {recipe.gamma:g}, step {step}\n{table}")
     trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None
     trainer.should_stop = True
 

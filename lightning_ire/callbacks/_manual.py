@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -28,9 +28,7 @@ from lightning_ire.callbacks._stepper import Stepper
 from lightning_ire.callbacks._window import AccumulationWindow
 from lightning_ire.curvature import MicroBatch
 from lightning_ire.curvature.tap import known_losses
-
-if TYPE_CHECKING:
-    from lightning_ire.callbacks.ire import IRE
+from lightning_ire.engine.recipe import Recipe
 
 __all__ = ["ManualSession"]
 
@@ -50,7 +48,7 @@ class ManualStepper(Stepper):
     @property
     def moment(self) -> int:
         """Steps of this optimizer; for a fraction of the run, whose steps nobody knows beforehand, batches."""
-        if not self.settings.start.is_fraction:
+        if not self.recipe.start.is_fraction:
             return self.progress.step
         return self.trainer.current_epoch * int(self.trainer.num_training_batches) + self.trainer.fit_loop.batch_idx
 
@@ -59,7 +57,7 @@ class ManualStepper(Stepper):
         return list({id(p): p for group in self.optimizer.param_groups for p in group["params"]}.values())
 
     def _finished(self, optimizer: Optimizer) -> None:
-        active = self.progress.started_at is not None or self.settings.perturbation is not None
+        active = self.progress.started_at is not None or self.recipe.perturbation is not None
         if active and not self.inside and not self.warned:
             self.warned = True
             rank_zero_warn(
@@ -73,7 +71,7 @@ class ManualSession:
     """The session of a module in manual optimization.
 
     Args:
-        settings: The callback, for its arguments and its decisions about timing.
+        recipe: The settings.
         progresses: The state that outlives the session, one for each optimizer.
         trainer: The trainer.
         module: The module being trained.
@@ -82,7 +80,7 @@ class ManualSession:
 
     def __init__(
         self,
-        settings: IRE,
+        recipe: Recipe,
         progresses: Sequence[Progress],
         trainer: pl.Trainer,
         module: pl.LightningModule,
@@ -91,7 +89,7 @@ class ManualSession:
         self.trainer = trainer
         self.module = module
         self.steppers = [
-            ManualStepper(settings, progress, trainer, module, optimizer, first_step)
+            ManualStepper(recipe, progress, trainer, module, optimizer, first_step)
             for progress, optimizer in zip(progresses, trainer.optimizers, strict=True)
         ]
         self.patches: Patches | None = None

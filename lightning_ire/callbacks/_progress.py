@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_ire._checks import ConfigurationError
 from lightning_ire.callbacks._boost import learning_rates
 from lightning_ire.callbacks._masks import FlatMasks
+from lightning_ire.engine.recipe import Recipe
 
 __all__ = ["STATE_VERSION", "Progress", "check_version"]
 
@@ -48,6 +49,15 @@ class Progress:
 
     shown: dict[str, Tensor] = field(default_factory=dict)
     ascent_norm: Tensor | None = None
+
+    @classmethod
+    def new(cls, recipe: Recipe) -> Progress:
+        """The state at the beginning of a run.
+
+        Args:
+            recipe: The settings.
+        """
+        return cls(FlatMasks(recipe.gamma, recipe.scope, recipe.exclude_zero_curvature, recipe.beta))
 
     def count_step(self, optimizer: Optimizer, with_lrs: bool) -> None:
         """Count one real step.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -24,9 +24,7 @@ from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._stepper import Stepper
 from lightning_ire.callbacks._window import AccumulationWindow
 from lightning_ire.curvature import MicroBatch
-
-if TYPE_CHECKING:
-    from lightning_ire.callbacks.ire import IRE
+from lightning_ire.engine.recipe import Recipe
 
 __all__ = ["AutomaticSession", "Session"]
 
@@ -60,7 +58,7 @@ class AutomaticSession:
     """The session of a module in automatic optimization, which has one optimizer.
 
     Args:
-        settings: The callback, for its arguments and its decisions about timing.
+        recipe: The settings.
         progresses: The state that outlives the session, per optimizer.
         trainer: The trainer.
         module: The module being trained.
@@ -69,7 +67,7 @@ class AutomaticSession:
 
     def __init__(
         self,
-        settings: IRE,
+        recipe: Recipe,
         progresses: Sequence[Progress],
         trainer: pl.Trainer,
         module: pl.LightningModule,
@@ -77,7 +75,7 @@ class AutomaticSession:
     ) -> None:
         self.trainer = trainer
         self.module = module
-        self.stepper = Stepper(settings, progresses[0], trainer, module, trainer.optimizers[0], first_step)
+        self.stepper = Stepper(recipe, progresses[0], trainer, module, trainer.optimizers[0], first_step)
         self.takeover: Takeover | None = None
         self.window: AccumulationWindow | None = None
         self._armed = False

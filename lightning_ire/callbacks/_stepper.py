@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -23,11 +23,9 @@ from lightning_ire.callbacks._no_trace import devices_of
 from lightning_ire.callbacks._progress import Progress
 from lightning_ire.callbacks._tensorboard import layer_fractions
 from lightning_ire.callbacks._window import AccumulationWindow, mixed_seed
+from lightning_ire.engine.recipe import Recipe
 from lightning_ire.functional import perturbed
 from lightning_ire.perturbation import Perturbation
-
-if TYPE_CHECKING:
-    from lightning_ire.callbacks.ire import IRE
 
 __all__ = ["Stepper", "named_parameters", "trainable_parameters"]
 
@@ -38,7 +36,7 @@ class Stepper:
     """Counts the real steps of one optimizer and boosts them.
 
     Args:
-        settings: The callback, for its arguments and its decisions about timing.
+        recipe: The settings.
         progress: The optimizer's state that outlives the fit.
         trainer: The trainer.
         module: The module being trained.
@@ -52,14 +50,14 @@ class Stepper:
 
     def __init__(
         self,
-        settings: IRE,
+        recipe: Recipe,
         progress: Progress,
         trainer: pl.Trainer,
         module: pl.LightningModule,
         optimizer: Optimizer,
         first_step: int | None,
     ) -> None:
-        self.settings = settings
+        self.recipe = recipe
         self.progress = progress
         self.trainer = trainer
         self.module = module
@@ -88,11 +86,11 @@ class Stepper:
         Returns:
             Whether the next step needs anything but counting.
         """
-        settings, progress = self.settings, self.progress
-        pending = settings.kappa > 0 and progress.started_at is None
-        if pending and settings.start.reached(self.moment, self.trainer.current_epoch, self.first_step):
+        recipe, progress = self.recipe, self.progress
+        pending = recipe.kappa > 0 and progress.started_at is None
+        if pending and recipe.start.reached(self.moment, self.trainer.current_epoch, self.first_step):
             progress.started_at = progress.step
-        return progress.started_at is not None or settings.perturbation is not None
+        return progress.started_at is not None or recipe.perturbation is not None
 
     @property
     def moment(self) -> int:
@@ -109,7 +107,7 @@ class Stepper:
         started_at = self.progress.started_at
         if started_at is None:
             return False
-        return self.progress.retry or self.settings.should_refresh(self.progress.step, started_at)
+        return self.progress.retry or self.recipe.should_refresh(self.progress.step, started_at)
 
     def open_window(self, training_step: Callable[..., Any], replays: bool = False) -> AccumulationWindow:
         """The window of the next step, with an estimate if the mask is due.
@@ -119,8 +117,8 @@ class Stepper:
             replays: Whether the step will be run again for other reasons than the estimate and the perturbation.
         """
         progress = self.progress
-        perturbs = self.settings.should_perturb(progress.step)
-        perturbation: Perturbation | None = self.settings.perturbation if perturbs else None
+        perturbs = self.recipe.should_perturb(progress.step)
+        perturbation: Perturbation | None = self.recipe.perturbation if perturbs else None
         window = AccumulationWindow(
             self.trainer,
             self.module,
@@ -132,12 +130,12 @@ class Stepper:
             seed=mixed_seed(progress.seed, progress.step),
             moving=self.moving,
             replays=replays
-            or (self.refreshes and self.settings.curvature.reruns)
+            or (self.refreshes and self.recipe.curvature.reruns)
             or (perturbation is not None and perturbation.uses_gradient),
             perturbation=perturbation,
         )
         if self.refreshes:
-            window.estimate = self.settings.curvature.begin(window)
+            window.estimate = self.recipe.curvature.begin(window)
         return window
 
     def refresh(self, window: AccumulationWindow) -> None:
@@ -154,13 +152,13 @@ class Stepper:
         if values is None:
             if self._failures == _PATIENCE:
                 rank_zero_warn(
-                    f"{self.settings.curvature!r} had no finite estimate in {_PATIENCE} steps, up to step "
+                    f"{self.recipe.curvature!r} had no finite estimate in {_PATIENCE} steps, up to step "
                     f"{self.progress.step}, so that {'the mask stays' if self.progress.masks.masks else 'no step is'} "
                     f"{'as it was' if self.progress.masks.masks else 'boosted'}: set `curvature` to another one."
                 )
             return
         self._names = self._current_names()
-        excluded = _fitting(self.module, self.settings.exclude)
+        excluded = _fitting(self.module, self.recipe.exclude)
         names = [self._names[id(parameter)] for parameter in window.parameters]
         taking_part = [None if id(p) in excluded else h for p, h in zip(window.parameters, values, strict=True)]
         self.progress.masks.refresh(names, taking_part)
@@ -233,17 +231,17 @@ class Stepper:
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers are called all the same
         if overflow is not None and float(overflow):
             return
-        settings, progress = self.settings, self.progress
-        follows_lr = settings.kappa_schedule == "lr"
+        recipe, progress = self.recipe, self.progress
+        follows_lr = recipe.kappa_schedule == "lr"
         progress.count_step(optimizer, with_lrs=follows_lr)
         weights, self._old = self._old, None
         if weights is not None:
             self.logs |= boost(
                 optimizer,
                 weights,
-                settings.kappa,
+                recipe.kappa,
                 peak_lrs=progress.peak_lrs if follows_lr else None,
-                scale_weight_decay=settings.scale_weight_decay,
+                scale_weight_decay=recipe.scale_weight_decay,
                 with_norms=will_log(self.trainer),
             )
             self.logs |= progress.masks.logs

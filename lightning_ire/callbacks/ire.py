@@ -14,25 +14,25 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
+from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import check_supported, loss_of
 from lightning_ire._run_length import batches_of_run, steps_of_run
 from lightning_ire.callbacks._boost import check_decoupled_decay, check_groups, learning_rates
 from lightning_ire.callbacks._dry_run import flat_table, show_mask
 from lightning_ire.callbacks._hyper_parameters import HyperParameters
 from lightning_ire.callbacks._manual import ManualSession
-from lightning_ire.callbacks._masks import FlatMasks
 from lightning_ire.callbacks._progress import STATE_VERSION, Progress, check_version
 from lightning_ire.callbacks._session import AutomaticSession, Session
 from lightning_ire.callbacks._stepper import named_parameters, trainable_parameters
-from lightning_ire.curvature import Curvature, SampledFisher
+from lightning_ire.curvature import Curvature
+from lightning_ire.engine.recipe import Recipe
 from lightning_ire.perturbation import Perturbation
-from lightning_ire.schedule import Start, mask_due, scheduled_kappas
+from lightning_ire.schedule import scheduled_kappas
 
 __all__ = ["IRE"]
 
 
-class IRE(Callback):
+class IRE(Recipe, Callback):
     """Implicit Regularization Enhancement, and SAM, for any unmodified LightningModule.
 
     After each step of the base optimizer the weights go kappa times further along the flat coordinates (eq. 4):
@@ -115,33 +115,33 @@ class IRE(Callback):
         beta: float = 0.0,
         dry_run: bool = False,
     ) -> None:
-        self.kappa = check_number("kappa", kappa)
-        self.gamma = check_number("gamma", gamma, high=1.0, low_open=True)
-        self.interval = check_whole("interval", interval, low=1)
-        self.start = Start(start_step, start_epoch, start_loss)
-        self.curvature = _instance("curvature", curvature, Curvature, "SampledFisher()") or SampledFisher()
-        self.perturbation = _instance("perturbation", perturbation, Perturbation, "SAM(rho=0.05)")
-        self.scope = check_choice("scope", scope, ("global", "tensor"))
-        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
-        self.scale_weight_decay = check_switch("scale_weight_decay", scale_weight_decay, "only")
-        self.exclude_zero_curvature = bool(exclude_zero_curvature)
-        self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr"))
-        self.beta = check_number("beta", beta, high=1.0, high_open=True)
+        super().__init__(
+            kappa=kappa,
+            gamma=gamma,
+            interval=interval,
+            start_step=start_step,
+            start_epoch=start_epoch,
+            start_loss=start_loss,
+            curvature=curvature,
+            perturbation=perturbation,
+            scope=scope,
+            exclude=exclude,
+            scale_weight_decay=scale_weight_decay,
+            exclude_zero_curvature=exclude_zero_curvature,
+            kappa_schedule=kappa_schedule,
+            beta=beta,
+        )
         self.dry_run = bool(dry_run)
         self._session: Session | None = None
         self._loaded: dict[str, Any] | None = None
         self._trainer: weakref.ref[pl.Trainer] | None = None
-        self._progresses = [self.new_progress()]
+        self._progresses = [Progress.new(self)]
         self._warned = False
         self._record = HyperParameters()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and spawned processes get the settings and the progress, not what belongs to a running fit."""
         return {**vars(self), "_session": None, "_trainer": None}
-
-    def new_progress(self) -> Progress:
-        """The state of a run at its beginning."""
-        return Progress(FlatMasks(self.gamma, self.scope, self.exclude_zero_curvature, self.beta))
 
     @property
     def idle(self) -> bool:
@@ -165,23 +165,6 @@ class IRE(Callback):
     def started_at(self) -> int | None:
         """Step at which the (first) optimizer's boost was switched on in this run; ``None``: not yet."""
         return self._progress.started_at
-
-    def should_refresh(self, step: int, started_at: int) -> bool:
-        """Whether the mask is to be made at this step: the place to change the timing.
-
-        Args:
-            step: Zero-based count of the optimizer's real steps.
-            started_at: Step at which its boost was switched on.
-        """
-        return mask_due(step, started_at, self.interval)
-
-    def should_perturb(self, step: int) -> bool:
-        """Whether the gradient of this step is taken at moved weights.
-
-        Args:
-            step: Zero-based count of real optimizer steps.
-        """
-        return self.perturbation is not None and step % self.perturbation.interval == 0
 
     def boost_factors(self, module: pl.LightningModule, optimizer: Optimizer) -> dict[int, Tensor | float]:
         """By how much the boost lengthens a step of this optimizer now: 1 + kappa * n.
@@ -303,10 +286,10 @@ class IRE(Callback):
         state, self._loaded = self._loaded, None
         count = len(trainer.optimizers)
         if state:
-            self._progresses = [self.new_progress() for _ in range(count)]
+            self._progresses = [Progress.new(self) for _ in range(count)]
             self._restore(state, trainer, module)
         elif trainer.global_step == 0 or self._trainer is None or self._trainer() is not trainer:
-            self._progresses = [self.new_progress() for _ in range(count)]
+            self._progresses = [Progress.new(self) for _ in range(count)]
             for progress in self._progresses:  # not 0 when the checkpoint of a plain run goes on with IRE
                 progress.step = trainer.global_step // max(count, 1)
         self._trainer = weakref.ref(trainer)
@@ -451,12 +434,6 @@ class IRE(Callback):
             f"IRE: {'; '.join(what)}; {count:,} parameters. Extra passes: {', '.join(passes) or 'none'}. "
             f"Extra memory: {', '.join(memory)}."
         )
-
-
-def _instance(name: str, value: Any, kind: type, example: str) -> Any:
-    if value is not None and not isinstance(value, kind):
-        raise ConfigurationError(f"Expected `{name}` to be a {kind.__name__} such as {example}, got {value!r}.")
-    return value
 
 
 def _warms_up(optimizer: Optimizer) -> bool:

@@ -1,0 +1,82 @@
+"""The settings of IRE and SAM, checked, and the two decisions about timing that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
+from lightning_ire.curvature import Curvature, SampledFisher
+from lightning_ire.perturbation import Perturbation
+from lightning_ire.schedule import Start, mask_due
+
+__all__ = ["Recipe"]
+
+
+class Recipe:
+    """What IRE and SAM are to do; the engine reads it anew at each step.
+
+    The arguments, each kept under its own name (the three `start_*` as one `start`), are those of
+    :class:`~lightning_ire.IRE`, which is a recipe itself; a subclass of it may override the two `should_*` methods.
+
+    Raises:
+        ConfigurationError: If an argument is out of range.
+
+    Example:
+        >>> recipe = Recipe(kappa=2.0, gamma=0.8, interval=10, start_step=3)
+        >>> [step for step in range(3, 30) if recipe.should_refresh(step, started_at=3)]
+        [3, 13, 23]
+    """
+
+    def __init__(
+        self,
+        kappa: float = 1.0,
+        gamma: float = 0.9,
+        interval: int = 10,
+        start_step: int | float | None = None,
+        start_epoch: int | None = None,
+        start_loss: float | None = None,
+        curvature: Curvature | None = None,
+        perturbation: Perturbation | None = None,
+        scope: Literal["global", "tensor"] = "global",
+        exclude: str | Sequence[str] | None = None,
+        scale_weight_decay: bool | Literal["only"] = True,
+        exclude_zero_curvature: bool = False,
+        kappa_schedule: Literal["constant", "lr"] = "constant",
+        beta: float = 0.0,
+    ) -> None:
+        self.kappa = check_number("kappa", kappa)
+        self.gamma = check_number("gamma", gamma, high=1.0, low_open=True)
+        self.interval = check_whole("interval", interval, low=1)
+        self.start = Start(start_step, start_epoch, start_loss)
+        self.curvature = _instance("curvature", curvature, Curvature, "SampledFisher()") or SampledFisher()
+        self.perturbation = _instance("perturbation", perturbation, Perturbation, "SAM(rho=0.05)")
+        self.scope = check_choice("scope", scope, ("global", "tensor"))
+        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
+        self.scale_weight_decay = check_switch("scale_weight_decay", scale_weight_decay, "only")
+        self.exclude_zero_curvature = bool(exclude_zero_curvature)
+        self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr"))
+        self.beta = check_number("beta", beta, high=1.0, high_open=True)
+
+    def should_refresh(self, step: int, started_at: int) -> bool:
+        """Whether the mask is to be made at this step: the place to change the timing.
+
+        Args:
+            step: Zero-based count of the optimizer's real steps.
+            started_at: Step at which its boost was switched on.
+        """
+        return mask_due(step, started_at, self.interval)
+
+    def should_perturb(self, step: int) -> bool:
+        """Whether the gradient of this step is taken at moved weights.
+
+        Args:
+            step: Zero-based count of real optimizer steps.
+        """
+        return self.perturbation is not None and step % self.perturbation.interval == 0
+
+
+def _instance(name: str, value: Any, kind: type, example: str) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise ConfigurationError(f"Expected `{name}` to be a {kind.__name__} such as {example}, got {value!r}.")
+    return value
