@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from workloads import finish, machine, turns
 
-from lightning_ire.callbacks._boost import OldWeights, boost
+from lightning_ire.engine.boost import WeightSnapshot, boost
 from lightning_ire.functional import flat_masks, perturbed, sam_displacement
 
 MILLION = 1_000_000
@@ -78,8 +78,8 @@ def step_pair(
     names = {id(parameter): str(index) for index, parameter in enumerate(parameters)}
     masks = {str(index): torch.rand_like(parameter) < GAMMA for index, parameter in enumerate(parameters)}
 
-    def save() -> OldWeights:
-        return OldWeights.save(optimizer, names, masks, {}, False)
+    def save() -> WeightSnapshot:
+        return WeightSnapshot.take(optimizer, names, masks, {}, False)
 
     def boosted() -> None:
         weights = save()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_ire._checks import ConfigurationError
-    from lightning_ire._torch import in_extra_pass
     from lightning_ire.callbacks.ire import IRE
     from lightning_ire.callbacks.sharpness_monitor import SharpnessMonitor
     from lightning_ire.curvature import (
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
         SampledFisher,
         SecondMoment,
     )
+    from lightning_ire.engine._torch import in_extra_pass
     from lightning_ire.perturbation import SAM, AdversarialModelPerturbation, Ascent, AverageSAM, Perturbation
 
 __version__ = "0.1.0"
@@ -42,7 +42,7 @@ __all__ = [
 
 _MODULES = {
     "_checks": ("ConfigurationError",),
-    "_torch": ("in_extra_pass",),
+    "engine._torch": ("in_extra_pass",),
     "callbacks": ("IRE", "SharpnessMonitor"),
     "curvature": ("Curvature", "EmpiricalFisher", "HutchinsonHessian", "RandomMask", "SampledFisher", "SecondMoment"),
     "perturbation": ("SAM", "AdversarialModelPerturbation", "Ascent", "AverageSAM", "Perturbation"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
@@ -35,7 +35,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._torch import in_extra_pass
+from lightning_ire.engine._torch import in_extra_pass
 
 __all__ = [
     "ConfigWins",
@@ -47,7 +47,6 @@ __all__ = [
     "full_precision_step",
     "loaded_fit_loop",
     "logger_step",
-    "loss_of",
     "loss_scale",
     "moved_batch",
     "muted_logging",
@@ -266,11 +265,6 @@ class ConfigWins:
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning's own lets a checkpoint's hyper-parameters override config and flags in silence."""
-
-
-def loss_of(output: Any) -> Tensor | None:
-    """The loss in what `training_step` returned (a tensor, a mapping with "loss", or ``None``)."""
-    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def loss_scale(trainer: pl.Trainer) -> float:

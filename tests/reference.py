@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ire.callbacks._window import mixed_seed
+from lightning_ire.functional.seeds import mixed_seed
 
 
 @dataclass

@@ -30,8 +30,8 @@ from lightning_ire import (
     tags,
 )
 from lightning_ire._checks import check_number
-from lightning_ire.callbacks._masks import FlatMasks
-from lightning_ire.callbacks._progress import Progress
+from lightning_ire.engine.masks import FlatMasks
+from lightning_ire.engine.state import Progress
 
 BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "kappa": ({"kappa": -1}, r"Expected `kappa` to be a number >= 0, got -1\."),

@@ -33,9 +33,9 @@ from lightning_ire import (
     SecondMoment,
     in_extra_pass,
 )
-from lightning_ire.callbacks._window import mixed_seed
 from lightning_ire.curvature import hutchinson
 from lightning_ire.functional import rademacher
+from lightning_ire.functional.seeds import mixed_seed
 
 
 class Custom(Classifier):

@@ -39,8 +39,8 @@ from lightning_ire import (
     SharpnessMonitor,
     in_extra_pass,
 )
-from lightning_ire._torch import extra_pass
-from lightning_ire.callbacks._module_state import MovingWeights, modules_of
+from lightning_ire.engine._torch import extra_pass
+from lightning_ire.engine.module_state import MovingWeights, modules_of
 
 FRACTION = {"kappa": 1e-3, "interval": 1, "curvature": SampledFisher(fraction=0.5)}
 PASSES: dict[str, Callable[[], pl.Callback]] = {
@@ -203,7 +203,7 @@ def test_a_backbone_is_not_copied_in_every_step() -> None:
     optimizer = module.make_optimizer(module)
     moving = MovingWeights(module, [optimizer])
     assert len(moving.parameters()) == 6
-    assert moving.host, "in host memory"
+    assert moving.offload, "in host memory"
     for _ in range(3):
         with moving.watched(), torch.no_grad():
             in_data(module.teacher, module.net)
@@ -213,7 +213,7 @@ def test_a_backbone_is_not_copied_in_every_step() -> None:
     teacher = {id(parameter) for parameter in module.teacher.parameters()}
     assert {id(parameter) for parameter in moving.parameters(trained=False)} == teacher
     assert {id(parameter) for parameter in moving.parameters()} == teacher | {id(p) for p in module.net.parameters()}
-    assert not moving.host
+    assert not moving.offload
     student = Momentum()
     few = MovingWeights(student, [cases.sgd(student)]).parameters()
     assert {id(parameter) for parameter in few} == {id(parameter) for parameter in student.keys.parameters()}

@@ -13,9 +13,10 @@ from lightning.pytorch.cli import LightningCLI
 from matrix import Rows
 from torch.overrides import TorchFunctionMode
 
-from lightning_ire import IRE, SAM, _lightning, _torch, in_extra_pass
+from lightning_ire import IRE, SAM, _lightning, in_extra_pass
 from lightning_ire._lightning import Takeover, muted_logging, own_method, will_log
 from lightning_ire.cli import IRECLI
+from lightning_ire.engine import _torch
 
 
 class Order(pl.Callback):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_ire.callbacks._boost import OldWeights, boost
+from lightning_ire.engine.boost import WeightSnapshot, boost
 from lightning_ire.functional import masks_and_threshold, perturbed, sam_displacement
 
 PIECE = 1 << 18  # elements that are looked at together on a CPU
@@ -40,7 +40,7 @@ def kept_step(tensors: list[Tensor]) -> Operations:
     names = {id(parameter): str(index) for index, parameter in enumerate(parameters)}
     masks = {str(index): torch.ones_like(tensor, dtype=torch.bool) for index, tensor in enumerate(tensors)}
     with Operations() as seen:
-        weights = OldWeights.save(optimizer, names, masks, {}, False)
+        weights = WeightSnapshot.take(optimizer, names, masks, {}, False)
         boost(optimizer, weights, 1.0, None, True, False)
     return seen
     return seen

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire import tags
-from lightning_ire.callbacks._masks import FlatMasks
+from lightning_ire.engine.masks import FlatMasks
 from lightning_ire.functional import flat_masks, flat_threshold, pack_mask
 
 BETA, GAMMA = 0.9, 0.5

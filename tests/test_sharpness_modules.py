@@ -36,8 +36,8 @@ from torch.utils.data import (
 
 from lightning_ire import SharpnessMonitor, tags
 from lightning_ire.callbacks._measurement import QUANTITIES
-from lightning_ire.callbacks._window import mixed_seed
 from lightning_ire.functional import rademacher, seeded
+from lightning_ire.functional.seeds import mixed_seed
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore::UserWarning:lightning\."),

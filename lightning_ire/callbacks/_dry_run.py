@@ -9,10 +9,12 @@ from torch import Tensor
 
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import step_arguments
+from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._probe import Probe
-from lightning_ire.callbacks._progress import Progress
-from lightning_ire.callbacks._stepper import Stepper, named_parameters
+from lightning_ire.engine.optimizers import named_parameters
 from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.state import Progress
+from lightning_ire.engine.step import OptimizerStep
 
 __all__ = ["flat_table", "show_mask"]
 
@@ -36,7 +38,8 @@ def show_mask(recipe: Recipe, step: int, trainer: pl.Trainer, module: pl.Lightni
         )
     progress = Progress.new(recipe)
     progress.step, progress.started_at, progress.retry = step, step, True
-    stepper = Stepper(recipe, progress, trainer, module, trainer.optimizers[0], step)
+    host, optimizers = LightningHost(trainer, module), trainer.optimizers
+    stepper = OptimizerStep(recipe, progress, host, module, optimizers[0], optimizers, step)
     try:
         window = stepper.open_window(module.training_step, replays=True)
         batches = Probe.first(trainer.train_dataloader, trainer.accumulate_grad_batches)

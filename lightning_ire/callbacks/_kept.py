@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import functools
 import io
-import random
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -16,7 +15,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-__all__ = ["kept", "rewound"]
+from lightning_ire.functional.state import rewound
+
+__all__ = ["kept"]
 
 _DATA = 10_000  # elements: a container of more is data; it is put back itself, what is in it is not looked at
 _LARGE = 1 << 20  # bytes: a tensor or array of more is data
@@ -85,28 +86,6 @@ def _look_at(one: Any, undo: list[Undo]) -> list[Any]:
     else:
         return _parts_of_object(one, undo)
     return []
-
-
-def rewound(generator: Any) -> Undo | None:
-    """What puts a random generator of torch, Python or numpy back; ``None`` for anything else.
-
-    Args:
-        generator: Any object.
-    """
-    numpy = sys.modules.get("numpy")
-    if isinstance(generator, torch.Generator):
-        return functools.partial(generator.set_state, generator.get_state())
-    if isinstance(generator, random.Random):
-        return functools.partial(generator.setstate, generator.getstate())
-    if numpy is None:
-        return None
-    if isinstance(generator, numpy.random.Generator):
-        generator = generator.bit_generator
-    if isinstance(generator, numpy.random.BitGenerator):
-        return functools.partial(setattr, generator, "state", generator.state)
-    if isinstance(generator, numpy.random.RandomState):
-        return functools.partial(generator.set_state, generator.get_state(legacy=False))
-    return None
 
 
 def _refill(tensor: Tensor, before: Tensor) -> None:

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from lightning_ire._lightning import (
     full_precision_step,
-    loss_of,
     own_method,
     step_arguments,
     unsynchronized,
 )
-from lightning_ire._torch import differentiable_once
-from lightning_ire.callbacks._module_state import AttributeState, ModuleState, few_of, modules_of, weights_of
-from lightning_ire.callbacks._no_trace import devices_of, no_trace, without_inference_tensors
+from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._probe import Probe
-from lightning_ire.callbacks._window import mixed_seed
 from lightning_ire.curvature.tap import LossTap, factors_in, known_losses
+from lightning_ire.engine._torch import differentiable_once
+from lightning_ire.engine.module_state import AttributeState, ModuleState, few_of, modules_of, weights_of
+from lightning_ire.engine.no_trace import devices_of, no_trace, without_inference_tensors
+from lightning_ire.engine.window import loss_of
 from lightning_ire.functional import (
     as_real,
     finite_difference_product,
@@ -39,6 +39,7 @@ from lightning_ire.functional import (
     twice_differentiable,
     widest_dtype,
 )
+from lightning_ire.functional.seeds import mixed_seed
 
 __all__ = ["Landscape", "MeasurementError", "agreed", "measuring"]
 
@@ -58,13 +59,14 @@ class MeasurementError(RuntimeError):
 
 
 @contextmanager
-def measuring(module: pl.LightningModule) -> Iterator[None]:
+def measuring(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     """Inside the block the module can be differentiated twice; after it there is no trace of what was done.
 
     Autograd is on whatever Lightning has switched off, attention uses the math kernel, recurrent layers do without
     cuDNN, compiled parts run uncompiled.
 
     Args:
+        trainer: The trainer.
         module: The module.
 
     Yields:
@@ -72,7 +74,8 @@ def measuring(module: pl.LightningModule) -> Iterator[None]:
     """
     with ExitStack() as stack:
         # outermost: in validation things are put back in inference mode; whatever the module moves, and when
-        stack.enter_context(no_trace(module, weights=weights_of(modules_of(module)), host=True))
+        weights = weights_of(modules_of(module))
+        stack.enter_context(no_trace(module, LightningHost(trainer, module), weights=weights, offload=True))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         without_inference_tensors(module)

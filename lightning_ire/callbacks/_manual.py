@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import Patches, unsynchronized
-from lightning_ire._torch import gradient_marks, graph_number
-from lightning_ire.callbacks._module_state import ModuleState
-from lightning_ire.callbacks._no_trace import Replay, no_trace_on_the_graph
-from lightning_ire.callbacks._progress import Progress
-from lightning_ire.callbacks._stepper import Stepper
-from lightning_ire.callbacks._window import AccumulationWindow
+from lightning_ire._lightning import Patches
+from lightning_ire.callbacks._host import LightningHost
+from lightning_ire.callbacks._tensorboard import write_logs
 from lightning_ire.curvature import MicroBatch
 from lightning_ire.curvature.tap import known_losses
+from lightning_ire.engine._torch import gradient_marks, graph_number
+from lightning_ire.engine.module_state import ModuleState
+from lightning_ire.engine.no_trace import Replay, no_trace_on_the_graph
 from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.state import Progress
+from lightning_ire.engine.step import OptimizerStep
+from lightning_ire.engine.window import AccumulationWindow
 
 __all__ = ["ManualSession"]
 
@@ -36,7 +38,7 @@ _EARLIER = "a closure that goes backward through a forward pass made before it"
 _SIGNS_OF_AN_EARLIER_GRAPH = ("backward through the graph a second time", "modified by an inplace operation")
 
 
-class ManualStepper(Stepper):
+class ManualStep(OptimizerStep):
     """An optimizer that the module steps by itself."""
 
     window: AccumulationWindow | None = None
@@ -44,6 +46,10 @@ class ManualStepper(Stepper):
     warned = False
     zeroed = False
     warned_of_gradients = False
+
+    def __init__(self, *args: Any, trainer: pl.Trainer) -> None:
+        super().__init__(*args)
+        self.trainer = trainer
 
     @property
     def moment(self) -> int:
@@ -56,7 +62,7 @@ class ManualStepper(Stepper):
         """All of the optimizer's: which of them are frozen may change between two backward passes (`toggle_model`)."""
         return list({id(p): p for group in self.optimizer.param_groups for p in group["params"]}.values())
 
-    def _finished(self, optimizer: Optimizer) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         active = self.progress.started_at is not None or self.recipe.perturbation is not None
         if active and not self.inside and not self.warned:
             self.warned = True
@@ -64,7 +70,7 @@ class ManualStepper(Stepper):
                 f"{type(optimizer).__name__} was stepped directly, without IRE and without a perturbation: step what "
                 "`self.optimizers()` returns."
             )
-        super()._finished(optimizer)
+        super()._after_step(optimizer)
 
 
 class ManualSession:
@@ -88,8 +94,9 @@ class ManualSession:
     ) -> None:
         self.trainer = trainer
         self.module = module
+        self.host = LightningHost(trainer, module)
         self.steppers = [
-            ManualStepper(recipe, progress, trainer, module, optimizer, first_step)
+            ManualStep(recipe, progress, self.host, module, optimizer, trainer.optimizers, first_step, trainer=trainer)
             for progress, optimizer in zip(progresses, trainer.optimizers, strict=True)
         ]
         self.patches: Patches | None = None
@@ -147,7 +154,7 @@ class ManualSession:
         finally:
             self._call = None
 
-    def _open(self, stepper: ManualStepper) -> None:
+    def _open(self, stepper: ManualStep) -> None:
         """Open the window of the optimizer's next step, and let its estimate watch this `training_step`."""
         if not stepper.switch_on():
             return
@@ -197,7 +204,7 @@ class ManualSession:
     def after_backward(self) -> None:
         """Nothing to do: weights are moved and put back around the closure."""
 
-    def _around_zero_grad(self, stepper: ManualStepper, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _around_zero_grad(self, stepper: ManualStep, original: Callable[..., Any]) -> Callable[..., Any]:
         def zero_grad(*args: Any, **kwargs: Any) -> Any:
             stepper.zeroed = True
             window = stepper.window
@@ -208,7 +215,7 @@ class ManualSession:
 
         return zero_grad
 
-    def _around_step(self, stepper: ManualStepper, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _around_step(self, stepper: ManualStep, original: Callable[..., Any]) -> Callable[..., Any]:
         def step(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
             if self._call is None or not stepper.switch_on():
                 return original(closure, **kwargs)
@@ -225,17 +232,13 @@ class ManualSession:
                 self._moved.close()
                 stepper.inside = False
                 stepper.window = None
-                stepper.forget_old()
+                stepper.drop_snapshot()
                 self._open(stepper)
 
         return step
 
-    def _whole_closure(
-        self, stepper: ManualStepper, window: AccumulationWindow, closure: Callable[[], Any] | None
-    ) -> Any:
+    def _whole_closure(self, stepper: ManualStep, window: AccumulationWindow, closure: Callable[[], Any] | None) -> Any:
         """The module's closure, the mask at theta_t, the gradient at the moved weights, the copy of the old weights."""
-        stepper.logs = {}
-        copies: dict[int, Tensor] = {}
         result = None
         state = None
         if window.perturbation is not None and window.unmoved:
@@ -245,14 +248,13 @@ class ManualSession:
             with torch.enable_grad(), ExitStack() as around:
                 if not window.unmoved:
                     around.enter_context(window.moved())
-                around.enter_context(nullcontext() if window.synchronized else unsynchronized(self.trainer.strategy))
+                around.enter_context(nullcontext() if window.synchronized else self.host.no_sync())
                 around.enter_context(window.training_pass())
                 result = self._checked(stepper, window, closure)
-        if window.estimate is not None:
-            stepper.refresh(window)
+        second_pass = None
         if state is not None and closure is not None:
-            copies = stepper.climb(window, self._moved, partial(self._second_pass, stepper, window, closure, state))
-        stepper.save_old(copies)
+            second_pass = partial(self._second_pass, stepper, window, closure, state)
+        stepper.finish_gradient(window, self._moved, second_pass)
         return result
 
     def _incomplete(self, window: AccumulationWindow, got: str) -> ConfigurationError:
@@ -262,7 +264,7 @@ class ManualSession:
             "manual_backward), so that it can be taken again at moved weights."
         )
 
-    def _checked(self, stepper: ManualStepper, window: AccumulationWindow, closure: Callable[[], Any]) -> Any:
+    def _checked(self, stepper: ManualStep, window: AccumulationWindow, closure: Callable[[], Any]) -> Any:
         """The module's closure; for a perturbation, which moves the weights around it, it has to do all the work."""
         if window.perturbation is None:
             return closure()
@@ -297,7 +299,7 @@ class ManualSession:
 
     def _second_pass(
         self,
-        stepper: ManualStepper,
+        stepper: ManualStep,
         window: AccumulationWindow,
         closure: Callable[[], Any],
         state: tuple[ModuleState, Replay],
@@ -305,7 +307,7 @@ class ManualSession:
     ) -> Tensor | None:
         """The closure once more, as it ran the first time; the loss it returned, if any."""
         self._extra_pass = True
-        around = nullcontext() if final or window.synchronized else unsynchronized(self.trainer.strategy)
+        around = nullcontext() if final or window.synchronized else self.host.no_sync()
         try:
             with torch.enable_grad(), window.no_trace(), window.fresh_gradients(final), around:
                 for part in state:
@@ -318,4 +320,4 @@ class ManualSession:
     def write_logs(self) -> None:
         """The first optimizer's values under the plain tags, the others' with a suffix."""
         for index, stepper in enumerate(self.steppers):
-            stepper.write_logs(f"/optimizer_{index}" if index else "")
+            write_logs(self.trainer, self.module, stepper, f"/optimizer_{index}" if index else "")

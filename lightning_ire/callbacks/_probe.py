@@ -27,7 +27,7 @@ from torch.utils.data import (
 
 from lightning_ire._lightning import moved_batch
 from lightning_ire.callbacks._kept import kept
-from lightning_ire.callbacks._no_trace import devices_of
+from lightning_ire.engine.no_trace import devices_of
 from lightning_ire.functional import seeded
 
 __all__ = ["Probe", "probe_loader"]

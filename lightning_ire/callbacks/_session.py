@@ -15,16 +15,17 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import Takeover, loss_of, unsynchronized
-from lightning_ire._torch import gradient_marks
-from lightning_ire.callbacks._no_trace import no_trace_on_the_graph
-from lightning_ire.callbacks._progress import Progress
-from lightning_ire.callbacks._stepper import Stepper
-from lightning_ire.callbacks._window import AccumulationWindow
+from lightning_ire._lightning import Takeover
+from lightning_ire.callbacks._host import LightningHost
+from lightning_ire.callbacks._tensorboard import write_logs
 from lightning_ire.curvature import MicroBatch
+from lightning_ire.engine._torch import gradient_marks
+from lightning_ire.engine.no_trace import no_trace_on_the_graph
 from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.state import Progress
+from lightning_ire.engine.step import OptimizerStep
+from lightning_ire.engine.window import AccumulationWindow, loss_of
 
 __all__ = ["AutomaticSession", "Session"]
 
@@ -75,7 +76,9 @@ class AutomaticSession:
     ) -> None:
         self.trainer = trainer
         self.module = module
-        self.stepper = Stepper(recipe, progresses[0], trainer, module, trainer.optimizers[0], first_step)
+        self.host = LightningHost(trainer, module)
+        optimizers = trainer.optimizers
+        self.step = OptimizerStep(recipe, progresses[0], self.host, module, optimizers[0], optimizers, first_step)
         self.takeover: Takeover | None = None
         self.window: AccumulationWindow | None = None
         self._armed = False
@@ -88,7 +91,7 @@ class AutomaticSession:
         self._close_window()
         if self.takeover is not None:
             self.takeover.remove()
-        self.stepper.release()
+        self.step.release()
 
     def begin_epoch(self) -> None:
         """Lightning drops what an epoch that was cut short had accumulated."""
@@ -96,14 +99,14 @@ class AutomaticSession:
 
     def begin_batch(self) -> None:
         """Switch on when the time has come, and open a window."""
-        if not self.stepper.switch_on():
+        if not self.step.switch_on():
             return
         if self.takeover is None:
             self.takeover = Takeover(self.module, self._training_step, self._closure, self._close_window)
         if self.window is not None and self.window.micro_batches and not self.window.micro_batches[-1].backward_done:
             self.window.micro_batches.pop()  # nothing was back-propagated: no loss, or weight averaging's last epoch
         if self.window is None or not self.window.micro_batches:
-            self.window = self.stepper.open_window(self.takeover.original_training_step)
+            self.window = self.step.open_window(self.takeover.original_training_step)
         self._armed = True
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -155,20 +158,16 @@ class AutomaticSession:
         if window.stepped:
             raise ConfigurationError(
                 "Expected an optimizer that runs its closure once per step, got "
-                f"{type(self.stepper.optimizer).__name__}, which runs it again at weights that it moved itself: use "
+                f"{type(self.step.optimizer).__name__}, which runs it again at weights that it moved itself: use "
                 "another optimizer or remove the callback."
             )
-        with nullcontext() if window.synchronized else unsynchronized(self.trainer.strategy):
+        with nullcontext() if window.synchronized else self.host.no_sync():
             result = closure()
         if not window.back_propagated:
             return result
         window.stepped = True
         self._refuse_edited_gradients(window)
-        self.stepper.logs = {}
-        if window.estimate is not None:
-            self.stepper.refresh(window)
-        copies = self._perturbed_gradient(window) if window.perturbation is not None else {}
-        self.stepper.save_old(copies)
+        self.step.finish_gradient(window, self._moved, window.second_pass)
         return result
 
     def _refuse_edited_gradients(self, window: AccumulationWindow) -> None:
@@ -184,18 +183,11 @@ class AutomaticSession:
                 "replaces them by those at the moved weights: move the edit."
             )
 
-    def _perturbed_gradient(self, window: AccumulationWindow) -> dict[int, Tensor]:
-        """Replace the gradients by those at the moved weights; returns the copies of the weights that this made."""
-        if not window.unmoved:
-            self.stepper.logs[tags.PERTURBED_LOSS] = window.mean_loss()
-            return {}
-        return self.stepper.climb(window, self._moved, window.second_pass)
-
     def _close_window(self) -> None:
         self._moved.close()
         self.window = self._live = None
-        self.stepper.forget_old()
+        self.step.drop_snapshot()
 
     def write_logs(self) -> None:
         """After a step whose training metrics Lightning is about to write."""
-        self.stepper.write_logs()
+        write_logs(self.trainer, self.module, self.step)

@@ -14,6 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lightning_ire.callbacks._landscape import Landscape
 from lightning_ire.callbacks.ire import IRE
+from lightning_ire.engine.optimizers import decay_is_decoupled
 from lightning_ire.functional import (
     adam_limit,
     as_real,
@@ -125,8 +126,7 @@ class StepGeometry:
                     lengthened = torch.stack([lengthened.real] * 2, dim=-1)
                 size = float(group["lr"]) * lengthened.to(wide) / _preconditioner(optimizer, parameter, group)
                 sizes[id(parameter)] = size.broadcast_to(real.shape)
-                decoupled = type(optimizer) is AdamW or group.get("decoupled_weight_decay", False)
-                added = 0.0 if decoupled else float(group["weight_decay"])
+                added = 0.0 if decay_is_decoupled(optimizer, group) else float(group["weight_decay"])
                 decays[id(parameter)] = torch.tensor(added, dtype=wide).broadcast_to(real.shape)
         step_sizes = flatten_like([sizes.get(id(p)) for p in landscape.parameters], landscape.coordinates)
         decay = flatten_like([decays.get(id(p)) for p in landscape.parameters], landscape.coordinates)

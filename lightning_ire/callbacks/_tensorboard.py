@@ -11,9 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_ire import tags
-from lightning_ire._lightning import logger_step
+from lightning_ire._lightning import logger_step, will_log
+from lightning_ire.engine.step import OptimizerStep
 
-__all__ = ["layer_fractions", "loggers_of", "tensorboards"]
+__all__ = ["loggers_of", "tensorboards", "write_logs"]
 
 
 def loggers_of(trainer: pl.Trainer) -> list[Any]:
@@ -34,14 +35,24 @@ def tensorboards(trainer: pl.Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in loggers_of(trainer) if isinstance(logger, TensorBoardLogger)]
 
 
-def layer_fractions(trainer: pl.Trainer, masks: Mapping[str, Tensor], suffix: str = "") -> None:
-    """Write the histogram of the flat fractions of the parameter tensors, each tensor counted once.
+def write_logs(trainer: pl.Trainer, module: pl.LightningModule, step: OptimizerStep, suffix: str = "") -> None:
+    """After a batch whose training metrics Lightning is about to write: log what its step has to say.
 
     Args:
-        trainer: The trainer, at the end of a batch.
-        masks: Masks by parameter name.
-        suffix: Added to the tag, to tell several optimizers apart.
+        trainer: The trainer.
+        module: The module being trained.
+        step: The optimizer's.
+        suffix: Added to the tags, to tell several optimizers apart.
     """
+    logs = step.take_logs(wanted=not trainer.barebones and will_log(trainer))
+    for tag, value in logs.items():
+        module.log(tag + suffix, value, on_step=True, on_epoch=False, batch_size=1)
+    if logs and (masks := step.progress.masks.take_new()):
+        _layer_fractions(trainer, masks, suffix)
+
+
+def _layer_fractions(trainer: pl.Trainer, masks: Mapping[str, Tensor], suffix: str) -> None:
+    """Write the histogram of the flat fractions of the parameter tensors, each tensor counted once."""
     loggers = tensorboards(trainer) if masks else []
     if not loggers:
         return

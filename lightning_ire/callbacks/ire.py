@@ -15,19 +15,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import check_supported, loss_of
+from lightning_ire._lightning import check_supported
 from lightning_ire._run_length import batches_of_run, steps_of_run
-from lightning_ire.callbacks._boost import check_decoupled_decay, check_groups, learning_rates
 from lightning_ire.callbacks._dry_run import flat_table, show_mask
 from lightning_ire.callbacks._hyper_parameters import HyperParameters
 from lightning_ire.callbacks._manual import ManualSession
-from lightning_ire.callbacks._progress import STATE_VERSION, Progress, check_version
 from lightning_ire.callbacks._session import AutomaticSession, Session
-from lightning_ire.callbacks._stepper import named_parameters, trainable_parameters
 from lightning_ire.curvature import Curvature
+from lightning_ire.engine.boost import kappas_of_groups
+from lightning_ire.engine.optimizers import (
+    check_decoupled_decay,
+    check_groups,
+    named_parameters,
+    trainable_parameters,
+)
 from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.state import STATE_VERSION, Progress, check_version
+from lightning_ire.engine.window import loss_of
 from lightning_ire.perturbation import Perturbation
-from lightning_ire.schedule import scheduled_kappas
 
 __all__ = ["IRE"]
 
@@ -181,9 +186,8 @@ class IRE(Recipe, Callback):
         progress = self._progresses[min(index, len(self._progresses) - 1)]
         if self.kappa == 0 or progress.started_at is None:
             return {}
-        kappas = [self.kappa] * len(optimizer.param_groups)
-        if self.kappa_schedule == "lr" and progress.peak_lrs:
-            kappas = scheduled_kappas(self.kappa, learning_rates(optimizer), progress.peak_lrs)
+        peak_lrs = progress.peak_lrs if self.kappa_schedule == "lr" and progress.peak_lrs else None
+        kappas = kappas_of_groups(optimizer, self.kappa, peak_lrs)
         names = {id(parameter): name for name, parameter in named_parameters(module, optimizer).items()}
         return {
             id(parameter): 1 + kappa * progress.masks.masks[names[id(parameter)]].to(parameter)

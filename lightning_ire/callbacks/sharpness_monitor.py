@@ -17,13 +17,14 @@ from tqdm.auto import tqdm
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire._lightning import check_strategy, logger_step
+from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._hyper_parameters import HyperParameters
 from lightning_ire.callbacks._landscape import Landscape, MeasurementError, agreed, measuring
 from lightning_ire.callbacks._measurement import BASIS, QUANTITIES, Measurement, Quantity, Settings, measure, most_work
-from lightning_ire.callbacks._no_trace import no_trace
 from lightning_ire.callbacks._probe import Probe, probe_loader
 from lightning_ire.callbacks._report import figures
 from lightning_ire.callbacks._step_geometry import find_ire
+from lightning_ire.engine.no_trace import no_trace
 
 __all__ = ["SharpnessMonitor"]
 
@@ -202,7 +203,8 @@ class SharpnessMonitor(Callback):
         """Say what a measurement will cost."""
         self._record.ready()
         loader, drawable = None, True
-        with no_trace(pl_module), suppress(Exception):  # the user's code: what fails is said by the measurement
+        host = LightningHost(trainer, pl_module)
+        with no_trace(pl_module, host), suppress(Exception):  # what fails in the user's code, the measurement will say
             loader, drawable = probe_loader(trainer, pl_module)
         self._recording = not drawable and loader is trainer.train_dataloader
         if self._recording:
@@ -291,7 +293,7 @@ class SharpnessMonitor(Callback):
             The numbers by log tag, and what was skipped and why.
         """
         empty = Measurement(trainer.global_step)
-        with measuring(module):
+        with measuring(trainer, module):
             try:
                 probe = self._probe_of(trainer, module)
             except MeasurementError as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_ire.functional._foreach import copied, copy_
 
-__all__ = ["BufferState", "RandomState", "kept_buffers", "overwrite_", "seeded"]
+__all__ = ["BufferState", "RandomState", "kept_buffers", "overwrite_", "rewound", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -172,3 +173,25 @@ def overwrite_(tensors: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
 def _overlaps_itself(tensor: Tensor) -> bool:
     """Whether elements share memory (`expand`): torch lets nobody write to such a tensor, so it cannot have changed."""
     return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def rewound(generator: Any) -> Callable[[], Any] | None:
+    """What puts a random generator of torch, Python or numpy back; ``None`` for anything else.
+
+    Args:
+        generator: Any object.
+    """
+    numpy = sys.modules.get("numpy")
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    if numpy is None:
+        return None
+    if isinstance(generator, numpy.random.Generator):
+        generator = generator.bit_generator
+    if isinstance(generator, numpy.random.BitGenerator):
+        return functools.partial(setattr, generator, "state", generator.state)
+    if isinstance(generator, numpy.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state(legacy=False))
+    return None

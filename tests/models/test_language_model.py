@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ire import IRE, SAM, ConfigurationError, SampledFisher, SharpnessMonitor
-from lightning_ire.callbacks._window import mixed_seed
+from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.models import LanguageModel, Llama, Transformer
 
 VOCAB, LENGTH = 11, 6

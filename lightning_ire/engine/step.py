@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import will_log
-from lightning_ire._torch import run_first
-from lightning_ire.callbacks._boost import OldWeights, boost
-from lightning_ire.callbacks._module_state import MovingWeights
-from lightning_ire.callbacks._no_trace import devices_of
-from lightning_ire.callbacks._progress import Progress
-from lightning_ire.callbacks._tensorboard import layer_fractions
-from lightning_ire.callbacks._window import AccumulationWindow, mixed_seed
+from lightning_ire.engine._torch import run_first
+from lightning_ire.engine.boost import WeightSnapshot, boost
+from lightning_ire.engine.collectives import warn_on_rank_zero
+from lightning_ire.engine.host import Host
+from lightning_ire.engine.module_state import MovingWeights
+from lightning_ire.engine.no_trace import devices_of
+from lightning_ire.engine.optimizers import named_parameters, parameters_that_fit, trainable_parameters
 from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.state import Progress
+from lightning_ire.engine.window import AccumulationWindow
 from lightning_ire.functional import perturbed
+from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.perturbation import Perturbation
 
-__all__ = ["Stepper", "named_parameters", "trainable_parameters"]
+__all__ = ["OptimizerStep"]
 
 _PATIENCE = 20  # a GradScaler that starts too high overflows less often
 
 
-class Stepper:
+class OptimizerStep:
     """Counts the real steps of one optimizer and boosts them.
 
     Args:
         recipe: The settings.
         progress: The optimizer's state that outlives the fit.
-        trainer: The trainer.
+        host: The loop.
         module: The module being trained.
         optimizer: The optimizer.
+        optimizers: All optimizers of the module.
         first_step: Optimizer step at which the boost starts, where that is known.
 
     Attributes:
@@ -52,22 +52,23 @@ class Stepper:
         self,
         recipe: Recipe,
         progress: Progress,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
+        host: Host,
+        module: nn.Module,
         optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         first_step: int | None,
     ) -> None:
         self.recipe = recipe
         self.progress = progress
-        self.trainer = trainer
+        self.host = host
         self.module = module
         self.optimizer = optimizer
         self.first_step = first_step
         self.devices = devices_of(module)
-        self.moving = MovingWeights(module, trainer.optimizers)
+        self.moving = MovingWeights(module, optimizers)
         self.logs: dict[str, Tensor | float] = {}
         self._names = self._current_names()
-        self._old: OldWeights | None = None
+        self._snapshot: WeightSnapshot | None = None
         self._depth = self._failures = 0
         self._hooks = [
             optimizer.register_step_pre_hook(self._stepping),
@@ -78,7 +79,7 @@ class Stepper:
         """Take the hooks away."""
         for hook in self._hooks:
             hook.remove()
-        self.forget_old()
+        self.drop_snapshot()
 
     def switch_on(self) -> bool:
         """Switch the boost on when the time has come.
@@ -88,7 +89,7 @@ class Stepper:
         """
         recipe, progress = self.recipe, self.progress
         pending = recipe.kappa > 0 and progress.started_at is None
-        if pending and recipe.start.reached(self.moment, self.trainer.current_epoch, self.first_step):
+        if pending and recipe.start.reached(self.moment, self.host.epoch, self.first_step):
             progress.started_at = progress.step
         return progress.started_at is not None or recipe.perturbation is not None
 
@@ -120,7 +121,7 @@ class Stepper:
         perturbs = self.recipe.should_perturb(progress.step)
         perturbation: Perturbation | None = self.recipe.perturbation if perturbs else None
         window = AccumulationWindow(
-            self.trainer,
+            self.host,
             self.module,
             training_step,
             self.optimizer,
@@ -151,19 +152,46 @@ class Stepper:
         self._failures = self._failures + 1 if values is None else 0
         if values is None:
             if self._failures == _PATIENCE:
-                rank_zero_warn(
+                warn_on_rank_zero(
                     f"{self.recipe.curvature!r} had no finite estimate in {_PATIENCE} steps, up to step "
                     f"{self.progress.step}, so that {'the mask stays' if self.progress.masks.masks else 'no step is'} "
                     f"{'as it was' if self.progress.masks.masks else 'boosted'}: set `curvature` to another one."
                 )
             return
         self._names = self._current_names()
-        excluded = _fitting(self.module, self.recipe.exclude)
+        excluded = parameters_that_fit(self.module, self.recipe.exclude)
         names = [self._names[id(parameter)] for parameter in window.parameters]
         taking_part = [None if id(p) in excluded else h for p, h in zip(window.parameters, values, strict=True)]
         self.progress.masks.refresh(names, taking_part)
 
-    def climb(
+    def finish_gradient(
+        self,
+        window: AccumulationWindow,
+        moved: ExitStack,
+        second_pass: Callable[[bool], Tensor | None] | None,
+    ) -> None:
+        """What comes between the gradients at theta_t and the optimizer's step, in this order.
+
+        The mask, of the estimate that watched the window; the gradients at the perturbed weights; the copy of the old
+        weights for the boost, which the hook after the step makes.
+
+        Args:
+            window: The window, whose gradients are in `.grad` now.
+            moved: See :meth:`ascend`.
+            second_pass: See :meth:`ascend`; ``None``: the perturbation is somebody else's business.
+        """
+        self.logs = {}
+        copies: dict[int, Tensor] = {}
+        if window.estimate is not None:
+            self.refresh(window)
+        if window.perturbation is not None and second_pass is not None:
+            if window.unmoved:
+                copies = self.ascend(window, moved, second_pass)
+            else:
+                self.logs[tags.PERTURBED_LOSS] = window.mean_loss()
+        self.snapshot(copies)
+
+    def ascend(
         self, window: AccumulationWindow, moved: ExitStack, second_pass: Callable[[bool], Tensor | None]
     ) -> dict[int, Tensor]:
         """Replace the gradients by those at the moved weights.
@@ -196,7 +224,7 @@ class Stepper:
             self.logs[tags.PERTURBED_LOSS] = loss
         return {id(parameter): copy for parameter, copy in zip(movable, saved, strict=True)}
 
-    def save_old(self, copies: Mapping[int, Tensor]) -> None:
+    def snapshot(self, copies: Mapping[int, Tensor]) -> None:
         """Keep the weights for the boost, as late as possible before the step.
 
         Args:
@@ -204,11 +232,11 @@ class Stepper:
         """
         masks = self.progress.masks.masks
         if masks and self.progress.started_at is not None:
-            self._old = OldWeights.save(self.optimizer, self._names, masks, copies, will_log(self.trainer))
+            self._snapshot = WeightSnapshot.take(self.optimizer, self._names, masks, copies, self.host.will_log)
 
-    def forget_old(self) -> None:
+    def drop_snapshot(self) -> None:
         """The step is over, or did not happen."""
-        self._old = None
+        self._snapshot = None
         self._depth = 0
 
     def _stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -224,9 +252,9 @@ class Stepper:
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth = max(self._depth - 1, 0)
         if self._depth == 0:
-            self._finished(optimizer)
+            self._after_step(optimizer)
 
-    def _finished(self, optimizer: Optimizer) -> None:
+    def _after_step(self, optimizer: Optimizer) -> None:
         """After every real step of the optimizer (a GradScaler skips those that overflowed)."""
         overflow = getattr(optimizer, "found_inf", None)  # fused optimizers are called all the same
         if overflow is not None and float(overflow):
@@ -234,7 +262,7 @@ class Stepper:
         recipe, progress = self.recipe, self.progress
         follows_lr = recipe.kappa_schedule == "lr"
         progress.count_step(optimizer, with_lrs=follows_lr)
-        weights, self._old = self._old, None
+        weights, self._snapshot = self._snapshot, None
         if weights is not None:
             self.logs |= boost(
                 optimizer,
@@ -242,57 +270,22 @@ class Stepper:
                 recipe.kappa,
                 peak_lrs=progress.peak_lrs if follows_lr else None,
                 scale_weight_decay=recipe.scale_weight_decay,
-                with_norms=will_log(self.trainer),
+                with_norms=self.host.will_log,
             )
             self.logs |= progress.masks.logs
 
-    def write_logs(self, suffix: str = "") -> None:
-        """After a batch whose training metrics Lightning is about to write.
+    def take_logs(self, wanted: bool) -> dict[str, Tensor]:
+        """The values of the log after this step, each as it was last; the next step begins with none.
 
         Args:
-            suffix: Added to the tags, to tell several optimizers apart.
+            wanted: Whether they will be written; else nothing is returned.
         """
-        if (self.logs or self.progress.shown) and not self.trainer.barebones and will_log(self.trainer):
-            # Lightning repeats the last value of what is not logged anew; so does a resumed run that knows them all
-            self.progress.shown |= {tag: torch.as_tensor(value) for tag, value in self.logs.items()}
-            for tag, value in self.progress.shown.items():
-                self.module.log(tag + suffix, value, on_step=True, on_epoch=False, batch_size=1)
-            if self.progress.masks.new:
-                layer_fractions(self.trainer, self.progress.masks.masks, suffix)
-                self.progress.masks.new = False
-        self.logs = {}
+        logs, self.logs = self.logs, {}
+        if not wanted:
+            return {}
+        # Lightning repeats the last value of what is not logged anew; so does a resumed run that knows them all
+        self.progress.last_logged |= {tag: torch.as_tensor(value) for tag, value in logs.items()}
+        return self.progress.last_logged
 
     def _current_names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in named_parameters(self.module, self.optimizer).items()}
-
-
-def trainable_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    """The optimizer's parameters that are not frozen, each once.
-
-    Args:
-        optimizer: Any optimizer.
-    """
-    unique = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-    return list(unique.values())
-
-
-def named_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The module's parameters and those that only the optimizer has.
-
-    Args:
-        module: The module being trained.
-        optimizer: Its optimizer.
-    """
-    named = dict(module.named_parameters())
-    known = {id(parameter) for parameter in named.values()}
-    strangers = [p for p in trainable_parameters(optimizer) if id(p) not in known]
-    return named | {f"optimizer.parameter_{index}": parameter for index, parameter in enumerate(strangers)}
-
-
-def _fitting(module: nn.Module, patterns: Sequence[str]) -> set[int]:
-    """Parameters that one of the patterns fits, under any of their names (tied weights have several)."""
-    return {
-        id(parameter)
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    }

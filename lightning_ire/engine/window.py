@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import loss_of, loss_scale, scaled, unsynchronized
-from lightning_ire._torch import differentiable_once
-from lightning_ire.callbacks._module_state import ModuleState, MovingWeights, modules_of
-from lightning_ire.callbacks._no_trace import Replay, no_trace
 from lightning_ire.curvature import Estimate, MicroBatch
+from lightning_ire.engine._torch import differentiable_once
+from lightning_ire.engine.host import Host
+from lightning_ire.engine.module_state import ModuleState, MovingWeights, modules_of
+from lightning_ire.engine.no_trace import Replay, no_trace
 from lightning_ire.functional import perturbed
+from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.perturbation import Ascent, Perturbation
 
-__all__ = ["AccumulationWindow", "mixed_seed"]
+__all__ = ["AccumulationWindow", "loss_of"]
 
 _BUCKET = 1 << 22  # elements per all-reduce
 
@@ -30,9 +29,9 @@ class AccumulationWindow:
     """Remembers the calls of `training_step` that one optimizer step is made of, and runs them again on request.
 
     Args:
-        trainer: The trainer.
+        host: The loop.
         module: The module being trained.
-        training_step: The module's own `training_step`, without our wrapper.
+        training_step: The user's function that makes the loss, beside our wrapper and any distributed one.
         optimizer: The optimizer that is about to step.
         parameters: Its parameters.
         devices: Devices that hold a parameter of the module.
@@ -51,8 +50,8 @@ class AccumulationWindow:
 
     def __init__(
         self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
+        host: Host,
+        module: nn.Module,
         training_step: Callable[..., Any],
         optimizer: Optimizer,
         parameters: list[nn.Parameter],
@@ -64,7 +63,7 @@ class AccumulationWindow:
         replays: bool,
         perturbation: Perturbation | None,
     ) -> None:
-        self.trainer = trainer
+        self.host = host
         self.module = module
         self.training_step = training_step
         self.optimizer = optimizer
@@ -77,7 +76,6 @@ class AccumulationWindow:
         self.micro_batches: list[MicroBatch] = []
         self.estimate: Estimate | None = None
         self.stepped = False
-        self.world_size = trainer.world_size
         self._seed = seed
         self._moving = moving
         self._replays = replays
@@ -104,7 +102,7 @@ class AccumulationWindow:
     def state(self) -> ModuleState:
         """What a pass starts from besides the optimizer's weights and a :class:`Replay`."""
         others = self._moving.parameters(trained=False)
-        return ModuleState(modules_of(self.module), others, self._moving.host)
+        return ModuleState(modules_of(self.module), others, self._moving.offload)
 
     def training_pass(self) -> AbstractContextManager[None]:
         """To be entered for a forward pass of the training itself, at which extra passes look back."""
@@ -113,7 +111,7 @@ class AccumulationWindow:
     def no_trace(self) -> AbstractContextManager[None]:
         """An extra pass of the module inside the block leaves none."""
         weights = self._moving.parameters()
-        return no_trace(self.module, self.devices, weights, self._moving.host)
+        return no_trace(self.module, self.host, self.devices, weights, self._moving.offload)
 
     def keep_gradients(self) -> None:
         """Remember the gradients that are there before the window's first backward pass, usually none."""
@@ -134,20 +132,25 @@ class AccumulationWindow:
         return [micro_batch for micro_batch in self.micro_batches if micro_batch.backward_done]
 
     @property
+    def world_size(self) -> int:
+        """See :class:`~lightning_ire.curvature.Window`."""
+        return self.host.world_size
+
+    @property
     def share(self) -> float:
         """See :class:`~lightning_ire.curvature.Window`."""
-        return 1.0 / self.trainer.accumulate_grad_batches
+        return 1.0 / self.host.micro_batches
 
     @property
     def scale(self) -> float:
         """See :class:`~lightning_ire.curvature.Window`."""
-        return loss_scale(self.trainer)
+        return self.host.loss_scale
 
     @property
     def labels(self) -> torch.Generator:
         """See :class:`~lightning_ire.curvature.Window`."""
         if not hasattr(self, "_labels"):
-            seed = mixed_seed(self._seed, "labels", self.trainer.global_rank)
+            seed = mixed_seed(self._seed, "labels", self.host.rank)
             self._labels = torch.Generator().manual_seed(seed)
         return self._labels
 
@@ -248,15 +251,15 @@ class AccumulationWindow:
             if self._start is not None and micro_batch is self.micro_batches[0]:
                 self._start.restore()
             micro_batch.replay.restore()
-            with self.trainer.precision_plugin.train_step_context(), context:
+            with self.host.autocast(), context:
                 output = (step or self.training_step)(*args, **micro_batch.kwargs)
             yield output if step is not None else loss_of(output)
 
     def second_pass(self, final: bool = True) -> Tensor | None:
         """Forward and backward over the whole window at the current weights; the gradients replace those in `.grad`.
 
-        As Lightning does it: loss divided by the number of micro-batches, scaled for fp16, gradients synchronized in
-        the last backward pass only. The module's own hooks (`on_after_backward`, ...) do not run again.
+        As the loop does it: loss divided by the number of micro-batches, scaled for fp16, gradients synchronized in the
+        last backward pass only. The module's own hooks (`on_after_backward`, ...) do not run again.
 
         Args:
             final: Whether these are the gradients of the step; else they are those of a further ascent.
@@ -264,7 +267,6 @@ class AccumulationWindow:
         Returns:
             The mean loss on this device, detached; ``None`` if no micro-batch has one.
         """
-        strategy = self.trainer.strategy
         losses = []
         todo = self.back_propagated
         synchronized = final or self.synchronized
@@ -272,27 +274,23 @@ class AccumulationWindow:
             if self._start is not None:  # layers may compute with buffers that they change (spectral norm, queues)
                 self._start.restore()
             for index, micro_batch in enumerate(todo):
-                with nullcontext() if synchronized and index == len(todo) - 1 else unsynchronized(strategy):
+                with nullcontext() if synchronized and index == len(todo) - 1 else self.host.no_sync():
                     micro_batch.replay.restore()
-                    loss = loss_of(strategy.training_step(*micro_batch.args, **micro_batch.kwargs))
+                    loss = loss_of(self.host.forward(*micro_batch.args, **micro_batch.kwargs))
                     if loss is None:
                         continue
                     losses.append(loss.detach())
-                    # by the full number in a short last window too, as Lightning does
-                    closure_loss = scaled(self.trainer, loss / self.trainer.accumulate_grad_batches)
-                    strategy.pre_backward(closure_loss)
-                    self._backward(closure_loss)
+                    self._backward(loss)
         return _mean(losses) if losses else None
 
     def _backward(self, loss: Tensor) -> None:
         try:
-            self.module.backward(loss)
+            self.host.backward(loss)
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
                 raise
-            name = type(self.module).__name__
             raise ConfigurationError(
-                f"Expected `{name}.training_step` to make its graph anew at every call, got one that uses a tensor of "
+                f"Expected {self.host.what_steps} to make its graph anew at every call, got one that uses a tensor of "
                 "the first pass again in the second pass of the perturbation: detach what it keeps between calls "
                 "(hidden states, cached features), or compute it inside."
             ) from error
@@ -344,7 +342,7 @@ class AccumulationWindow:
         """See :class:`~lightning_ire.curvature.Window`. Ranks agree beforehand on which parameters have one."""
         if self.world_size == 1:
             return list(gradients)
-        device = self.trainer.strategy.root_device
+        device = self.host.device
         seen = self.total(torch.tensor([gradient is not None for gradient in gradients], dtype=torch.float32))
         result: list[Tensor | None] = [None] * len(gradients)
         bucket: list[int] = []
@@ -372,18 +370,16 @@ class AccumulationWindow:
         """See :class:`~lightning_ire.curvature.Window`."""
         if self.world_size == 1:
             return value
-        moved = value.to(self.trainer.strategy.root_device, copy=True)
-        return self.trainer.strategy.reduce(moved, reduce_op="sum")
+        return self.host.all_reduce_sum(value.to(self.host.device, copy=True))
 
 
-def mixed_seed(*parts: object) -> int:
-    """A 62-bit seed from any parts: neighbouring steps or ranks give unrelated streams, the same on every machine.
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what the user's function returned: a tensor, a mapping with "loss", or ``None``.
 
     Args:
-        *parts: Integers and strings.
+        output: What it returned.
     """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2
+    return output.get("loss") if isinstance(output, Mapping) else output
 
 
 def _mean(losses: Sequence[Tensor]) -> Tensor:

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
-from lightning_ire._torch import change_marks, own_parameters, uncounted_changes
-from lightning_ire.callbacks._kept import rewound
+from lightning_ire.engine._torch import change_marks, own_parameters, uncounted_changes
 from lightning_ire.functional import BufferState, in_double
-from lightning_ire.functional.state import overwrite_
+from lightning_ire.functional.state import overwrite_, rewound
 
-__all__ = ["AttributeState", "ModuleState", "MovingWeights", "few_of", "modules_of", "weights_of"]
+__all__ = ["AttributeState", "ModuleState", "MovingWeights", "few_of", "is_metric", "modules_of", "weights_of"]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 _CONTAINERS = (list, dict, set, deque)
@@ -87,7 +85,7 @@ class MovingWeights:
         self._optimizers = optimizers
         self._seen: set[int] = set()
         self._looks = _LOOKS
-        self.host = False
+        self.offload = False
 
     def parameters(self, trained: bool = True) -> list[nn.Parameter]:
         """The parameters that an extra pass may change.
@@ -100,8 +98,8 @@ class MovingWeights:
         by_optimizers = {id(p) for group in groups for p in group["params"] if p.requires_grad}
         others = [p for p in parameters if id(p) not in by_optimizers]
         few = few_of(others, parameters)
-        self.host = not few and self._looks > 0
-        moving = others if few or self.host else [p for p in others if id(p) in self._seen]
+        self.offload = not few and self._looks > 0
+        moving = others if few or self.offload else [p for p in others if id(p) in self._seen]
         return moving + [p for p in parameters if trained and id(p) in by_optimizers and id(p) in self._seen]
 
     @contextmanager
@@ -117,7 +115,7 @@ class MovingWeights:
 
     def _contents(self, parameters: Sequence[Tensor]) -> list[float]:
         """Sums that show what is written through `tensor.data`, at the first few looks (a teacher starts as a copy)."""
-        if not (self.host and self._looks):
+        if not (self.offload and self._looks):
             return [0.0] * len(parameters)
         return [0.0 if p.is_complex() else float(in_double(p.detach()).sum()) for p in parameters]
 
@@ -128,15 +126,15 @@ class ModuleState:
     Args:
         modules: What :func:`modules_of` says.
         parameters: The parameters.
-        host: Whether to keep the copies of parameters in host memory.
+        offload: Whether to keep the copies of parameters in host memory.
     """
 
     def __init__(
-        self, modules: Collection[nn.Module], parameters: Iterable[nn.Parameter] = (), host: bool = False
+        self, modules: Collection[nn.Module], parameters: Iterable[nn.Parameter] = (), offload: bool = False
     ) -> None:
         self._buffers = BufferState.capture(modules)
         self._parameters = [
-            (parameter, parameter.detach().to("cpu" if host else parameter.device, copy=True))
+            (parameter, parameter.detach().to("cpu" if offload else parameter.device, copy=True))
             for parameter in parameters
         ]
 
@@ -182,7 +180,7 @@ class AttributeState:
         """
         changed = [name for name, before, now in self._watched if now() != before]
         for owner, namespace, before in self._namespaces:
-            left = _rebind(namespace, before, numbers=isinstance(owner, Metric))
+            left = _rebind(namespace, before, numbers=is_metric(owner))
             changed += [f"{type(owner).__name__}.{key}" for key in left]
         for undo in self._undo:
             undo()
@@ -233,6 +231,16 @@ class AttributeState:
                 overwrite_([tensor], [before])
 
         self._undo.append(undo)
+
+
+def is_metric(module: nn.Module) -> bool:
+    """Whether a module is a metric of torchmetrics.
+
+    Args:
+        module: Any module.
+    """
+    torchmetrics = sys.modules.get("torchmetrics")
+    return torchmetrics is not None and isinstance(module, torchmetrics.Metric)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire.callbacks._boost import learning_rates
-from lightning_ire.callbacks._masks import FlatMasks
+from lightning_ire.engine.masks import FlatMasks
+from lightning_ire.engine.optimizers import learning_rates
 from lightning_ire.engine.recipe import Recipe
 
 __all__ = ["STATE_VERSION", "Progress", "check_version"]
@@ -34,7 +34,7 @@ class Progress:
         loss_count: How many losses that are.
         peak_lrs: Highest learning rate of each parameter group so far (for the "lr" schedule of kappa).
         seed: Seed of all draws of the callback.
-        shown: The values that were logged last.
+        last_logged: The values that were logged last.
         ascent_norm: The norm that divided the last SAM step, not kept in checkpoints.
     """
 
@@ -47,7 +47,7 @@ class Progress:
     peak_lrs: list[float] = field(default_factory=list)
     seed: int = field(default_factory=lambda: int(os.environ.get("PL_GLOBAL_SEED", "0")))
 
-    shown: dict[str, Tensor] = field(default_factory=dict)
+    last_logged: dict[str, Tensor] = field(default_factory=dict)
     ascent_norm: Tensor | None = None
 
     @classmethod
@@ -82,7 +82,7 @@ class Progress:
             "loss_count": self.loss_count,
             "peak_lrs": list(self.peak_lrs),
             "seed": self.seed,
-            "shown": {tag: value.cpu() for tag, value in self.shown.items()},
+            "shown": {tag: value.cpu() for tag, value in self.last_logged.items()},
             "flat": self.masks.state_dict(),
         }
 
@@ -102,7 +102,7 @@ class Progress:
         self.loss_count = state.get("loss_count", self.loss_count)
         self.peak_lrs = list(state.get("peak_lrs", self.peak_lrs))
         self.seed = state.get("seed", self.seed)
-        self.shown = dict(state.get("shown", self.shown))
+        self.last_logged = dict(state.get("shown", self.last_logged))
         misfits = self.masks.load_state_dict(state.get("flat", {}), parameters)
         self.retry = state.get("retry", self.retry) or bool(misfits)
         return misfits

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from lightning_ire._lightning import muted_logging
-from lightning_ire._torch import extra_pass
-from lightning_ire.callbacks._module_state import AttributeState, ModuleState, modules_of
+from lightning_ire.engine._torch import extra_pass
+from lightning_ire.engine.host import Host
+from lightning_ire.engine.module_state import AttributeState, ModuleState, is_metric, modules_of
 from lightning_ire.functional import RandomState
 
 __all__ = ["Replay", "devices_of", "no_trace", "no_trace_on_the_graph", "without_inference_tensors"]
@@ -38,9 +37,10 @@ class Replay:
 @contextmanager
 def no_trace(
     module: nn.Module,
+    host: Host,
     devices: Collection[torch.device] | None = None,
     weights: Iterable[nn.Parameter] = (),
-    host: bool = False,
+    offload: bool = False,
 ) -> Iterator[None]:
     """After the block the module, its metrics and the random number streams are what they were; nothing was logged.
 
@@ -49,18 +49,19 @@ def no_trace(
 
     Args:
         module: The module whose `training_step` runs inside the block.
+        host: The loop, which keeps what is logged inside the block to itself.
         devices: What :func:`devices_of` says, if it is known.
         weights: Parameters that the block may change (see :class:`MovingWeights`).
-        host: Whether to keep copies of these in host memory.
+        offload: Whether to keep copies of these in host memory.
 
     Yields:
         Nothing.
     """
     modules = modules_of(module)
     streams = RandomState.capture(devices_of(module) if devices is None else devices)
-    contents, attributes = ModuleState(modules, weights, host), AttributeState(modules)
+    contents, attributes = ModuleState(modules, weights, offload), AttributeState(modules)
     try:
-        with extra_pass(), muted_logging(modules):
+        with extra_pass(), host.quiet(modules):
             yield
     finally:
         contents.restore()
@@ -103,7 +104,7 @@ def without_inference_tensors(module: nn.Module) -> None:
         for name, buffer in owner.named_buffers(recurse=False):
             if buffer.is_inference():
                 setattr(owner, name, buffer.clone())
-        if isinstance(owner, Metric):
+        if is_metric(owner):
             for key, value in list(vars(owner).items()):
                 if isinstance(value, Tensor) and value.is_inference():
                     vars(owner)[key] = value.clone()

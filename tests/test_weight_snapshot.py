@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lightning_ire import tags
-from lightning_ire.callbacks import _boost
-from lightning_ire.callbacks._boost import OldWeights, boost
+from lightning_ire.engine import boost as boosting
+from lightning_ire.engine.boost import WeightSnapshot, boost
 
 NAMES = ["boosted", "unmasked", "shared"]
 
@@ -23,7 +23,7 @@ def run(everything, transposed=False):
     names = dict(zip(map(id, parameters), NAMES, strict=True))
     masks = {name: torch.rand(4, 6, generator=generator) < 0.5 for name in NAMES if name != "unmasked"}
     copies = {id(parameters[2]): parameters[2].detach().clone()}
-    weights = OldWeights.save(optimizer, names, masks, copies, everything)
+    weights = WeightSnapshot.take(optimizer, names, masks, copies, everything)
     optimizer.step()
     logs = boost(optimizer, weights, 2.0, None, True, everything)
     return weights, [parameter.detach() for parameter in parameters], logs
@@ -33,7 +33,7 @@ def run(everything, transposed=False):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_blocks_change_nothing(monkeypatch, everything, transposed):
     whole, expected, logs = run(everything, transposed)
-    monkeypatch.setattr(_boost, "_BLOCK", 5)
+    monkeypatch.setattr(boosting, "_BLOCK", 5)
     blocks, got, logs_of_blocks = run(everything, transposed)
     assert len(whole.old) == 2 + everything
     assert len(blocks.old) == (1 if transposed else 5) + 5 + 5 * everything
@@ -47,5 +47,5 @@ def test_a_copy_that_is_there_is_shared():
     copy = torch.ones(3)
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     masks = {"weight": torch.ones(3, dtype=torch.bool)}
-    weights = OldWeights.save(optimizer, {id(parameter): "weight"}, masks, {id(parameter): copy}, False)
+    weights = WeightSnapshot.take(optimizer, {id(parameter): "weight"}, masks, {id(parameter): copy}, False)
     assert weights.old[0] is copy

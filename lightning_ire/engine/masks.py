@@ -41,7 +41,7 @@ class FlatMasks:
         self.average: dict[str, Tensor] = {}
         self.average_weight = 0.0
         self.logs: dict[str, Tensor] = {}
-        self.new = False  # made since somebody looked
+        self._new = False
 
     def refresh(self, names: Sequence[str], values: Sequence[Tensor | None]) -> None:
         """Make all masks anew from finite estimates h; parameters without one (``None``) get none.
@@ -68,7 +68,12 @@ class FlatMasks:
             masks |= dict(zip(group, made, strict=True))
         self.logs = _statistics(self.masks, masks, thresholds)
         self.masks = masks
-        self.new = True
+        self._new = True
+
+    def take_new(self) -> dict[str, Tensor]:
+        """The masks, if they were made since this was asked last."""
+        new, self._new = self._new, False
+        return self.masks if new else {}
 
     def _averaged(self, name: str, h: Tensor) -> Tensor:
         before = self.average.get(name)

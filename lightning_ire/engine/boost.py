@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ire import tags
-from lightning_ire._checks import ConfigurationError, check_number
+from lightning_ire.engine.optimizers import decay_factors, learning_rates, projects
 from lightning_ire.functional import boost_, copied, global_norm
-from lightning_ire.perturbation import GROUP_RADIUS
 from lightning_ire.schedule import scheduled_kappas
 
-__all__ = ["OldWeights", "boost", "check_decoupled_decay", "check_groups", "decay_factors", "learning_rates"]
+__all__ = ["WeightSnapshot", "boost", "kappas_of_groups"]
 
 _BLOCK = 1 << 21  # elements: 16 MB in float64
-_COUPLED = {"SGD", "ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam"}
-_DECOUPLED = {"Adafactor", "AdamW", "Muon"}
 
 
 @dataclass
-class OldWeights:
+class WeightSnapshot:
     """Weights before the base step.
 
     Attributes:
@@ -43,14 +37,14 @@ class OldWeights:
     masks: list[Tensor | None] = field(default_factory=list)
 
     @classmethod
-    def save(
+    def take(
         cls,
         optimizer: Optimizer,
         names: Mapping[int, str],
         masks: Mapping[str, Tensor],
         copies: Mapping[int, Tensor],
         everything: bool,
-    ) -> OldWeights:
+    ) -> WeightSnapshot:
         """Copy what the boost will need.
 
         Args:
@@ -94,7 +88,7 @@ def _blocks(weight: Tensor, old: Tensor, mask: Tensor | None) -> Iterable[tuple[
 @torch.no_grad()
 def boost(
     optimizer: Optimizer,
-    weights: OldWeights,
+    weights: WeightSnapshot,
     kappa: float,
     peak_lrs: list[float] | None,
     scale_weight_decay: bool | str,
@@ -108,7 +102,7 @@ def boost(
 
     Args:
         optimizer: The base optimizer, with the learning rates of this step.
-        weights: What :meth:`OldWeights.save` saved.
+        weights: What :meth:`WeightSnapshot.take` took.
         kappa: Strength.
         peak_lrs: Highest learning rate of each group so far, for the "lr" schedule of kappa; else ``None``.
         scale_weight_decay: Whether decoupled weight decay is boosted too; "only": it alone is.
@@ -117,9 +111,7 @@ def boost(
     Returns:
         Values for the log.
     """
-    kappas = [kappa] * len(optimizer.param_groups)
-    if peak_lrs is not None:
-        kappas = scheduled_kappas(kappa, learning_rates(optimizer), peak_lrs)
+    kappas = kappas_of_groups(optimizer, kappa, peak_lrs)
     factors = None if scale_weight_decay is True else decay_factors(optimizer)
     masks = weights.masks
     if not type(optimizer).__module__.startswith("torch.optim"):
@@ -133,7 +125,7 @@ def boost(
         decay=None if factors is None else [factors[group] for group in weights.groups],
         decay_only=scale_weight_decay == "only",
     )
-    if _projects(type(optimizer)):  # type: ignore[arg-type]
+    if projects(type(optimizer)):  # type: ignore[arg-type]
         optimizer.project()  # type: ignore[attr-defined]
     logs: dict[str, Tensor | float] = {tags.KAPPA: max(kappas)}
     if with_norms:
@@ -147,93 +139,14 @@ def boost(
     return logs
 
 
-@functools.cache
-def _projects(kind: type[Optimizer]) -> bool:
-    """Whether there is a `project()` without arguments (SOAP has one for gradients, with arguments)."""
-    project = getattr(kind, "project", None)
-    if project is None:
-        return False
-    return all(one.default is not one.empty for one in list(inspect.signature(project).parameters.values())[1:])
-
-
-def learning_rates(optimizer: Optimizer) -> list[float]:
-    """Learning rate of each parameter group at this moment.
+def kappas_of_groups(optimizer: Optimizer, kappa: float, peak_lrs: Sequence[float] | None) -> list[float]:
+    """Kappa of each parameter group at this step.
 
     Args:
-        optimizer: Any optimizer with "lr" in its parameter groups.
+        optimizer: The base optimizer, with the learning rates of this step.
+        kappa: Strength.
+        peak_lrs: Highest learning rate of each group so far, for the "lr" schedule of kappa; else ``None``.
     """
-    return [float(group["lr"]) for group in optimizer.param_groups]
-
-
-def check_groups(optimizer: Optimizer, with_lrs: bool) -> None:
-    """Refuse radii that are none, and groups without a learning rate where that is asked for.
-
-    Args:
-        optimizer: The base optimizer.
-        with_lrs: Whether kappa follows the learning rate.
-
-    Raises:
-        ConfigurationError: With the key to change.
-    """
-    for group in optimizer.param_groups:
-        if GROUP_RADIUS in group:
-            check_number(GROUP_RADIUS, group[GROUP_RADIUS])
-        if with_lrs and group.get("lr") is None:
-            raise ConfigurationError(
-                "Expected an optimizer with a learning rate in every parameter group for `kappa_schedule='lr'`, got "
-                f"{type(optimizer).__name__} without: set `kappa_schedule` to 'constant'."
-            )
-
-
-def decay_factors(optimizer: Optimizer) -> list[float]:
-    """Lr * weight_decay of each parameter group if the decay is decoupled from the gradient, else 0.
-
-    Args:
-        optimizer: An optimizer that :func:`check_decoupled_decay` accepted.
-    """
-    return [
-        float(group["lr"]) * float(group.get("weight_decay", 0.0)) if _decoupled(optimizer, group) else 0.0
-        for group in optimizer.param_groups
-    ]
-
-
-def _decoupled(optimizer: Optimizer, group: Mapping[str, object]) -> bool | None:
-    """Whether the group's decay is a shrinking by lr * weight_decay of its own; ``None``: nobody knows."""
-    # not `weight_decouple`, as other packages call it: what their optimizers really take off is often another amount
-    if "decoupled_weight_decay" in group:
-        return bool(group["decoupled_weight_decay"])
-    known = {base.__name__ for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim")}
-    if known & _DECOUPLED:
-        return True
-    return False if known & _COUPLED else None
-
-
-def check_decoupled_decay(optimizer: Optimizer, scale_weight_decay: bool | str) -> None:
-    """Refuse an optimizer whose decay is unknown, and "only" where there is none; warn where `False` does nothing.
-
-    Args:
-        optimizer: The base optimizer.
-        scale_weight_decay: False or "only".
-
-    Raises:
-        ConfigurationError: If it decays weights in a way that is not known, or there is nothing to boost.
-    """
-    decaying = [group for group in optimizer.param_groups if group.get("weight_decay")]
-    kinds = {_decoupled(optimizer, group) for group in decaying}
-    name = type(optimizer).__name__
-    if None in kinds:
-        raise ConfigurationError(
-            f"Expected an optimizer with decoupled weight decay for `scale_weight_decay={scale_weight_decay}` (torch's "
-            f"AdamW, or one whose parameter groups say `decoupled_weight_decay`), got {name}: set `scale_weight_decay` "
-            "to true."
-        )
-    if scale_weight_decay == "only" and True not in kinds:
-        raise ConfigurationError(
-            f"Expected an optimizer with decoupled weight decay for `scale_weight_decay=only`, got {name} without: set "
-            "`scale_weight_decay` to true."
-        )
-    if kinds == {False}:
-        rank_zero_warn(
-            f"`scale_weight_decay=False` changes nothing here: {name}'s weight decay is part of the gradient and is "
-            "boosted with it."
-        )
+    if peak_lrs is None:
+        return [kappa] * len(optimizer.param_groups)
+    return scheduled_kappas(kappa, learning_rates(optimizer), peak_lrs)

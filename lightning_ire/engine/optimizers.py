@@ -1,0 +1,168 @@
+"""What is known of torch's optimizers: names, rates, kinds of weight decay, constraints."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_ire._checks import ConfigurationError, check_number
+from lightning_ire.engine.collectives import warn_on_rank_zero
+from lightning_ire.perturbation import GROUP_RADIUS
+
+__all__ = [
+    "check_decoupled_decay",
+    "check_groups",
+    "decay_factors",
+    "decay_is_decoupled",
+    "learning_rates",
+    "named_parameters",
+    "parameters_that_fit",
+    "projects",
+    "trainable_parameters",
+]
+
+_COUPLED = {"SGD", "ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SparseAdam"}
+_DECOUPLED = {"Adafactor", "AdamW", "Muon"}
+
+
+def trainable_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The optimizer's parameters that are not frozen, each once.
+
+    Args:
+        optimizer: Any optimizer.
+    """
+    unique = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    return list(unique.values())
+
+
+def named_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The module's parameters and those that only the optimizer has.
+
+    Args:
+        module: The module being trained.
+        optimizer: Its optimizer.
+    """
+    named = dict(module.named_parameters())
+    known = {id(parameter) for parameter in named.values()}
+    strangers = [p for p in trainable_parameters(optimizer) if id(p) not in known]
+    return named | {f"optimizer.parameter_{index}": parameter for index, parameter in enumerate(strangers)}
+
+
+def parameters_that_fit(module: nn.Module, patterns: Sequence[str]) -> set[int]:
+    """The `id` of each parameter that one of the patterns fits, under any of its names (tied weights have several).
+
+    Args:
+        module: The module being trained.
+        patterns: Patterns of `fnmatch`, as in `"*.bias"`.
+    """
+    return {
+        id(parameter)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+@functools.cache
+def projects(kind: type[Optimizer]) -> bool:
+    """Whether there is a `project()` without arguments (SOAP has one for gradients, with arguments).
+
+    Args:
+        kind: Class of the optimizer.
+    """
+    project = getattr(kind, "project", None)
+    if project is None:
+        return False
+    return all(one.default is not one.empty for one in list(inspect.signature(project).parameters.values())[1:])
+
+
+def learning_rates(optimizer: Optimizer) -> list[float]:
+    """Learning rate of each parameter group at this moment.
+
+    Args:
+        optimizer: Any optimizer with "lr" in its parameter groups.
+    """
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def check_groups(optimizer: Optimizer, with_lrs: bool) -> None:
+    """Refuse radii that are none, and groups without a learning rate where that is asked for.
+
+    Args:
+        optimizer: The base optimizer.
+        with_lrs: Whether kappa follows the learning rate.
+
+    Raises:
+        ConfigurationError: With the key to change.
+    """
+    for group in optimizer.param_groups:
+        if GROUP_RADIUS in group:
+            check_number(GROUP_RADIUS, group[GROUP_RADIUS])
+        if with_lrs and group.get("lr") is None:
+            raise ConfigurationError(
+                "Expected an optimizer with a learning rate in every parameter group for `kappa_schedule='lr'`, got "
+                f"{type(optimizer).__name__} without: set `kappa_schedule` to 'constant'."
+            )
+
+
+def decay_factors(optimizer: Optimizer) -> list[float]:
+    """Lr * weight_decay of each parameter group if the decay is decoupled from the gradient, else 0.
+
+    Args:
+        optimizer: An optimizer that :func:`check_decoupled_decay` accepted.
+    """
+    return [
+        float(group["lr"]) * float(group.get("weight_decay", 0.0)) if decay_is_decoupled(optimizer, group) else 0.0
+        for group in optimizer.param_groups
+    ]
+
+
+def decay_is_decoupled(optimizer: Optimizer, group: Mapping[str, object]) -> bool | None:
+    """Whether a group's decay is a shrinking by lr * weight_decay of its own; ``None``: nobody knows.
+
+    Args:
+        optimizer: Any optimizer.
+        group: One of its parameter groups.
+    """
+    # not `weight_decouple`, as other packages call it: what their optimizers really take off is often another amount
+    if "decoupled_weight_decay" in group:
+        return bool(group["decoupled_weight_decay"])
+    known = {base.__name__ for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim")}
+    if known & _DECOUPLED:
+        return True
+    return False if known & _COUPLED else None
+
+
+def check_decoupled_decay(optimizer: Optimizer, scale_weight_decay: bool | str) -> None:
+    """Refuse an optimizer whose decay is unknown, and "only" where there is none; warn where `False` does nothing.
+
+    Args:
+        optimizer: The base optimizer.
+        scale_weight_decay: False or "only".
+
+    Raises:
+        ConfigurationError: If it decays weights in a way that is not known, or there is nothing to boost.
+    """
+    decaying = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    kinds = {decay_is_decoupled(optimizer, group) for group in decaying}
+    name = type(optimizer).__name__
+    if None in kinds:
+        raise ConfigurationError(
+            f"Expected an optimizer with decoupled weight decay for `scale_weight_decay={scale_weight_decay}` (torch's "
+            f"AdamW, or one whose parameter groups say `decoupled_weight_decay`), got {name}: set `scale_weight_decay` "
+            "to true."
+        )
+    if scale_weight_decay == "only" and True not in kinds:
+        raise ConfigurationError(
+            f"Expected an optimizer with decoupled weight decay for `scale_weight_decay=only`, got {name} without: set "
+            "`scale_weight_decay` to true."
+        )
+    if kinds == {False}:
+        warn_on_rank_zero(
+            f"`scale_weight_decay=False` changes nothing here: {name}'s weight decay is part of the gradient and is "
+            "boosted with it."
+        )
