@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SecondMoment,
     )
     from lightning_ire.engine._torch import in_extra_pass
+    from lightning_ire.loop import IREStep, LocalHost
     from lightning_ire.perturbation import SAM, AdversarialModelPerturbation, Ascent, AverageSAM, Perturbation
 
 __version__ = "0.1.0"
@@ -32,6 +33,8 @@ __all__ = [
     "Curvature",
     "EmpiricalFisher",
     "HutchinsonHessian",
+    "IREStep",
+    "LocalHost",
     "Perturbation",
     "RandomMask",
     "SampledFisher",
@@ -45,6 +48,7 @@ _MODULES = {
     "engine._torch": ("in_extra_pass",),
     "callbacks": ("IRE", "SharpnessMonitor"),
     "curvature": ("Curvature", "EmpiricalFisher", "HutchinsonHessian", "RandomMask", "SampledFisher", "SecondMoment"),
+    "loop": ("IREStep", "LocalHost"),
     "perturbation": ("SAM", "AdversarialModelPerturbation", "Ascent", "AverageSAM", "Perturbation"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -54,6 +58,7 @@ _PUBLIC_MODULES = (
     "data",
     "engine",
     "functional",
+    "loop",
     "models",
     "perturbation",
     "schedule",

@@ -224,12 +224,6 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradi
             "its batches cannot be replayed; take `batch` instead, or do without a perturbation that makes a second "
             "pass and set `curvature` to EmpiricalFisher() or SecondMoment()."
         )
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ConfigurationError(
-                "Expected an optimizer with a plain step, got LBFGS, which runs the closure several times per step: "
-                "use another optimizer or remove the callback."
-            )
     strategy = trainer.strategy
     if local_gradients and isinstance(strategy, DDPStrategy) and getattr(strategy.model, "static_graph", False):
         raise ConfigurationError(

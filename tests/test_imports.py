@@ -23,6 +23,7 @@ ALLOWED = {
     "perturbation": {"_checks", "functional"},
     "curvature": {"_checks", "functional", "curvature"},
     "engine": {"_checks", "tags", "functional", "schedule", "perturbation", "curvature", "engine"},
+    "loop": {"_checks", "engine", "IREStep", "SAM"},
     "callbacks": {
         *("engine", "_checks", "_lightning", "_run_length", "tags", "functional", "schedule", "perturbation"),
         *("curvature", "callbacks"),
@@ -42,6 +43,7 @@ THIRD_PARTY = {
     "perturbation": {"torch"},
     "curvature": {"torch"},
     "engine": {"torch"},
+    "loop": {"torch"},
     "_lightning": {"torch", "lightning"},
     "_run_length": {"lightning"},
     "callbacks": {"torch", "lightning", "lightning_utilities", "tqdm", "matplotlib"},
@@ -95,7 +97,7 @@ def test_nothing_imports_the_command_line_or_the_tests() -> None:
         assert not {name for name in imports(path) if name.startswith(("lightning_ire.cli", "tests", "cli."))}
 
 
-@pytest.mark.parametrize("part", ["functional", "curvature", "perturbation", "schedule", "tags", "engine"])
+@pytest.mark.parametrize("part", ["functional", "curvature", "perturbation", "schedule", "tags", "engine", "loop"])
 def test_the_mathematics_is_usable_without_lightning(part: str) -> None:
     code = (
         f"import sys, lightning_ire.{part}\n"

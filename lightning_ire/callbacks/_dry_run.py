@@ -41,7 +41,7 @@ def show_mask(recipe: Recipe, step: int, trainer: pl.Trainer, module: pl.Lightni
     host, optimizers = LightningHost(trainer, module), trainer.optimizers
     stepper = OptimizerStep(recipe, progress, host, module, optimizers[0], optimizers, step)
     try:
-        window = stepper.open_window(module.training_step, replays=True)
+        window = stepper.open_window(module.training_step, trainer.strategy.training_step, replays=True)
         batches = Probe.first(trainer.train_dataloader, trainer.accumulate_grad_batches)
         for index in range(len(batches)):
             arguments = step_arguments(module.training_step, batches.batch(trainer, index), index)

@@ -59,9 +59,6 @@ class LightningHost:
     def what_steps(self) -> str:
         return f"`{type(self._module).__name__}.training_step`"
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._trainer.strategy.training_step(*args, **kwargs)
-
     def backward(self, loss: Tensor) -> None:
         # by the full number in a short last window too, as Lightning does
         closure_loss = scaled(self._trainer, loss / self._trainer.accumulate_grad_batches)

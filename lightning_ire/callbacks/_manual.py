@@ -41,7 +41,6 @@ _SIGNS_OF_AN_EARLIER_GRAPH = ("backward through the graph a second time", "modif
 class ManualStep(OptimizerStep):
     """An optimizer that the module steps by itself."""
 
-    window: AccumulationWindow | None = None
     inside = False
     warned = False
     zeroed = False
@@ -103,7 +102,6 @@ class ManualSession:
         self._training_step: Callable[..., Any] = module.training_step
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._watching = ExitStack()
-        self._moved = ExitStack()
         self._armed = False
         self._extra_pass = False
         self._perturbed: AccumulationWindow | None = None  # while its closure runs
@@ -112,11 +110,11 @@ class ManualSession:
 
     def release(self) -> None:
         """Put everything back."""
-        self._moved.close()
+        for stepper in self.steppers:
+            stepper.put_back()
         if self.patches is not None:
             self.patches.remove()
         for stepper in self.steppers:
-            stepper.window = None
             stepper.release()
 
     def begin_epoch(self) -> None:
@@ -177,7 +175,7 @@ class ManualSession:
         args, kwargs = self._call or ((), {})
         return MicroBatch(args, kwargs, replay=Replay(self.module, self.steppers[0].devices))
 
-    def before_backward(self, loss: Tensor) -> None:
+    def before_backward(self) -> None:
         """Too late: a GradScaler has already made another tensor of the loss (see `_around_backward`)."""
 
     def _around_backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,10 +227,8 @@ class ManualSession:
             try:
                 return original(lambda: self._whole_closure(stepper, window, closure), **kwargs)
             finally:
-                self._moved.close()
+                stepper.end()
                 stepper.inside = False
-                stepper.window = None
-                stepper.drop_snapshot()
                 self._open(stepper)
 
         return step
@@ -254,7 +250,7 @@ class ManualSession:
         second_pass = None
         if state is not None and closure is not None:
             second_pass = partial(self._second_pass, stepper, window, closure, state)
-        stepper.finish_gradient(window, self._moved, second_pass)
+        stepper.finish_gradient(window, second_pass)
         return result
 
     def _incomplete(self, window: AccumulationWindow, got: str) -> ConfigurationError:

@@ -9,7 +9,7 @@ really happened comes the boost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
@@ -19,13 +19,11 @@ from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import Takeover
 from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._tensorboard import write_logs
-from lightning_ire.curvature import MicroBatch
 from lightning_ire.engine._torch import gradient_marks
-from lightning_ire.engine.no_trace import no_trace_on_the_graph
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.state import Progress
 from lightning_ire.engine.step import OptimizerStep
-from lightning_ire.engine.window import AccumulationWindow, loss_of
+from lightning_ire.engine.window import AccumulationWindow
 
 __all__ = ["AutomaticSession", "Session"]
 
@@ -45,7 +43,7 @@ class Session(Protocol):
     def begin_batch(self) -> None:
         """Before Lightning's `training_step`."""
 
-    def before_backward(self, loss: Tensor) -> None:
+    def before_backward(self) -> None:
         """Before Lightning's backward."""
 
     def after_backward(self) -> None:
@@ -80,79 +78,47 @@ class AutomaticSession:
         optimizers = trainer.optimizers
         self.step = OptimizerStep(recipe, progresses[0], self.host, module, optimizers[0], optimizers, first_step)
         self.takeover: Takeover | None = None
-        self.window: AccumulationWindow | None = None
         self._armed = False
-        self._live: tuple[MicroBatch, Tensor] | None = None
         self._marks: list[tuple[Tensor | None, int]] | None = None
-        self._moved = ExitStack()
 
     def release(self) -> None:
         """Put everything back: weights, wrappers, hooks."""
-        self._close_window()
+        self.step.put_back()
         if self.takeover is not None:
             self.takeover.remove()
         self.step.release()
 
     def begin_epoch(self) -> None:
         """Lightning drops what an epoch that was cut short had accumulated."""
-        self.window = None
+        self.step.window = None
 
     def begin_batch(self) -> None:
         """Switch on when the time has come, and open a window."""
         if not self.step.switch_on():
             return
         if self.takeover is None:
-            self.takeover = Takeover(self.module, self._training_step, self._closure, self._close_window)
-        if self.window is not None and self.window.micro_batches and not self.window.micro_batches[-1].backward_done:
-            self.window.micro_batches.pop()  # nothing was back-propagated: no loss, or weight averaging's last epoch
-        if self.window is None or not self.window.micro_batches:
-            self.window = self.step.open_window(self.takeover.original_training_step)
+            self.takeover = Takeover(self.module, self._training_step, self._closure, self.step.end)
+        self.step.begin(self.takeover.original_training_step, self.trainer.strategy.training_step)
         self._armed = True
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        window, armed, self._armed = self.window, self._armed, False
-        if window is None or not armed:  # an extra pass, or somebody else's call
+        armed, self._armed = self._armed, False
+        if self.step.window is None or not armed:  # an extra pass, or somebody else's call
             return original(*args, **kwargs)
-        micro_batch = window.record(args, kwargs)
-        if not window.unmoved:
-            self._moved.enter_context(window.moved())
-        try:
-            with window.training_pass(), window.estimate.watch(micro_batch) if window.estimate else nullcontext():
-                output = original(*args, **kwargs)
-        except BaseException:
-            self._moved.close()
-            raise
-        loss = loss_of(output)
-        if isinstance(loss, Tensor):
-            micro_batch.loss = loss.detach()
-            self._live = (micro_batch, loss)
-        else:
-            self._moved.close()
-        return output
+        return self.step.forward(original, *args, **kwargs)
 
-    def before_backward(self, loss: Tensor) -> None:
-        """The estimate may use the graph of the training forward pass (`loss` is divided and scaled already)."""
-        window = self.window
-        if self._live is None or window is None:
-            return
-        if window.perturbation is not None and window.unmoved and not window.back_propagated:
-            window.keep_gradients()
-        if window.estimate is not None and window.estimate.uses_graph:
-            with no_trace_on_the_graph(self.module, window.devices):
-                window.estimate.before_backward(*self._live)
+    def before_backward(self) -> None:
+        """The estimate may use the graph of the training forward pass."""
+        self.step.before_backward()
 
     def after_backward(self) -> None:
         """Put weights back that were moved before the pass."""
-        self._moved.close()
-        if self._live is None or self.window is None:
-            return
-        self._live[0].backward_done = True
-        self._live = None
-        if self.window.perturbation is not None and self.window.unmoved:
-            self._marks = gradient_marks(self.window.parameters)
+        window = self.step.window
+        if self.step.after_backward() and window is not None and window.perturbation is not None and window.unmoved:
+            self._marks = gradient_marks(window.parameters)
 
     def _closure(self, closure: Callable[[], Any]) -> Any:
-        window = self.window
+        window = self.step.window
         if window is None:
             return closure()
         if window.stepped:
@@ -167,7 +133,7 @@ class AutomaticSession:
             return result
         window.stepped = True
         self._refuse_edited_gradients(window)
-        self.step.finish_gradient(window, self._moved, window.second_pass)
+        self.step.finish_gradient(window, window.second_pass)
         return result
 
     def _refuse_edited_gradients(self, window: AccumulationWindow) -> None:
@@ -182,11 +148,6 @@ class AutomaticSession:
                 f"{type(self.module).__name__} or of a callback, which {window.perturbation!r} would lose, as it "
                 "replaces them by those at the moved weights: move the edit."
             )
-
-    def _close_window(self) -> None:
-        self._moved.close()
-        self.window = self._live = None
-        self.step.drop_snapshot()
 
     def write_logs(self) -> None:
         """After a step whose training metrics Lightning is about to write."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,14 +17,14 @@ from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import check_supported
 from lightning_ire._run_length import batches_of_run, steps_of_run
 from lightning_ire.callbacks._dry_run import flat_table, show_mask
+from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._hyper_parameters import HyperParameters
 from lightning_ire.callbacks._manual import ManualSession
 from lightning_ire.callbacks._session import AutomaticSession, Session
 from lightning_ire.curvature import Curvature
 from lightning_ire.engine.boost import kappas_of_groups
 from lightning_ire.engine.optimizers import (
-    check_decoupled_decay,
-    check_groups,
+    check_optimizers,
     named_parameters,
     trainable_parameters,
 )
@@ -219,30 +218,18 @@ class IRE(Recipe, Callback):
                 "a second IRE(...)."
             )
         second_pass = self.perturbation is not None and self.perturbation.uses_gradient
-        if self.perturbation is not None:
-            self.perturbation.selects(pl_module)
         check_supported(
             trainer,
             pl_module,
             local_gradients=self.perturbation is not None and second_pass and not self.perturbation.sync,
             replays=second_pass or self.dry_run or (self.kappa > 0 and self.curvature.reruns),
         )
-        if self.kappa and self.scale_weight_decay is not True:
-            for optimizer in trainer.optimizers:
-                check_decoupled_decay(optimizer, self.scale_weight_decay)
-        for optimizer in trainer.optimizers:
-            check_groups(optimizer, with_lrs=self.kappa > 0 and self.kappa_schedule == "lr")
-            if self.kappa or self.dry_run:
-                _refuse_complex(pl_module, optimizer)
+        check_optimizers(self, pl_module, trainer.optimizers, masks=self.kappa > 0 or self.dry_run)
         if not self.kappa and not self.start.immediate and not self.dry_run:
             rank_zero_warn(
                 f"`{self.start.setting}` has no effect with `kappa` = 0: it says when the boost starts, while "
                 f"{self.perturbation!r} works from the first step of the run."
             )
-        names = [name for name, _ in pl_module.named_parameters(remove_duplicate=False)]
-        for pattern in self.exclude:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                rank_zero_warn(f"`exclude`: the pattern {pattern!r} fits no parameter of {type(pl_module).__name__}.")
         self._record.begin(trainer, pl_module)
 
     def hyper_parameters(self) -> dict[str, float | str]:
@@ -348,7 +335,7 @@ class IRE(Recipe, Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """The graph of the training forward pass can still be used for the estimate."""
         if self._session is not None:
-            self._session.before_backward(loss)
+            self._session.before_backward()
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put weights back that were moved before the pass."""
@@ -368,8 +355,7 @@ class IRE(Recipe, Callback):
         progress = self._progress
         if progress.started_at is None:
             if self.start.loss is not None:  # Lightning reports it divided by the number of micro-batches
-                progress.loss_sum = progress.loss_sum + loss.detach() * trainer.accumulate_grad_batches
-                progress.loss_count += 1
+                progress.add_loss(loss * trainer.accumulate_grad_batches)
         elif not self._warned and progress.step - progress.started_at <= self.interval:
             self._warned = not bool(torch.isfinite(loss).all())
             if self._warned:
@@ -383,15 +369,13 @@ class IRE(Recipe, Callback):
         progress = self._progress
         if self._session is None or not self.kappa or progress.started_at is not None or self.start.loss is None:
             return
-        pair = torch.tensor([float(progress.loss_sum), progress.loss_count], device=trainer.strategy.root_device)
-        total, count = trainer.strategy.reduce(pair, reduce_op="sum").tolist()
-        if not count:
+        mean = progress.take_mean_loss(LightningHost(trainer, pl_module))
+        if mean is None:
             rank_zero_warn(
                 f"`start_loss` had no loss to look at in an epoch: let {type(pl_module).__name__}.training_step return "
                 "it, or set `start_step` or `start_epoch` instead."
             )
-        progress.loss_sum, progress.loss_count = 0.0, 0
-        if count and total / count <= self.start.loss:
+        elif mean <= self.start.loss:
             for each in self._progresses:
                 each.started_at = each.step
 
@@ -447,17 +431,6 @@ def _warms_up(optimizer: Optimizer) -> bool:
         if aims and group.get("lr") is not None and float(group["lr"]) < max(map(float, aims)):
             return True
     return False
-
-
-def _refuse_complex(module: pl.LightningModule, optimizer: Optimizer) -> None:
-    """Which part of a complex weight is flat is not defined."""
-    trained = {id(parameter) for parameter in trainable_parameters(optimizer) if parameter.is_complex()}
-    for name, parameter in named_parameters(module, optimizer).items():
-        if id(parameter) in trained:
-            raise ConfigurationError(
-                f"Expected real parameters for IRE's masks, got the complex `{name}` of {type(module).__name__}: keep "
-                "it as pairs of real numbers (`torch.view_as_complex` makes one of them), or set `kappa` to 0."
-            )
 
 
 def _steps(interval: int) -> str:

@@ -47,9 +47,6 @@ class Host(Protocol):
     def what_steps(self) -> str:
         """The user's function that makes the loss, as error messages call it."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward pass through any distributed wrapper; returns what the user's function returned."""
-
     def backward(self, loss: Tensor) -> None:
         """Back-propagate a loss as the loop does; it is the micro-batch's, not yet divided by :attr:`micro_batches`."""
 

@@ -7,16 +7,19 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_number
 from lightning_ire.engine.collectives import warn_on_rank_zero
+from lightning_ire.engine.recipe import Recipe
 from lightning_ire.perturbation import GROUP_RADIUS
 
 __all__ = [
     "check_decoupled_decay",
     "check_groups",
+    "check_optimizers",
     "decay_factors",
     "decay_is_decoupled",
     "learning_rates",
@@ -87,6 +90,48 @@ def learning_rates(optimizer: Optimizer) -> list[float]:
         optimizer: Any optimizer with "lr" in its parameter groups.
     """
     return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def check_optimizers(recipe: Recipe, module: nn.Module, optimizers: Sequence[Optimizer], masks: bool) -> None:
+    """Refuse, before any compute, what cannot be done right with these optimizers.
+
+    Args:
+        recipe: The settings.
+        module: The module that is about to be trained.
+        optimizers: Its optimizers.
+        masks: Whether masks will be made.
+
+    Raises:
+        ConfigurationError: With the key to change.
+    """
+    if recipe.perturbation is not None:
+        recipe.perturbation.selects(module)
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ConfigurationError(
+                "Expected an optimizer with a plain step, got LBFGS, which runs the closure several times per step: "
+                "use another optimizer or remove the callback."
+            )
+        if recipe.kappa and recipe.scale_weight_decay is not True:
+            check_decoupled_decay(optimizer, recipe.scale_weight_decay)
+        check_groups(optimizer, with_lrs=recipe.kappa > 0 and recipe.kappa_schedule == "lr")
+        if masks:
+            _refuse_complex(module, optimizer)
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    for pattern in recipe.exclude:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            warn_on_rank_zero(f"`exclude`: the pattern {pattern!r} fits no parameter of {type(module).__name__}.")
+
+
+def _refuse_complex(module: nn.Module, optimizer: Optimizer) -> None:
+    """Which part of a complex weight is flat is not defined."""
+    trained = {id(parameter) for parameter in trainable_parameters(optimizer) if parameter.is_complex()}
+    for name, parameter in named_parameters(module, optimizer).items():
+        if id(parameter) in trained:
+            raise ConfigurationError(
+                f"Expected real parameters for IRE's masks, got the complex `{name}` of {type(module).__name__}: keep "
+                "it as pairs of real numbers (`torch.view_as_complex` makes one of them), or set `kappa` to 0."
+            )
 
 
 def check_groups(optimizer: Optimizer, with_lrs: bool) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
+from lightning_ire.engine.host import Host
 from lightning_ire.engine.masks import FlatMasks
 from lightning_ire.engine.optimizers import learning_rates
 from lightning_ire.engine.recipe import Recipe
@@ -71,6 +73,26 @@ class Progress:
             lrs = learning_rates(optimizer)
             before = self.peak_lrs + lrs[len(self.peak_lrs) :]
             self.peak_lrs = [max(pair) for pair in zip(lrs, before, strict=False)]
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Remember the training loss of a micro-batch, while a start by loss is pending.
+
+        Args:
+            loss: The loss, not divided by the number of micro-batches.
+        """
+        self.loss_sum = self.loss_sum + loss.detach()
+        self.loss_count += 1
+
+    def take_mean_loss(self, host: Host) -> float | None:
+        """The mean of the remembered losses on all devices, which are forgotten; ``None``: there were none.
+
+        Args:
+            host: The loop.
+        """
+        pair = torch.tensor([float(self.loss_sum), self.loss_count], device=host.device)
+        total, count = (host.all_reduce_sum(pair) if host.world_size > 1 else pair).tolist()
+        self.loss_sum, self.loss_count = 0.0, 0
+        return total / count if count else None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings only: `torch.load(weights_only=True)` reads it."""

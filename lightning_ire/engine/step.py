@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -12,16 +12,17 @@ from torch.optim import Optimizer
 
 from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
+from lightning_ire.curvature import MicroBatch
 from lightning_ire.engine._torch import run_first
 from lightning_ire.engine.boost import WeightSnapshot, boost
 from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
-from lightning_ire.engine.no_trace import devices_of
+from lightning_ire.engine.no_trace import devices_of, no_trace_on_the_graph
 from lightning_ire.engine.optimizers import named_parameters, parameters_that_fit, trainable_parameters
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.state import Progress
-from lightning_ire.engine.window import AccumulationWindow
+from lightning_ire.engine.window import AccumulationWindow, loss_of
 from lightning_ire.functional import perturbed
 from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.perturbation import Perturbation
@@ -68,6 +69,9 @@ class OptimizerStep:
         self.moving = MovingWeights(module, optimizers)
         self.logs: dict[str, Tensor | float] = {}
         self._names = self._current_names()
+        self.window: AccumulationWindow | None = None
+        self._live: tuple[MicroBatch, Tensor] | None = None
+        self._moved = ExitStack()
         self._snapshot: WeightSnapshot | None = None
         self._depth = self._failures = 0
         self._hooks = [
@@ -76,10 +80,21 @@ class OptimizerStep:
         ]
 
     def release(self) -> None:
-        """Take the hooks away."""
+        """Put moved weights back, and take the hooks away."""
+        self.end()
         for hook in self._hooks:
             hook.remove()
-        self.drop_snapshot()
+
+    def put_back(self) -> None:
+        """Put weights back that are moved, whatever line an interrupt hit."""
+        self._moved.close()
+
+    def end(self) -> None:
+        """The step is over, however it ended."""
+        self.put_back()
+        self.window = self._live = None
+        self._snapshot = None
+        self._depth = 0
 
     def switch_on(self) -> bool:
         """Switch the boost on when the time has come.
@@ -110,11 +125,14 @@ class OptimizerStep:
             return False
         return self.progress.retry or self.recipe.should_refresh(self.progress.step, started_at)
 
-    def open_window(self, training_step: Callable[..., Any], replays: bool = False) -> AccumulationWindow:
+    def open_window(
+        self, training_step: Callable[..., Any], forward: Callable[..., Any] | None = None, replays: bool = False
+    ) -> AccumulationWindow:
         """The window of the next step, with an estimate if the mask is due.
 
         Args:
-            training_step: What runs the module's step again, beside our wrapper.
+            training_step: The user's function that makes the loss, beside our wrapper and any distributed one.
+            forward: The same through the distributed wrapper; ``None``: there is none.
             replays: Whether the step will be run again for other reasons than the estimate and the perturbation.
         """
         progress = self.progress
@@ -124,6 +142,7 @@ class OptimizerStep:
             self.host,
             self.module,
             training_step,
+            forward,
             self.optimizer,
             self.parameters(),
             devices=self.devices,
@@ -138,6 +157,73 @@ class OptimizerStep:
         if self.refreshes:
             window.estimate = self.recipe.curvature.begin(window)
         return window
+
+    def begin(self, training_step: Callable[..., Any], forward: Callable[..., Any] | None = None) -> None:
+        """A micro-batch begins: open the window of the next step, unless one is half full.
+
+        Args:
+            training_step: See :meth:`open_window`.
+            forward: See :meth:`open_window`.
+        """
+        window = self.window
+        if window is not None and window.micro_batches and not window.micro_batches[-1].backward_done:
+            window.micro_batches.pop()  # nothing was back-propagated: no loss, or weight averaging's last epoch
+        if window is None or not window.micro_batches:
+            self.window = self.open_window(training_step, forward)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of the training itself over one micro-batch, recorded; at weights that may be moved.
+
+        Args:
+            call: The user's function that makes the loss.
+            *args: Its positional arguments.
+            **kwargs: Its keyword arguments.
+
+        Returns:
+            What it returned.
+        """
+        window = self.window
+        assert window is not None
+        micro_batch = window.record(args, kwargs)
+        if not window.unmoved:
+            self._moved.enter_context(window.moved())
+        try:
+            with window.training_pass(), window.estimate.watch(micro_batch) if window.estimate else nullcontext():
+                output = call(*args, **kwargs)
+        except BaseException:
+            self.put_back()
+            raise
+        loss = loss_of(output)
+        if isinstance(loss, Tensor):
+            micro_batch.loss = loss.detach()
+            self._live = (micro_batch, loss)
+        else:
+            self.put_back()
+        return output
+
+    def before_backward(self) -> None:
+        """The estimate may use the graph of the training's forward pass, which is alive for the last time."""
+        window = self.window
+        if self._live is None or window is None:
+            return
+        if window.perturbation is not None and window.unmoved and not window.back_propagated:
+            window.keep_gradients()
+        if window.estimate is not None and window.estimate.uses_graph:
+            with no_trace_on_the_graph(self.module, window.devices):
+                window.estimate.before_backward(*self._live)
+
+    def after_backward(self) -> bool:
+        """Put weights back that were moved before the pass.
+
+        Returns:
+            Whether there was a recorded micro-batch that is back-propagated now.
+        """
+        self.put_back()
+        if self._live is None or self.window is None:
+            return False
+        self._live[0].backward_done = True
+        self._live = None
+        return True
 
     def refresh(self, window: AccumulationWindow) -> None:
         """Make the mask at theta_t, or keep the old one and try again at the next step if h is not finite.
@@ -164,12 +250,7 @@ class OptimizerStep:
         taking_part = [None if id(p) in excluded else h for p, h in zip(window.parameters, values, strict=True)]
         self.progress.masks.refresh(names, taking_part)
 
-    def finish_gradient(
-        self,
-        window: AccumulationWindow,
-        moved: ExitStack,
-        second_pass: Callable[[bool], Tensor | None] | None,
-    ) -> None:
+    def finish_gradient(self, window: AccumulationWindow, second_pass: Callable[[bool], Tensor | None] | None) -> None:
         """What comes between the gradients at theta_t and the optimizer's step, in this order.
 
         The mask, of the estimate that watched the window; the gradients at the perturbed weights; the copy of the old
@@ -177,7 +258,6 @@ class OptimizerStep:
 
         Args:
             window: The window, whose gradients are in `.grad` now.
-            moved: See :meth:`ascend`.
             second_pass: See :meth:`ascend`; ``None``: the perturbation is somebody else's business.
         """
         self.logs = {}
@@ -186,19 +266,16 @@ class OptimizerStep:
             self.refresh(window)
         if window.perturbation is not None and second_pass is not None:
             if window.unmoved:
-                copies = self.ascend(window, moved, second_pass)
+                copies = self.ascend(window, second_pass)
             else:
                 self.logs[tags.PERTURBED_LOSS] = window.mean_loss()
         self.snapshot(copies)
 
-    def ascend(
-        self, window: AccumulationWindow, moved: ExitStack, second_pass: Callable[[bool], Tensor | None]
-    ) -> dict[int, Tensor]:
+    def ascend(self, window: AccumulationWindow, second_pass: Callable[[bool], Tensor | None]) -> dict[int, Tensor]:
         """Replace the gradients by those at the moved weights.
 
         Args:
             window: A window whose perturbation uses the gradients that are in `.grad` now.
-            moved: Holds the moved weights; its owner closes it with the window too, whatever line a Ctrl-C hits.
             second_pass: Makes the gradients at the moved weights and returns the loss there, if any; it is told
                 whether these are the step's.
 
@@ -213,11 +290,11 @@ class OptimizerStep:
             block = perturbed(movable, moves)
             if number == ascents:
                 moves = None  # the block frees them once the weights are moved
-            saved = moved.enter_context(block)
+            saved = self._moved.enter_context(block)
             try:
                 loss = second_pass(number == ascents)
             finally:
-                moved.close()
+                self.put_back()
             if norm is not None and number == 1:
                 self.logs[tags.GRAD_NORM] = self.progress.ascent_norm = norm
         if loss is not None:
@@ -233,11 +310,6 @@ class OptimizerStep:
         masks = self.progress.masks.masks
         if masks and self.progress.started_at is not None:
             self._snapshot = WeightSnapshot.take(self.optimizer, self._names, masks, copies, self.host.will_log)
-
-    def drop_snapshot(self) -> None:
-        """The step is over, or did not happen."""
-        self._snapshot = None
-        self._depth = 0
 
     def _stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Torch runs the hooks for a step and again for the `super().step()` inside it: only the outer one counts."""

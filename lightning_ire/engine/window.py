@@ -32,6 +32,7 @@ class AccumulationWindow:
         host: The loop.
         module: The module being trained.
         training_step: The user's function that makes the loss, beside our wrapper and any distributed one.
+        forward: The same through the distributed wrapper; ``None``: there is none.
         optimizer: The optimizer that is about to step.
         parameters: Its parameters.
         devices: Devices that hold a parameter of the module.
@@ -53,6 +54,7 @@ class AccumulationWindow:
         host: Host,
         module: nn.Module,
         training_step: Callable[..., Any],
+        forward: Callable[..., Any] | None,
         optimizer: Optimizer,
         parameters: list[nn.Parameter],
         *,
@@ -66,6 +68,7 @@ class AccumulationWindow:
         self.host = host
         self.module = module
         self.training_step = training_step
+        self.forward = forward or training_step
         self.optimizer = optimizer
         self.parameters = parameters
         self.devices = devices
@@ -276,7 +279,7 @@ class AccumulationWindow:
             for index, micro_batch in enumerate(todo):
                 with nullcontext() if synchronized and index == len(todo) - 1 else self.host.no_sync():
                     micro_batch.replay.restore()
-                    loss = loss_of(self.host.forward(*micro_batch.args, **micro_batch.kwargs))
+                    loss = loss_of(self.forward(*micro_batch.args, **micro_batch.kwargs))
                     if loss is None:
                         continue
                     losses.append(loss.detach())

@@ -1,0 +1,353 @@
+"""IRE and SAM in a training loop of your own: one optimizer step, without Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_ire._checks import ConfigurationError, check_whole
+from lightning_ire.engine.collectives import warn_on_rank_zero
+from lightning_ire.engine.optimizers import check_optimizers, named_parameters
+from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.state import STATE_VERSION, Progress, check_version
+from lightning_ire.engine.step import OptimizerStep
+from lightning_ire.engine.window import loss_of as loss_in
+
+__all__ = ["IREStep", "LocalHost"]
+
+
+class LocalHost:
+    """How a plain PyTorch loop goes backward, steps and talks to other processes (see `lightning_ire.engine.host`).
+
+    Other processes are those of `torch.distributed`, where it is initialized; the model is then expected in
+    `DistributedDataParallel`. What the loss function itself needs (autocast, moving the batch) is its own business.
+
+    Args:
+        scaler: The GradScaler of fp16 training; ``None``: none. It is asked to unscale before `clip`, to step and to
+            update its scale; steps that it skips are neither counted nor boosted.
+
+    Example:
+        >>> LocalHost().world_size
+        1
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        self.scaler = scaler
+        self.micro_batches = 1
+        self.epoch = 0
+        self.will_log = True
+        self._model: nn.Module | None = None
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Take up a model; called once, by :class:`IREStep`.
+
+        Args:
+            model: The model that the loss function calls.
+
+        Returns:
+            The model beside any wrapper for distributed training.
+        """
+        self._model = model
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return distributed.get_rank() if _is_distributed() else 0
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return distributed.get_world_size() if _is_distributed() else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's first parameter."""
+        first = next(self._model.parameters(), None) if self._model is not None else None
+        return torch.device("cpu") if first is None else first.device
+
+    @property
+    def loss_scale(self) -> float:
+        """The GradScaler's factor."""
+        return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
+
+    @property
+    def what_steps(self) -> str:
+        """The name of the loss function in messages."""
+        return "the loss function"
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate the loss of one micro-batch.
+
+        Args:
+            loss: The loss, a scalar.
+        """
+        loss = loss / self.micro_batches
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Backward passes inside leave each process with its own gradient."""
+        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A forward pass of an estimate, which goes through the wrapper here: its gradients stay on this process."""
+        return self.no_sync()
+
+    def quiet(self, modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+        """Nothing logs here.
+
+        Args:
+            modules: The model and all below it.
+        """
+        return nullcontext()
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        """Sum over the processes.
+
+        Args:
+            value: A tensor; overwritten.
+        """
+        distributed.all_reduce(value)
+        return value
+
+    def step(self, optimizer: Optimizer, clip: Callable[[], Any] | None) -> None:
+        """Clip and step.
+
+        Args:
+            optimizer: The optimizer, whose gradients are complete.
+            clip: What clips them; ``None``: nothing does.
+        """
+        if self.scaler is None:
+            if clip is not None:
+                clip()
+            optimizer.step()
+            return
+        if clip is not None:
+            self.scaler.unscale_(optimizer)
+            clip()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+class IREStep:
+    """One optimizer step with IRE and SAM in any loop: the numbers of :class:`~lightning_ire.IRE` under a Trainer.
+
+    A call does all of a step: `zero_grad`, forward, backward, the mask where it is due (eq. 5 of the IRE paper), the
+    second pass of a perturbation, clipping, `optimizer.step()` and the boost (eq. 4). Where nothing is due it is a
+    plain step. The extra passes put buffers, random streams and Python containers of the model back, as under the
+    callback.
+
+    Cost per step: that of :class:`~lightning_ire.IRE`.
+
+    Args:
+        model: The model that is trained, as the loss function calls it: an `nn.Module`, also in
+            `DistributedDataParallel`.
+        optimizer: Its only optimizer; learning-rate schedulers step outside.
+        host: How the loop goes backward and steps; default: :class:`LocalHost`.
+        clip: Called with the list of the optimizer's parameters between the last backward pass and the step, for
+            instance ``lambda p: torch.nn.utils.clip_grad_norm_(p, 1.0)``.
+        **settings: The arguments of :class:`~lightning_ire.IRE`, but for `dry_run`. `start_step` is a number of steps
+            here: no loop says how long it is.
+
+    Attributes:
+        logs: The values that the callback would log after the last step, by tag (:mod:`lightning_ire.tags`).
+
+    Raises:
+        ConfigurationError: For settings out of range, and for what is not supported.
+
+    Example:
+        >>> import torch
+        >>> from lightning_ire import SAM, IREStep
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> x, y = torch.randn(64, 4), torch.randint(3, (64,))
+        >>> def loss_of(batch):
+        ...     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+        >>> step = IREStep(model, optimizer, kappa=2.0, gamma=0.8, perturbation=SAM(0.05))
+        >>> first = step(loss_of, (x, y))
+        >>> for _ in range(20):
+        ...     loss = step(loss_of, (x[:32], y[:32]), (x[32:], y[32:]))  # two micro-batches, one step
+        >>> bool(loss < first), step.progress.step
+        (True, 21)
+
+        Resuming: save three states, and load them in a new loop.
+
+        >>> saved = model.state_dict(), optimizer.state_dict(), step.state_dict()
+        >>> step.load_state_dict(saved[2])
+
+        With a GradScaler (its own state is saved beside these):
+
+        >>> scaler = torch.amp.GradScaler("cpu", enabled=False)
+        >>> step.release()
+        >>> step = IREStep(model, optimizer, host=LocalHost(scaler), kappa=2.0)
+
+    References:
+        Wang et al., "Improving Generalization and Convergence by Enhancing Implicit Regularization", NeurIPS 2024
+        (arXiv 2405.20763): eq. 4-8, Alg. 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        host: LocalHost | None = None,
+        clip: Callable[[list[Tensor]], Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        unknown = settings.keys() - _SETTINGS
+        if unknown:
+            raise ConfigurationError(
+                f"Expected settings of IREStep among {', '.join(_SETTINGS)}, got `{min(unknown)}`: leave it out."
+            )
+        self.recipe = Recipe(**settings)
+        if self.recipe.start.is_fraction:
+            raise ConfigurationError(
+                f"Expected `start_step` to be a number of steps for IREStep, which does not know how long the run is, "
+                f"got {self.recipe.start.step} (a fraction of it): give `start_step` in steps."
+            )
+        self.host = LocalHost() if host is None else host
+        self.module = self.host.prepare(model)
+        self.optimizer = optimizer
+        self.clip = clip
+        self.logs: dict[str, Tensor] = {}
+        self.progress = Progress.new(self.recipe)
+        check_optimizers(self.recipe, self.module, [optimizer], masks=self.recipe.kappa > 0)
+        if optimizer in _SERVED:
+            raise ConfigurationError(
+                f"Expected an optimizer that no other IREStep serves, got a {type(optimizer).__name__} that one does, "
+                "so that its steps would be boosted twice: call `release()` of the other one."
+            )
+        _SERVED.add(optimizer)
+        self._step = OptimizerStep(
+            self.recipe,
+            self.progress,
+            self.host,
+            self.module,
+            optimizer,
+            [optimizer],
+            self.recipe.start.first_step(None),
+        )
+
+    def __call__(self, loss_of: Callable[[Any], Any], *batches: Any) -> Tensor:
+        """One optimizer step.
+
+        Args:
+            loss_of: Called with each of the batches, and again in the extra passes; returns the mean loss over the
+                batch, a scalar with its graph, or a mapping with it under "loss".
+            *batches: The micro-batches of the step, at least one; their losses are averaged.
+
+        Returns:
+            The mean of their losses at the unperturbed weights, detached (with AverageSAM at the perturbed ones).
+
+        Raises:
+            ConfigurationError: If there is no batch, or no loss.
+        """
+        if not batches:
+            raise ConfigurationError("Expected `step(loss_of, batch)` with at least one batch, got none.")
+        step, host = self._step, self.host
+        host.micro_batches = len(batches)
+        self.optimizer.zero_grad()
+        active = step.switch_on()
+        losses = []
+        try:
+            for index, batch in enumerate(batches):
+                if active:
+                    step.begin(loss_of)
+                last = index == len(batches) - 1
+                with nullcontext() if last and (step.window is None or step.window.synchronized) else host.no_sync():
+                    loss = self._checked(step.forward(loss_of, batch) if active else loss_of(batch))
+                    losses.append(loss.detach())
+                    step.before_backward()
+                    host.backward(loss)
+                    step.after_backward()
+            if step.window is not None:
+                step.finish_gradient(step.window, step.window.second_pass)
+            host.step(self.optimizer, None if self.clip is None else self._clip)
+        finally:
+            step.end()
+        if self._waits_for_loss:
+            for one in losses:
+                self.progress.add_loss(one)
+        self.logs = dict(step.take_logs(wanted=True))
+        return torch.stack(losses).mean()
+
+    @property
+    def epoch(self) -> int:
+        """Zero-based epoch, which the loop sets before its first step, where `start_epoch` or `start_loss` is used."""
+        return self.host.epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        if check_whole("epoch", epoch, low=0) != self.host.epoch and self._waits_for_loss:
+            mean = self.progress.take_mean_loss(self.host)
+            if mean is not None and mean <= self.recipe.start.loss:  # type: ignore[operator]
+                self.progress.started_at = self.progress.step
+        self.host.epoch = epoch
+
+    @property
+    def _waits_for_loss(self) -> bool:
+        return self.recipe.kappa > 0 and self.progress.started_at is None and self.recipe.start.loss is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, counts and averages: tensors, numbers and strings only (`torch.load(weights_only=True)`).
+
+        The same as the callback saves, so that each can go on from the other's.
+        """
+        return {"version": STATE_VERSION, "optimizers": [self.progress.state_dict()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, after the model's and the optimizer's own.
+
+        Args:
+            state: What :meth:`state_dict` returned, or what the callback saved in a run with one optimizer.
+
+        Raises:
+            ConfigurationError: If a newer release saved it, or it is none.
+        """
+        check_version(state)
+        saved: Sequence[Mapping[str, Any]] = state.get("optimizers", [])
+        if len(saved) != 1:
+            raise ConfigurationError(
+                f"Expected the state of one optimizer for IREStep, got {len(saved)}: give what `state_dict()` returned."
+            )
+        misfits = self.progress.restore(saved[0], named_parameters(self.module, self.optimizer))
+        if misfits and self.recipe.kappa:
+            warn_on_rank_zero(
+                f"The state's masks of {len(misfits)} parameters ({misfits[0]}, ...) fit none of this model: the mask "
+                "is made anew at the next step."
+            )
+
+    def release(self) -> None:
+        """Take the hooks off the optimizer, which another `IREStep` may then have; this one is over."""
+        self._step.release()
+        _SERVED.discard(self.optimizer)
+
+    def _checked(self, output: Any) -> Tensor:
+        loss = loss_in(output)
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+            return loss.reshape(())
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            got = "one without a graph"
+        raise ConfigurationError(f"Expected `loss_of(batch)` to return a scalar loss with its graph, got {got}.")
+
+    def _clip(self) -> None:
+        assert self.clip is not None
+        self.clip([parameter for group in self.optimizer.param_groups for parameter in group["params"]])
+
+
+_SETTINGS = tuple(Recipe.__init__.__annotations__)[:-1]
+_SERVED: WeakSet[Optimizer] = WeakSet()
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
