@@ -41,10 +41,11 @@ class Net(nn.Sequential):
 
 
 class Notes(UserList):
-    """A list in a module in which extra passes leave their entries too: what can be called is not taken for data."""
+    """A list in a module in which extra passes leave their entries too: what holds a function is more than data."""
 
-    def __call__(self) -> None:
-        raise NotImplementedError
+    def __init__(self, entries: Iterable[Any] = ()) -> None:
+        super().__init__(entries)
+        self.more_than_data = print
 
     def __getitem__(self, index: Any) -> Any:
         return self.data[index]

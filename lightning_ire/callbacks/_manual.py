@@ -25,7 +25,6 @@ from lightning_ire.callbacks._tensorboard import write_logs
 from lightning_ire.curvature import MicroBatch
 from lightning_ire.curvature.tap import known_losses
 from lightning_ire.engine._torch import gradient_marks, graph_number
-from lightning_ire.engine.module_state import ModuleState
 from lightning_ire.engine.no_trace import Replay, no_trace_on_the_graph
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.state import Progress
@@ -238,7 +237,8 @@ class ManualSession:
         result = None
         state = None
         if window.perturbation is not None and window.unmoved:
-            state = window.state(), Replay(self.module, stepper.devices)
+            window.keep_start()
+            state = Replay(self.module, stepper.devices)
             window.keep_gradients()
         if closure is not None:
             with torch.enable_grad(), ExitStack() as around:
@@ -298,7 +298,7 @@ class ManualSession:
         stepper: ManualStep,
         window: AccumulationWindow,
         closure: Callable[[], Any],
-        state: tuple[ModuleState, Replay],
+        state: Replay,
         final: bool,
     ) -> Tensor | None:
         """The closure once more, as it ran the first time; the loss it returned, if any."""
@@ -306,8 +306,8 @@ class ManualSession:
         around = nullcontext() if final or window.synchronized else self.host.no_sync()
         try:
             with torch.enable_grad(), window.no_trace(), window.fresh_gradients(final), around:
-                for part in state:
-                    part.restore()
+                window.rewind()
+                state.restore()
                 loss = self._checked(stepper, window, closure)
         finally:
             self._extra_pass = False

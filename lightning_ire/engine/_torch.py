@@ -23,6 +23,7 @@ __all__ = [
     "graph_number",
     "in_extra_pass",
     "own_parameters",
+    "registered",
     "run_first",
     "uncounted_changes",
 ]
@@ -104,6 +105,17 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
         module: Any module.
     """
     return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def registered(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """What is registered under which name in a module itself: its parameters, buffers and children.
+
+    Private: what is registered as ``None`` is public nowhere, and `setattr` puts nothing back to it.
+
+    Args:
+        module: Any module.
+    """
+    return module._parameters, module._buffers, module._modules
 
 
 def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor | None, int]]:

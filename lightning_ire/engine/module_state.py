@@ -15,19 +15,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_ire.engine._torch import change_marks, own_parameters, uncounted_changes
+from lightning_ire.engine._torch import change_marks, own_parameters, registered, uncounted_changes
 from lightning_ire.functional import BufferState, in_double
 from lightning_ire.functional.state import overwrite_, rewound
 
 __all__ = ["AttributeState", "ModuleState", "MovingWeights", "few_of", "is_metric", "modules_of", "weights_of"]
 
-_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+_SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.device, torch.dtype)
 _CONTAINERS = (list, dict, set, deque)
 _OF_TORCH = frozenset(vars(nn.Module()))  # parameters, buffers, hooks, ...: not the user's attributes
-_DEPTH = 3  # containers in containers: a dictionary of lists of metrics
-_WALKED = 32  # entries of a container that are looked into
+_DEPTH = 3  # containers and objects in each other: a dictionary of lists of metrics
+_WALKED = 10_000  # entries of a container that are looked into
 _COPIED = 100_000  # entries of a container whose references are copied
 _ELEMENTS = 1 << 24  # of a tensor or array that is no buffer
+_HOLDERS = {"argparse", "collections", "types"}  # parts of the standard library whose objects only hold others
+_LIBRARIES = {"lightning", "lightning_fabric", "lightning_ire", "numpy", "pytorch_lightning", *sys.stdlib_module_names}
 _LOOKS = 3  # training passes that are looked at more closely
 
 
@@ -73,7 +75,7 @@ class MovingWeights:
 
     Any weight that no optimizer trains may be one. As long as those are at most half of all, they are copied for every
     extra pass. Where they are more, only those that one of the first training passes, or a counted change later, was
-    seen to move; until then all of them, in host memory. So are trained ones that a pass moved.
+    seen to move; until then all of them, in host memory. So are those that an optimizer has.
 
     Args:
         module: The module being trained.
@@ -102,6 +104,20 @@ class MovingWeights:
         moving = others if few or self.offload else [p for p in others if id(p) in self._seen]
         return moving + [p for p in parameters if trained and id(p) in by_optimizers and id(p) in self._seen]
 
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters of the optimizers that a training pass may change."""
+        groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
+        unique = {id(p): p for group in groups for p in group["params"] if p.requires_grad}
+        return [p for p in unique.values() if self._looks > 0 or self.moves(p)]
+
+    def moves(self, parameter: nn.Parameter) -> bool:
+        """Whether a training pass was seen to change a parameter.
+
+        Args:
+            parameter: The parameter.
+        """
+        return id(parameter) in self._seen
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Notice which weights change inside the block, a training pass."""
@@ -115,13 +131,13 @@ class MovingWeights:
 
     def _contents(self, parameters: Sequence[Tensor]) -> list[float]:
         """Sums that show what is written through `tensor.data`, at the first few looks (a teacher starts as a copy)."""
-        if not (self.offload and self._looks):
+        if not self._looks:
             return [0.0] * len(parameters)
         return [0.0 if p.is_complex() else float(in_double(p.detach()).sum()) for p in parameters]
 
 
 class ModuleState:
-    """The contents of all buffers and of some parameters.
+    """What is registered in modules, the contents of all buffers and of some parameters.
 
     Args:
         modules: What :func:`modules_of` says.
@@ -132,6 +148,7 @@ class ModuleState:
     def __init__(
         self, modules: Collection[nn.Module], parameters: Iterable[nn.Parameter] = (), offload: bool = False
     ) -> None:
+        self._registered = [(names, dict(names)) for module in modules for names in registered(module)]
         self._buffers = BufferState.capture(modules)
         self._parameters = [
             (parameter, parameter.detach().to("cpu" if offload else parameter.device, copy=True))
@@ -145,6 +162,10 @@ class ModuleState:
             for_the_graph: Whether graphs that saved a buffer have to go backward afterwards, as a backward pass through
                 a checkpointed layer runs it again, and BatchNorm's statistics with it.
         """
+        for now, names in self._registered:
+            if now.keys() != names.keys() or any(now[name] is not names[name] for name in names):
+                now.clear()
+                now.update(names)
         with uncounted_changes([buffer for _, _, buffer, _ in self._buffers.saved] if for_the_graph else []):
             self._buffers.restore()
         with torch.no_grad(), uncounted_changes([parameter for parameter, _ in self._parameters]):
@@ -167,7 +188,7 @@ class AttributeState:
         self._namespaces = [(module, vars(module), _attributes(module)) for module in modules]
         self._undo: list[Callable[[], Any]] = []
         self._watched: list[tuple[str, Any, Callable[[], Any]]] = []
-        known: set[int] = set()
+        known = {id(parameter) for module in modules for parameter in own_parameters(module)}
         for owner, _, attributes in self._namespaces:
             for key, value in attributes.items():
                 self._keep(value, f"{type(owner).__name__}.{key}", known, _DEPTH)
@@ -198,24 +219,28 @@ class AttributeState:
         known.add(id(value))
         numpy = sys.modules.get("numpy")
         if isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter) and not value.is_inference():
+            if not value.is_inference():
                 self._keep_tensor(value, name)
         elif isinstance(value, (*_CONTAINERS, tuple)):
             if len(value) > _COPIED:
                 self._watched.append((name, len(value), partial(len, value)))
             elif not isinstance(value, tuple):
                 self._undo.append(partial(_refill, value, value.copy()))
-            if depth and len(value) <= _WALKED and not isinstance(value, set):
-                for inner in value.values() if isinstance(value, dict) else value:
+            inside = () if isinstance(value, set) else value.values() if isinstance(value, dict) else value
+            if len(value) > _WALKED:
+                tensors = [inner for inner in inside if isinstance(inner, Tensor)]
+                self._watched.append((name, change_marks(tensors), partial(change_marks, tensors)))
+            elif depth:
+                for inner in inside:
                     self._keep(inner, name, known, depth - 1)
         elif (rewind := rewound(value)) is not None:
             self._undo.append(rewind)
         elif numpy is not None and isinstance(value, numpy.ndarray):
             if value.size <= _ELEMENTS and value.flags.writeable:
                 self._undo.append(partial(numpy.copyto, value, value.copy()))
-        elif depth and _is_data(value):
-            before = dict(vars(value))
-            self._undo.append(partial(_refill, vars(value), before))
+        elif depth and _is_data(value, depth):
+            before = _contents(value)
+            self._undo.append(partial(_give_back, value, before))
             for inner in before.values():
                 self._keep(inner, name, known, depth - 1)
 
@@ -227,7 +252,10 @@ class AttributeState:
         before = tensor.detach().clone()
 
         def undo() -> None:
-            if change_marks([tensor])[0] != mark:  # else a graph that saved it would take it for changed
+            # what nobody was seen to change may have been changed through `.data` or an array; a graph that saved it
+            # would take it for changed if this was counted
+            unseen = change_marks([tensor])[0] == mark
+            with uncounted_changes([tensor] if unseen else []):
                 overwrite_([tensor], [before])
 
         self._undo.append(undo)
@@ -251,18 +279,57 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
     if isinstance(value, nn.Module):
         yield value
-    elif depth and isinstance(value, (list, tuple, dict)) and len(value) <= _WALKED:
-        for inner in value.values() if isinstance(value, dict) else value:
+    elif depth and isinstance(value, (list, tuple, dict)):
+        if len(value) <= _WALKED:
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from _modules_in(inner, depth - 1)
+    elif depth and _is_holder(value):
+        for inner in _contents(value).values():
             yield from _modules_in(inner, depth - 1)
 
 
-def _is_data(value: Any) -> bool:
-    """Whether an object has nothing but data in its attributes (a meter of averages; not one that holds a file)."""
-    if isinstance(value, (nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+def _is_holder(value: Any) -> bool:
+    """Whether an object is there to hold others: one of a class of the user's, or of one of a few others."""
+    if isinstance(value, (nn.Module, type, Tensor, *_SCALARS)):
+        return False
+    roots = {kind.__module__.partition(".")[0] for kind in type(value).__mro__[:-1]}
+    if "torch" in roots and callable(value):
+        return False
+    return bool(roots) and not roots & (_LIBRARIES - _HOLDERS)
+
+
+def _contents(value: Any) -> dict[str, Any]:
+    """What an object holds, by name of the attribute."""
+    slots = (name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ())))
+    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return found | dict(getattr(value, "__dict__", {}))
+
+
+def _names(slots: Any) -> list[str]:
+    return [name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__")]
+
+
+def _give_back(value: Any, before: dict[str, Any]) -> None:
+    """Let an object hold what it held."""
+    now = _contents(value)
+    for name in now.keys() - before.keys():
+        object.__delattr__(value, name)
+    for name, held in before.items():
+        if name not in now or now[name] is not held:
+            object.__setattr__(value, name, held)  # its class may be frozen
+
+
+def _is_data(value: Any, depth: int) -> bool:
+    """Whether an object holds nothing but data (a meter of averages, an augmentation; not what holds a file)."""
+    if not _is_holder(value):
         return False
     numpy = sys.modules.get("numpy")
-    kinds = (*_SCALARS, *_CONTAINERS, tuple, Tensor, *((numpy.ndarray, numpy.generic) if numpy is not None else ()))
-    return all(isinstance(inner, kinds) for inner in vars(value).values())
+    kinds = (*_SCALARS, *_CONTAINERS, tuple, Tensor, nn.Module)
+    kinds += (numpy.ndarray, numpy.generic) if numpy is not None else ()
+    return all(
+        isinstance(inner, kinds) or rewound(inner) is not None or (depth > 1 and _is_data(inner, depth - 1))
+        for inner in _contents(value).values()
+    )
 
 
 def _rebind(namespace: dict[str, Any], before: dict[str, Any], numbers: bool) -> list[str]:

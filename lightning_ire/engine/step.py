@@ -292,7 +292,8 @@ class OptimizerStep:
                 moves = None  # the block frees them once the weights are moved
             saved = self._moved.enter_context(block)
             try:
-                loss = second_pass(number == ascents)
+                with window.perturbed_from({id(p): copy for p, copy in zip(movable, saved, strict=True)}):
+                    loss = second_pass(number == ascents)
             finally:
                 self.put_back()
             if norm is not None and number == 1:

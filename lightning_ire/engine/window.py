@@ -83,6 +83,8 @@ class AccumulationWindow:
         self._moving = moving
         self._replays = replays
         self._start: ModuleState | None = None
+        self._weights_at_start: list[tuple[nn.Parameter, Tensor]] = []
+        self._unperturbed: Mapping[int, Tensor] = {}
         self._gradients_before: dict[int, Tensor] = {}
 
     def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> MicroBatch:
@@ -98,18 +100,53 @@ class AccumulationWindow:
         micro_batch = MicroBatch(args, kwargs)
         if self._replays:
             micro_batch.replay = Replay(self.module, self.devices)
-            self._start = self._start or self.state()
+            if self._start is None:
+                self.keep_start()
         self.micro_batches.append(micro_batch)
         return micro_batch
 
-    def state(self) -> ModuleState:
-        """What a pass starts from besides the optimizer's weights and a :class:`Replay`."""
+    def keep_start(self) -> None:
+        """Remember what the window's first pass starts from, besides a :class:`Replay`."""
         others = self._moving.parameters(trained=False)
-        return ModuleState(modules_of(self.module), others, self._moving.offload)
+        self._start = ModuleState(modules_of(self.module), others, self._moving.offload)
+        # on the host: after the first few passes of a run there are hardly any
+        self._weights_at_start = [(p, p.detach().to("cpu", copy=True)) for p in self._moving.trained()]
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Let the next pass start from what the window's first one started from: layers compute with what they change.
+
+        Weights that the training pass moved itself (prototypes that it normalizes) and that are perturbed now are
+        perturbed from there.
+        """
+        if self._start is None:
+            return
+        self._start.restore()
+        for parameter, start in self._weights_at_start:
+            if self._moving.moves(parameter):
+                before = start.to(parameter.device)
+                base = self._unperturbed.get(id(parameter), parameter.detach())
+                parameter.copy_(torch.where(parameter == base, before, before + (parameter - base)))
+
+    @contextmanager
+    def perturbed_from(self, unperturbed: Mapping[int, Tensor]) -> Iterator[None]:
+        """Inside the block the weights are perturbed.
+
+        Args:
+            unperturbed: What they were, by `id` of the parameter; those that are missing are as they were.
+
+        Yields:
+            Nothing.
+        """
+        self._unperturbed = unperturbed
+        try:
+            yield
+        finally:
+            self._unperturbed = {}
 
     def training_pass(self) -> AbstractContextManager[None]:
         """To be entered for a forward pass of the training itself, at which extra passes look back."""
-        return self._moving.watched() if self._replays else nullcontext()
+        return self._moving.watched() if self._replays or not self.unmoved else nullcontext()
 
     def no_trace(self) -> AbstractContextManager[None]:
         """An extra pass of the module inside the block leaves none."""
@@ -164,12 +201,13 @@ class AccumulationWindow:
 
     @property
     def movable(self) -> list[nn.Parameter]:
-        """The parameters that the perturbation may move."""
+        """The parameters that the perturbation may move; in manual optimization some may be frozen at the moment."""
         chosen = self.perturbation.selects(self.module) if self.perturbation is not None else None
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
         if chosen is None:
-            return self.parameters
+            return trained
         ids = {id(p) for name, p in self.module.named_parameters(remove_duplicate=False) if name in chosen}
-        return [parameter for parameter in self.parameters if id(parameter) in ids]
+        return [parameter for parameter in trained if id(parameter) in ids]
 
     def displacement(
         self, gradients: Sequence[Tensor | None] | None = None, moves: Sequence[Tensor | None] | None = None
@@ -220,10 +258,27 @@ class AccumulationWindow:
             return list(gradients)
         return [None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) / scale for g in gradients]
 
-    def moved(self) -> AbstractContextManager[Any]:
-        """The weights are moved inside the block, by a perturbation that needs no gradient."""
+    @contextmanager
+    def moved(self) -> Iterator[None]:
+        """The weights are moved inside the block, by a perturbation that needs no gradient.
+
+        What the pass itself changed in them stays, as a change of the unperturbed weights.
+
+        Yields:
+            Nothing.
+        """
         movable, moves, _ = self.displacement()
-        return perturbed(movable, moves)
+        with perturbed(movable, moves):
+            del moves
+            yield
+            changed = {id(p): p.detach().clone() for p in movable if self._moving.moves(p)}
+        if changed:
+            again = self.displacement()  # which draws the same
+            with torch.no_grad():
+                for parameter, move in zip(*again[:2], strict=True):
+                    if move is not None and (now := changed.get(id(parameter))) is not None:
+                        moved = parameter.detach().clone().add_(move)
+                        parameter.copy_(torch.where(moved == parameter, now, parameter + (now - moved)))
 
     def mean_loss(self) -> Tensor:
         """Mean of the losses that `training_step` returned, on this device."""
@@ -251,8 +306,8 @@ class AccumulationWindow:
             The loss that `training_step` returned, with its graph.
         """
         with torch.enable_grad(), self.no_trace():
-            if self._start is not None and micro_batch is self.micro_batches[0]:
-                self._start.restore()
+            if micro_batch is self.micro_batches[0]:
+                self.rewind()
             micro_batch.replay.restore()
             with self.host.autocast(), context:
                 output = (step or self.training_step)(*args, **micro_batch.kwargs)
@@ -274,8 +329,7 @@ class AccumulationWindow:
         todo = self.back_propagated
         synchronized = final or self.synchronized
         with torch.enable_grad(), self.no_trace(), self.fresh_gradients(final):
-            if self._start is not None:  # layers may compute with buffers that they change (spectral norm, queues)
-                self._start.restore()
+            self.rewind()
             for index, micro_batch in enumerate(todo):
                 with nullcontext() if synchronized and index == len(todo) - 1 else self.host.no_sync():
                     micro_batch.replay.restore()
