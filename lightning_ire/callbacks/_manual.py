@@ -103,6 +103,7 @@ class ManualSession:
         self._watching = ExitStack()
         self._armed = False
         self._extra_pass = False
+        self._saw_backward = False
         self._perturbed: AccumulationWindow | None = None  # while its closure runs
         self._closure_began = 0
         self._back_propagated = False
@@ -181,7 +182,7 @@ class ManualSession:
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._perturbed is not None and graph_number(loss) < self._closure_began:
                 raise self._incomplete(self._perturbed, _EARLIER)
-            self._back_propagated = True
+            self._back_propagated = self._saw_backward = True
             if not self._extra_pass and self._call is not None:
                 self._add_to_estimates(loss)
             return original(loss, *args, **kwargs)
@@ -247,11 +248,22 @@ class ManualSession:
                 around.enter_context(nullcontext() if window.synchronized else self.host.no_sync())
                 around.enter_context(window.training_pass())
                 result = self._checked(stepper, window, closure)
+        if window.estimate is not None and window.estimate.uses_graph and not self._saw_backward:
+            self._refuse_raw_backward(window)
         second_pass = None
         if state is not None and closure is not None:
             second_pass = partial(self._second_pass, stepper, window, closure, state)
         stepper.finish_gradient(window, second_pass)
         return result
+
+    def _refuse_raw_backward(self, window: AccumulationWindow) -> None:
+        """Gradients that came by `loss.backward()`: an estimate that uses the graph has not seen it."""
+        if any(parameter.grad is not None for parameter in window.parameters):
+            raise ConfigurationError(
+                f"Expected `{type(self.module).__name__}` (manual optimization) to call `self.manual_backward(loss)`, "
+                "got gradients without it: call it in place of `loss.backward()`, or set `curvature` to "
+                "EmpiricalFisher()."
+            )
 
     def _incomplete(self, window: AccumulationWindow, got: str) -> ConfigurationError:
         return ConfigurationError(

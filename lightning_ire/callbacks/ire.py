@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -141,6 +142,7 @@ class IRE(Recipe, Callback):
         self._trainer: weakref.ref[pl.Trainer] | None = None
         self._progresses = [Progress.new(self)]
         self._warned = False
+        self._windows = 0
         self._record = HyperParameters()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -250,6 +252,7 @@ class IRE(Recipe, Callback):
         self._release(trainer)
         self._warned = False
         self._begin_or_continue(trainer, pl_module)
+        self._windows = self._progress.step
         if self.dry_run:
             show_mask(self, self._progress.step, trainer, pl_module)
             return
@@ -330,6 +333,8 @@ class IRE(Recipe, Callback):
     ) -> None:
         """Switch on when the time has come, and get ready to record the batch."""
         if self._session is not None:
+            if batch_idx == 0 and self._progress.loss_count:  # saved after an epoch's last batch, before its end
+                self._decide_by_loss(trainer, pl_module)
             self._session.begin_batch()
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -356,6 +361,8 @@ class IRE(Recipe, Callback):
         if progress.started_at is None:
             if self.start.loss is not None:  # Lightning reports it divided by the number of micro-batches
                 progress.add_loss(loss * trainer.accumulate_grad_batches)
+            if self.start.is_fraction and pl_module.automatic_optimization:
+                self._refuse_missing_steps(trainer, pl_module, batch_idx)
         elif not self._warned and progress.step - progress.started_at <= self.interval:
             self._warned = not bool(torch.isfinite(loss).all())
             if self._warned:
@@ -364,10 +371,28 @@ class IRE(Recipe, Callback):
                     f"{progress.started_at}: `kappa` = {self.kappa:g} may be too large for this learning rate."
                 )
 
+    def _refuse_missing_steps(self, trainer: pl.Trainer, module: pl.LightningModule, batch_idx: int) -> None:
+        """A fraction of a run that is measured in epochs is one of its windows: each of them has to step."""
+        last = batch_idx + 1 == trainer.num_training_batches
+        self._windows += last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        by_epochs = trainer.max_epochs not in (None, -1) and trainer.max_steps < 0
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # which skips steps that overflow
+        if by_epochs and not scaled and is_overridden("optimizer_step", module) and self._progress.step < self._windows:
+            raise ConfigurationError(
+                f"Expected an optimizer step in every accumulation window for `start_step={self.start.step}` (a "
+                f"fraction of the run), got `{type(module).__name__}.optimizer_step`, which left one out: give "
+                "`start_step` in steps."
+            )
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Decide on a start by loss, on all devices alike."""
+        """Decide on a start by loss."""
+        if self._session is not None:
+            self._decide_by_loss(trainer, pl_module)
+
+    def _decide_by_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start by loss, on all devices alike, if the epoch that is over allows it."""
         progress = self._progress
-        if self._session is None or not self.kappa or progress.started_at is not None or self.start.loss is None:
+        if not self.kappa or progress.started_at is not None or self.start.loss is None:
             return
         mean = progress.take_mean_loss(LightningHost(trainer, pl_module))
         if mean is None:
