@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from cases import Classifier, Net
 from lightning.pytorch.loops.optimization.automatic import Closure
 from torch import Tensor, nn
@@ -195,6 +196,170 @@ def test_a_teacher_of_any_kind_moves_once(frozen: bool, backbone: bool, passes: 
         cases.fit(module, callbacks, max_epochs=1)
         ends.append(states(module))
     assert_same(*ends)
+
+
+class Rearranged(Classifier):
+    """Weights that the step moves in every other way, and what it makes itself; a teacher that the loss depends on."""
+
+    HOWS = (
+        "assign", "parameter", "module", "dictionary", "in the optimizer", "data in the optimizer", "noise", "decay",
+        "clamp", "buffer", "parameter that is none", "registered", "shadow", "modules", "generator in an object",
+        "slots", "teacher in an object", "array", "parameters in a list", "called", "hook", "pruned",
+    )  # fmt: skip
+
+    def __init__(self, how: str) -> None:
+        super().__init__(
+            Net(batch_norm=True), lambda module: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        )
+        self.how = how
+        self.key = copy.deepcopy(self.net).requires_grad_(how.endswith("optimizer"))
+        self.entries = nn.ParameterDict({"bias": nn.Parameter(torch.zeros(4), requires_grad=False)})
+        self.register_buffer("center", None)
+        self.register_parameter("shift", None)
+        self.shadow: list[Any] = [torch.zeros(4) for _ in range(40)]
+        if how == "parameters in a list":
+            self.shadow = [nn.Parameter(one, requires_grad=False) for one in self.shadow]
+        self.hidden = [nn.Linear(1, 4) for _ in range(40)]
+        self.held = Held() if how != "slots" else Slotted()
+        self.held.inner = Meter()
+        self.held.stream = np.random.default_rng(0)
+        self.held.values = [torch.zeros(4)]
+        self.held.module = copy.deepcopy(self.net) if how == "teacher in an object" else None
+
+    def moved(self) -> dict[str, Tensor]:
+        return {name: 0.9 * value + 0.1 for name, value in self.key.state_dict().items() if value.is_floating_point()}
+
+    @torch.no_grad()
+    def move(self, z: Tensor) -> Tensor:
+        """Do what is asked for; returns what the loss is to depend on."""
+        weight = self.net[0].weight
+        if self.how == "assign":
+            self.key.load_state_dict(self.moved(), strict=False, assign=True)
+        elif self.how == "parameter":
+            self.key[0].weight = nn.Parameter(0.9 * self.key[0].weight + 0.1, requires_grad=False)
+        elif self.how == "module":
+            self.key = copy.deepcopy(self.key)
+            in_place(self.key, self.net)
+        elif self.how == "dictionary":
+            self.entries["bias"] = nn.Parameter(self.entries["bias"] + 1, requires_grad=False)
+            return self.entries["bias"]
+        elif self.how.endswith("in the optimizer"):
+            (in_data if "data" in self.how else in_place)(self.key, self.net)
+        elif self.how == "noise":
+            weight.add_(0.01 * torch.randn_like(weight))
+        elif self.how == "decay":
+            weight.mul_(0.99)
+        elif self.how == "clamp":
+            weight.data.clamp_(-0.1, 0.1)
+        elif self.how in ("buffer", "registered", "parameter that is none"):
+            return self.make(z)
+        elif self.how in ("shadow", "parameters in a list"):
+            for one in self.shadow:
+                one.add_(1)
+            return self.shadow[-1]
+        elif self.how == "modules":
+            self.hidden[-1].bias.data.add_(1)
+            return self.hidden[-1].bias
+        elif self.how == "array":
+            self.shadow[0].numpy()[...] += 1
+            return self.shadow[0]
+        elif self.how == "generator in an object":
+            return torch.from_numpy(self.held.stream.normal(size=4)).float()
+        elif self.how == "hook":
+            self.net[0].register_forward_hook(lambda layer, inputs, output: 1.1 * output)
+        elif self.how == "pruned" and not hasattr(self.key[0], "weight_mask"):
+            torch.nn.utils.prune.l1_unstructured(self.key[0], "weight", 0.5)
+        elif self.how == "teacher in an object":
+            in_place(self.held.module, self.net)
+            return self.held.module[0].bias[:4]
+        else:  # "slots", "called"
+            self.held.inner.values.append(1.0)
+            self.held.values[0].add_(len(self.held.inner.values))
+            return self.held.values[0]
+        return self.key(torch.ones(2, 6))[0]
+
+    def make(self, z: Tensor) -> Tensor:
+        """State that the first pass makes; the loss of that pass does not depend on it."""
+        name = {"buffer": "center", "registered": "made", "parameter that is none": "shift"}[self.how]
+        first = getattr(self, name, None) is None
+        if self.how == "registered" and first:
+            self.register_buffer(name, torch.zeros(4))
+        elif first:
+            made = torch.zeros(4)
+            setattr(self, name, nn.Parameter(made, requires_grad=False) if self.how.startswith("param") else made)
+        getattr(self, name).add_(z.mean(0))
+        return torch.zeros(4) if first else getattr(self, name)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.key.eval()
+        with torch.no_grad():
+            z = self.net[0](batch[0])[:, :4]
+        aim = self.move(z)
+        return F.cross_entropy(self.net(batch[0]) + aim, batch[1])
+
+
+class Held:
+    """Holds nothing but data, an object of its own among it; and can be called."""
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+
+class Slotted:
+    __slots__ = ("inner", "module", "stream", "values")
+
+
+@pytest.mark.parametrize("passes", ["SAM", "average", "monitor"])
+@pytest.mark.parametrize("how", Rearranged.HOWS)
+def test_training_is_the_same_whatever_the_step_moves_and_makes(how: str, passes: str) -> None:
+    ends = []
+    for callbacks in ([], [PASSES.get(passes, lambda: IRE(kappa=0.0, perturbation=AverageSAM(0.0)))()]):
+        torch.manual_seed(0)
+        module = Rearranged(how)
+        cases.fit(module, callbacks, max_epochs=1)
+        ends.append(states(module))
+    assert_same(*ends)
+
+
+def test_weights_that_the_step_decays_are_perturbed_from_what_they_were() -> None:
+    """One step of SAM by hand: W is halved in the step, so both gradients are those at W / 2 and at (W + e) / 2."""
+
+    class Halved(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                self.net.weight.mul_(0.5)
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    module = Halved(nn.Linear(6, 4, bias=False), lambda module: torch.optim.SGD(module.parameters(), lr=0.1))
+    start = module.net.weight.detach().clone()
+    (x, y), *_ = loader = cases.loader(cases.data(8))
+    cases.fit(module, [IRE(kappa=0.0, perturbation=SAM(0.5))], loader, max_epochs=1)
+
+    def gradient(weight: Tensor) -> Tensor:
+        weight = weight.clone().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(x @ weight.T, y), weight)[0]
+
+    first = gradient(start / 2)
+    move = 0.5 * first / first.norm()
+    expected = start / 2 - 0.1 * gradient((start + move) / 2)
+    torch.testing.assert_close(module.net.weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_average_sam_keeps_what_the_step_does_to_its_weights() -> None:
+    """The step adds 1 to every weight, whatever the random move is: the unperturbed weights have it too."""
+
+    class Adds(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                self.net.weight.add_(1)
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    module = Adds(nn.Linear(6, 4), lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
+    start = module.net.weight.detach().clone()
+    cases.fit(module, [IRE(kappa=0.0, perturbation=AverageSAM(0.5))], cases.loader(cases.data(16)), max_epochs=1)
+    torch.testing.assert_close(module.net.weight.detach(), start + 2, rtol=0, atol=1e-5)
 
 
 def test_a_backbone_is_not_copied_in_every_step() -> None:

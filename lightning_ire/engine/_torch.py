@@ -107,15 +107,16 @@ def own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
-def registered(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    """What is registered under which name in a module itself: its parameters, buffers and children.
+def registered(module: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """What is registered under which name in a module itself: its parameters, buffers, children and hooks.
 
-    Private: what is registered as ``None`` is public nowhere, and `setattr` puts nothing back to it.
+    Private: what is registered as ``None`` is public nowhere, and hooks have no list.
 
     Args:
         module: Any module.
     """
-    return module._parameters, module._buffers, module._modules
+    names: tuple[dict[Any, Any], ...] = (module._parameters, module._buffers, module._modules)
+    return *names, module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor | None, int]]:

@@ -30,6 +30,7 @@ _COPIED = 100_000  # entries of a container whose references are copied
 _ELEMENTS = 1 << 24  # of a tensor or array that is no buffer
 _HOLDERS = {"argparse", "collections", "types"}  # parts of the standard library whose objects only hold others
 _LIBRARIES = {"lightning", "lightning_fabric", "lightning_ire", "numpy", "pytorch_lightning", *sys.stdlib_module_names}
+_NOTHING: dict[Any, Any] = {}
 _LOOKS = 3  # training passes that are looked at more closely
 
 
@@ -73,9 +74,10 @@ def few_of(chosen: Collection[Tensor], parameters: Iterable[Tensor]) -> bool:
 class MovingWeights:
     """The weights that `training_step` itself writes to: momentum encoders, teachers, normalized prototypes.
 
-    Any weight that no optimizer trains may be one. As long as those are at most half of all, they are copied for every
+    Any weight that no optimizer has may be one. As long as those are at most half of all, they are copied for every
     extra pass. Where they are more, only those that one of the first training passes, or a counted change later, was
-    seen to move; until then all of them, in host memory. So are those that an optimizer has.
+    seen to move; until then all of them, in host memory. So are those that an optimizer has, and always those that had
+    no gradient in its last step.
 
     Args:
         module: The module being trained.
@@ -86,6 +88,7 @@ class MovingWeights:
         self._module = module
         self._optimizers = optimizers
         self._seen: set[int] = set()
+        self._without_gradient: set[int] = set()
         self._looks = _LOOKS
         self.offload = False
 
@@ -102,7 +105,7 @@ class MovingWeights:
         few = few_of(others, parameters)
         self.offload = not few and self._looks > 0
         moving = others if few or self.offload else [p for p in others if id(p) in self._seen]
-        return moving + [p for p in parameters if trained and id(p) in by_optimizers and id(p) in self._seen]
+        return moving + [p for p in parameters if trained and id(p) in by_optimizers and self.moves(p)]
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters of the optimizers that a training pass may change."""
@@ -111,12 +114,21 @@ class MovingWeights:
         return [p for p in unique.values() if self._looks > 0 or self.moves(p)]
 
     def moves(self, parameter: nn.Parameter) -> bool:
-        """Whether a training pass was seen to change a parameter.
+        """Whether a training pass was seen to change a parameter, or may do so.
 
         Args:
             parameter: The parameter.
         """
-        return id(parameter) in self._seen
+        return id(parameter) in self._seen or id(parameter) in self._without_gradient
+
+    def note_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Look which parameters an optimizer trains indeed.
+
+        Args:
+            parameters: The optimizer's, before its step.
+        """
+        for parameter in parameters:
+            (self._without_gradient.add if parameter.grad is None else self._without_gradient.discard)(id(parameter))
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -148,7 +160,7 @@ class ModuleState:
     def __init__(
         self, modules: Collection[nn.Module], parameters: Iterable[nn.Parameter] = (), offload: bool = False
     ) -> None:
-        self._registered = [(names, dict(names)) for module in modules for names in registered(module)]
+        self._registered = [(now, dict(now) if now else _NOTHING) for one in modules for now in registered(one)]
         self._buffers = BufferState.capture(modules)
         self._parameters = [
             (parameter, parameter.detach().to("cpu" if offload else parameter.device, copy=True))
@@ -163,7 +175,7 @@ class ModuleState:
                 a checkpointed layer runs it again, and BatchNorm's statistics with it.
         """
         for now, names in self._registered:
-            if now.keys() != names.keys() or any(now[name] is not names[name] for name in names):
+            if len(now) != len(names) or any(now.get(name, now) is not one for name, one in names.items()):
                 now.clear()
                 now.update(names)
         with uncounted_changes([buffer for _, _, buffer, _ in self._buffers.saved] if for_the_graph else []):

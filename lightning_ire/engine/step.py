@@ -261,6 +261,7 @@ class OptimizerStep:
             second_pass: See :meth:`ascend`; ``None``: the perturbation is somebody else's business.
         """
         self.logs = {}
+        self.moving.note_gradients(window.parameters)
         copies: dict[int, Tensor] = {}
         if window.estimate is not None:
             self.refresh(window)

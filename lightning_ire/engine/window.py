@@ -109,8 +109,9 @@ class AccumulationWindow:
         """Remember what the window's first pass starts from, besides a :class:`Replay`."""
         others = self._moving.parameters(trained=False)
         self._start = ModuleState(modules_of(self.module), others, self._moving.offload)
-        # on the host: after the first few passes of a run there are hardly any
-        self._weights_at_start = [(p, p.detach().to("cpu", copy=True)) for p in self._moving.trained()]
+        self._weights_at_start = [  # those of which it is not known yet only in the first few passes of a run
+            (p, p.detach().to(p.device if self._moving.moves(p) else "cpu", copy=True)) for p in self._moving.trained()
+        ]
 
     @torch.no_grad()
     def rewind(self) -> None:
