@@ -145,6 +145,29 @@ def test_a_cached_graph_is_explained() -> None:
         cases.fit(Caches(), [IRE(kappa=0, perturbation=SAM(0.1))])
 
 
+class SavesInTheEpochsLastBatch(pl.Callback):
+    """As `ModelCheckpoint(every_n_train_steps=...)` may: before the end of the epoch is decided about."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == 0 and batch_idx + 1 == trainer.num_training_batches:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_start_by_loss_is_decided_for_an_epoch_that_was_cut_before_its_end(tmp_path: Path) -> None:
+    settings = {"kappa": 2.0, "interval": 3, "start_loss": 100.0}
+    straight, ire = Classifier(), IRE(**settings)
+    torch.manual_seed(1)
+    resumed = cases.clone(straight)
+    cases.fit(straight, [ire, SavesInTheEpochsLastBatch(tmp_path / "last.ckpt")])
+    again = IRE(**settings)
+    cases.fit(resumed, [again], ckpt_path=str(tmp_path / "last.ckpt"))
+    assert again.started_at == ire.started_at == len(cases.loader(cases.data()))
+    cases.assert_same_bits(resumed, straight)
+
+
 @pytest.mark.parametrize("start", [{"start_step": 6}, {"start_epoch": 1}, {"start_loss": 0.5}])
 def test_a_start_of_nothing_is_warned_about(start: dict[str, Any]) -> None:
     ((key, value),) = start.items()

@@ -235,6 +235,39 @@ def test_a_start_by_loss_needs_one() -> None:
         cases.fit(Manual(), [IRE(start_loss=9.0)])
 
 
+class Raw(Manual):
+    """Back-propagates past Lightning."""
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.loss(batch).backward()
+        optimizer.step()
+
+
+def test_a_backward_pass_that_an_estimate_cannot_see_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"`Raw`.*to call `self\.manual_backward\(loss\)`, got gradients"):
+        cases.fit(Raw(), [IRE(**BOOST)])
+    ire = IRE(**BOOST, curvature=EmpiricalFisher())
+    cases.fit(Raw(), [ire])
+    assert ire._progress.masks.masks
+
+
+def test_frozen_weights_that_the_optimizer_has_are_not_perturbed() -> None:
+    ends = []
+    for by_hand in (True, False):
+        torch.manual_seed(0)
+        net = Net()
+        net[0].requires_grad_(False)
+        module = Manual(net, closure=True) if by_hand else Classifier(net)
+        cases.fit(module, [IRE(kappa=0.0, perturbation=AverageSAM(0.5))])
+        ends.append(module)
+    cases.assert_same_bits(*ends)
+
+
 class TwoPlayers(pl.LightningModule):
     """GAN-like: two optimizers, one of them stepping twice a batch, each toggled."""
 

@@ -151,6 +151,25 @@ def test_a_resumed_run_starts_at_a_fraction_of_the_whole(tmp_path: Any) -> None:
     assert ire.started_at == 32
 
 
+class EverySecond(Classifier):
+    """Lets every second step out."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:  # type: ignore[override]
+        if batch_idx % 2:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+def test_a_fraction_of_a_run_whose_steps_an_override_leaves_out_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"`start_step=0\.4`.*`EverySecond\.optimizer_step`, which left one"):
+        cases.fit(EverySecond(), [IRE(start_step=0.4)], max_epochs=4)
+    ire = IRE(start_step=0.4)
+    cases.fit(EverySecond(), [ire], max_epochs=100, max_steps=10)  # counted in real steps
+    assert ire.started_at == 4
+    cases.fit(EverySecond(), [IRE(start_step=3)], max_epochs=2)
+
+
 # manual optimization: who steps how often is the module's affair
 
 
