@@ -19,8 +19,10 @@ if TYPE_CHECKING:
         SecondMoment,
     )
     from lightning_ire.engine._torch import in_extra_pass
-    from lightning_ire.loop import IREStep, LocalHost
+    from lightning_ire.engine.host import LocalHost
+    from lightning_ire.loop import IREStep
     from lightning_ire.perturbation import SAM, AdversarialModelPerturbation, Ascent, AverageSAM, Perturbation
+    from lightning_ire.sharpness import measure_sharpness
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "SecondMoment",
     "SharpnessMonitor",
     "in_extra_pass",
+    "measure_sharpness",
 ]
 
 _MODULES = {
@@ -48,7 +51,9 @@ _MODULES = {
     "engine._torch": ("in_extra_pass",),
     "callbacks": ("IRE", "SharpnessMonitor"),
     "curvature": ("Curvature", "EmpiricalFisher", "HutchinsonHessian", "RandomMask", "SampledFisher", "SecondMoment"),
-    "loop": ("IREStep", "LocalHost"),
+    "engine.host": ("LocalHost",),
+    "loop": ("IREStep",),
+    "sharpness": ("measure_sharpness",),
     "perturbation": ("SAM", "AdversarialModelPerturbation", "Ascent", "AverageSAM", "Perturbation"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -62,6 +67,7 @@ _PUBLIC_MODULES = (
     "models",
     "perturbation",
     "schedule",
+    "sharpness",
     "tags",
 )
 

@@ -2,138 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_whole
+from lightning_ire.engine.boost import boost_factors
 from lightning_ire.engine.collectives import warn_on_rank_zero
+from lightning_ire.engine.host import LocalHost
 from lightning_ire.engine.optimizers import check_optimizers, named_parameters
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.state import STATE_VERSION, Progress, check_version
 from lightning_ire.engine.step import OptimizerStep
 from lightning_ire.engine.window import loss_of as loss_in
+from lightning_ire.perturbation import Perturbation
 
-__all__ = ["IREStep", "LocalHost"]
-
-
-class LocalHost:
-    """How a plain PyTorch loop goes backward, steps and talks to other processes (see `lightning_ire.engine.host`).
-
-    Other processes are those of `torch.distributed`, where it is initialized; the model is then expected in
-    `DistributedDataParallel`. What the loss function itself needs (autocast, moving the batch) is its own business.
-
-    Args:
-        scaler: The GradScaler of fp16 training; ``None``: none. It is asked to unscale before `clip`, to step and to
-            update its scale; steps that it skips are neither counted nor boosted.
-
-    Example:
-        >>> LocalHost().world_size
-        1
-    """
-
-    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        self.scaler = scaler
-        self.micro_batches = 1
-        self.epoch = 0
-        self.will_log = True
-        self._model: nn.Module | None = None
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """Take up a model; called once, by :class:`IREStep`.
-
-        Args:
-            model: The model that the loss function calls.
-
-        Returns:
-            The model beside any wrapper for distributed training.
-        """
-        self._model = model
-        return model.module if isinstance(model, DistributedDataParallel) else model
-
-    @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return distributed.get_rank() if _is_distributed() else 0
-
-    @property
-    def world_size(self) -> int:
-        """How many processes train together."""
-        return distributed.get_world_size() if _is_distributed() else 1
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model's first parameter."""
-        first = next(self._model.parameters(), None) if self._model is not None else None
-        return torch.device("cpu") if first is None else first.device
-
-    @property
-    def loss_scale(self) -> float:
-        """The GradScaler's factor."""
-        return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
-
-    @property
-    def what_steps(self) -> str:
-        """The name of the loss function in messages."""
-        return "the loss function"
-
-    def backward(self, loss: Tensor) -> None:
-        """Back-propagate the loss of one micro-batch.
-
-        Args:
-            loss: The loss, a scalar.
-        """
-        loss = loss / self.micro_batches
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-
-    def no_sync(self) -> AbstractContextManager[Any]:
-        """Backward passes inside leave each process with its own gradient."""
-        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """A forward pass of an estimate, which goes through the wrapper here: its gradients stay on this process."""
-        return self.no_sync()
-
-    def quiet(self, modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
-        """Nothing logs here.
-
-        Args:
-            modules: The model and all below it.
-        """
-        return nullcontext()
-
-    def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """Sum over the processes.
-
-        Args:
-            value: A tensor; overwritten.
-        """
-        distributed.all_reduce(value)
-        return value
-
-    def step(self, optimizer: Optimizer, clip: Callable[[], Any] | None) -> None:
-        """Clip and step.
-
-        Args:
-            optimizer: The optimizer, whose gradients are complete.
-            clip: What clips them; ``None``: nothing does.
-        """
-        if self.scaler is None:
-            if clip is not None:
-                clip()
-            optimizer.step()
-            return
-        if clip is not None:
-            self.scaler.unscale_(optimizer)
-            clip()
-        self.scaler.step(optimizer)
-        self.scaler.update()
+__all__ = ["IREStep"]
 
 
 class IREStep:
@@ -164,7 +53,7 @@ class IREStep:
 
     Example:
         >>> import torch
-        >>> from lightning_ire import SAM, IREStep
+        >>> from lightning_ire import SAM, IREStep, LocalHost
         >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Linear(4, 3)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -281,6 +170,29 @@ class IREStep:
         return torch.stack(losses).mean()
 
     @property
+    def perturbation(self) -> Perturbation | None:
+        """How gradients are perturbed."""
+        return self.recipe.perturbation
+
+    @property
+    def ascent_norm(self) -> float | None:
+        """The norm that divided the last SAM step; ``None``: there was none."""
+        norm = self.progress.ascent_norm
+        return None if norm is None else float(norm)
+
+    def boost_factors(self, module: nn.Module, optimizer: Optimizer) -> dict[int, Tensor | float]:
+        """By how much the boost lengthens a step now: 1 + kappa * n.
+
+        Args:
+            module: The module being trained, beside any distributed wrapper.
+            optimizer: Its optimizer.
+
+        Returns:
+            By `id` of the parameter a tensor of its shape; parameters that are not boosted are left out.
+        """
+        return boost_factors(self.recipe, self.progress, module, optimizer)
+
+    @property
     def epoch(self) -> int:
         """Zero-based epoch, which the loop sets before its first step, where `start_epoch` or `start_loss` is used."""
         return self.host.epoch
@@ -347,7 +259,3 @@ class IREStep:
 
 _SETTINGS = tuple(Recipe.__init__.__annotations__)[:-1]
 _SERVED: WeakSet[Optimizer] = WeakSet()
-
-
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from lightning_ire import IRE, SAM, EmpiricalFisher
-from lightning_ire.callbacks._landscape import Landscape
 from lightning_ire.callbacks.sharpness_monitor import SharpnessMonitor
+from lightning_ire.sharpness.landscape import Landscape
 
 STEPS = 6
 EVERY = 2

@@ -23,9 +23,22 @@ ALLOWED = {
     "perturbation": {"_checks", "functional"},
     "curvature": {"_checks", "functional", "curvature"},
     "engine": {"_checks", "tags", "functional", "schedule", "perturbation", "curvature", "engine"},
-    "loop": {"_checks", "engine", "IREStep", "SAM"},
+    "sharpness": {
+        *("_checks", "tags", "functional", "perturbation", "curvature", "engine", "sharpness", "measure_sharpness"),
+    },
+    "loop": {"_checks", "perturbation", "engine", "IREStep", "LocalHost", "SAM"},
     "callbacks": {
-        *("engine", "_checks", "_lightning", "_run_length", "tags", "functional", "schedule", "perturbation"),
+        *(
+            "engine",
+            "sharpness",
+            "_checks",
+            "_lightning",
+            "_run_length",
+            "tags",
+            "functional",
+            "schedule",
+            "perturbation",
+        ),
         *("curvature", "callbacks"),
     },
     "_cli_messages": {"_checks"},
@@ -44,6 +57,7 @@ THIRD_PARTY = {
     "curvature": {"torch"},
     "engine": {"torch"},
     "loop": {"torch"},
+    "sharpness": {"torch"},
     "_lightning": {"torch", "lightning"},
     "_run_length": {"lightning"},
     "callbacks": {"torch", "lightning", "lightning_utilities", "tqdm", "matplotlib"},
@@ -97,7 +111,9 @@ def test_nothing_imports_the_command_line_or_the_tests() -> None:
         assert not {name for name in imports(path) if name.startswith(("lightning_ire.cli", "tests", "cli."))}
 
 
-@pytest.mark.parametrize("part", ["functional", "curvature", "perturbation", "schedule", "tags", "engine", "loop"])
+@pytest.mark.parametrize(
+    "part", ["functional", "curvature", "perturbation", "schedule", "tags", "engine", "loop", "sharpness"]
+)
 def test_the_mathematics_is_usable_without_lightning(part: str) -> None:
     code = (
         f"import sys, lightning_ire.{part}\n"

@@ -35,9 +35,9 @@ from torch.utils.data import (
 )
 
 from lightning_ire import SharpnessMonitor, tags
-from lightning_ire.callbacks._measurement import QUANTITIES
 from lightning_ire.functional import rademacher, seeded
 from lightning_ire.functional.seeds import mixed_seed
+from lightning_ire.sharpness.quantities import QUANTITIES
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore::UserWarning:lightning\."),

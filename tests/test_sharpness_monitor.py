@@ -13,7 +13,7 @@ from matrix import Rows
 from torch import Tensor, nn
 
 from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor, tags
-from lightning_ire.callbacks._measurement import _TOGETHER, QUANTITIES
+from lightning_ire.sharpness.quantities import KINDS, QUANTITIES
 
 SAMPLES, BATCH = 24, 8
 EXACT = {"relative_error": 0.0, "tolerance": 1e-10, "max_iterations": 300}
@@ -440,7 +440,7 @@ def test_the_normalized_trace_does_not_change_with_the_scale_of_weights_before_a
 
 
 def test_the_names_of_the_quantities_are_the_same_in_both_places() -> None:
-    assert sorted(QUANTITIES) == sorted(quantity for quantities, _ in _TOGETHER for quantity in quantities)
+    assert sorted(QUANTITIES) == sorted(quantity for kind in KINDS for quantity in kind.names)
     assert {tag.split("/")[1] for tag in tags.SHARPNESS_TAGS} < set(QUANTITIES)
 
 

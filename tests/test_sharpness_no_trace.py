@@ -38,8 +38,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor, tags
 from lightning_ire.callbacks import _landscape
 from lightning_ire.callbacks._kept import kept
-from lightning_ire.callbacks._measurement import QUANTITIES
 from lightning_ire.engine._torch import differentiable_once
+from lightning_ire.sharpness.quantities import QUANTITIES
 
 # what Lightning and torch say about the small and odd runs
 pytestmark = [

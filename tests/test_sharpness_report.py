@@ -22,9 +22,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher, SharpnessMonitor, tags
 from lightning_ire.callbacks import _report
-from lightning_ire.callbacks._measurement import QUANTITIES, Settings, most_work
 from lightning_ire.cli import main
 from lightning_ire.functional import SpectralDensity
+from lightning_ire.sharpness.quantities import QUANTITIES, Settings, max_cost
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"max_vectors": 8, "max_iterations": 8}
@@ -245,7 +245,7 @@ def test_an_unforeseen_error_skips_the_quantity(monkeypatch: pytest.MonkeyPatch)
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("unforeseen")
 
-    monkeypatch.setattr("lightning_ire.callbacks._measurement.StepGeometry.of", broken)
+    monkeypatch.setattr("lightning_ire.sharpness.quantities.StepGeometry.of", broken)
     monitor = SharpnessMonitor(quantities=["stability", "ascent_gap"], **QUICK)
     with pytest.warns(UserWarning, match="SharpnessMonitor skips stability: 'unforeseen'"):
         fit(Scored(), [monitor], False)
@@ -511,14 +511,14 @@ def test_no_more_work_than_said(num_batches: int, quantities: list[str], sam: bo
     refused = sam and "sgd_ratio" in quantities
     with pytest.warns(UserWarning, match="skips sgd_ratio") if refused else nullcontext():
         monitor.measure(trainer, module)
-    said = most_work(quantities, Settings(**accuracy), num_batches, sam)
-    assert count["products"] <= said["products"]
-    assert count["backward"] - count["products"] <= said["backward"]
-    assert module.forwards <= said["forward"]
+    said = max_cost(quantities, Settings(**accuracy), num_batches, sam)
+    assert count["products"] <= said.products
+    assert count["backward"] - count["products"] <= said.backward
+    assert module.forwards <= said.forward
     if refused:
         return  # refused with SAM: less is done than the most
-    assert count["products"] == said["products"]
-    assert count["backward"] - count["products"] >= 0.5 * said["backward"]
+    assert count["products"] == said.products
+    assert count["backward"] - count["products"] >= 0.5 * said.backward
 
 
 def test_the_summary_says_when_what_and_at_what_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -528,8 +528,8 @@ def test_the_summary_says_when_what_and_at_what_cost(tmp_path: Path, caplog: pyt
     assert "trace_fisher, trace_hessian, lambda_max every 5 steps and every epoch on 2 batches of 8 per device" in line
     assert "92 parameters" in line
     assert "eval mode" in line
-    work = most_work(("trace_fisher", "trace_hessian", "lambda_max"), Settings(), 2, sam=False)
-    assert work == {"forward": 356, "backward": 356, "products": 228}
+    work = max_cost(("trace_fisher", "trace_hessian", "lambda_max"), Settings(), 2, sam=False)
+    assert work == (356, 356, 228)
     assert "at most 356 forward passes, 356 backward passes and 228 Hessian products" in line
 
 

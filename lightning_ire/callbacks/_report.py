@@ -12,9 +12,9 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_ire import tags
-from lightning_ire.callbacks._measurement import Measurement
 from lightning_ire.callbacks._tensorboard import loggers_of
 from lightning_ire.functional import SpectralDensity
+from lightning_ire.sharpness.quantities import Measurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

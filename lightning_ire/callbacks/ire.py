@@ -23,7 +23,7 @@ from lightning_ire.callbacks._hyper_parameters import HyperParameters
 from lightning_ire.callbacks._manual import ManualSession
 from lightning_ire.callbacks._session import AutomaticSession, Session
 from lightning_ire.curvature import Curvature
-from lightning_ire.engine.boost import kappas_of_groups
+from lightning_ire.engine.boost import boost_factors
 from lightning_ire.engine.optimizers import (
     check_optimizers,
     named_parameters,
@@ -185,17 +185,7 @@ class IRE(Recipe, Callback):
         optimizers = module.trainer.optimizers
         index = next((i for i, one in enumerate(optimizers) if one is optimizer), 0)
         progress = self._progresses[min(index, len(self._progresses) - 1)]
-        if self.kappa == 0 or progress.started_at is None:
-            return {}
-        peak_lrs = progress.peak_lrs if self.kappa_schedule == "lr" and progress.peak_lrs else None
-        kappas = kappas_of_groups(optimizer, self.kappa, peak_lrs)
-        names = {id(parameter): name for name, parameter in named_parameters(module, optimizer).items()}
-        return {
-            id(parameter): 1 + kappa * progress.masks.masks[names[id(parameter)]].to(parameter)
-            for kappa, group in zip(kappas, optimizer.param_groups, strict=False)
-            for parameter in group["params"]
-            if names.get(id(parameter)) in progress.masks.masks
-        }
+        return boost_factors(self, progress, module, optimizer)
 
     @property
     def ascent_norm(self) -> float | None:

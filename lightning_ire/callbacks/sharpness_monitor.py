@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -15,16 +15,27 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
-from lightning_ire._lightning import check_strategy, logger_step
+from lightning_ire._checks import ConfigurationError, check_choice, check_whole
+from lightning_ire._lightning import check_strategy, full_precision_step, logger_step, own_method, step_arguments
 from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._hyper_parameters import HyperParameters
-from lightning_ire.callbacks._landscape import Landscape, MeasurementError, agreed, measuring
-from lightning_ire.callbacks._measurement import BASIS, QUANTITIES, Measurement, Quantity, Settings, measure, most_work
 from lightning_ire.callbacks._probe import Probe, probe_loader
 from lightning_ire.callbacks._report import figures
-from lightning_ire.callbacks._step_geometry import find_ire
+from lightning_ire.callbacks.ire import IRE
+from lightning_ire.engine.collectives import FailedTogether, raise_on_all_ranks
 from lightning_ire.engine.no_trace import no_trace
+from lightning_ire.sharpness.landscape import Landscape, measurement_mode
+from lightning_ire.sharpness.quantities import (
+    BASIS,
+    Cost,
+    Job,
+    Measurement,
+    QuantityName,
+    Settings,
+    check_quantities,
+    max_cost,
+    measure,
+)
 
 __all__ = ["SharpnessMonitor"]
 
@@ -127,7 +138,7 @@ class SharpnessMonitor(Callback):
         self,
         every_n_steps: int | None = None,
         every_n_epochs: int | None = 1,
-        quantities: Sequence[Quantity] = ("trace_fisher", "trace_hessian", "lambda_max"),
+        quantities: Sequence[QuantityName] = ("trace_fisher", "trace_hessian", "lambda_max"),
         num_batches: int = 1,
         batch_size: int | None = None,
         mode: Literal["eval", "train"] = "eval",
@@ -142,21 +153,18 @@ class SharpnessMonitor(Callback):
     ) -> None:
         self.every_n_steps = None if every_n_steps is None else check_whole("every_n_steps", every_n_steps, low=1)
         self.every_n_epochs = None if every_n_epochs is None else check_whole("every_n_epochs", every_n_epochs, low=1)
-        if isinstance(quantities, str) or not quantities:
-            raise ConfigurationError(
-                f"Expected `quantities` to be a list of names like ['trace_fisher', 'lambda_max'], got {quantities!r}."
-            )
-        self.quantities = tuple(check_choice("quantities", quantity, QUANTITIES) for quantity in quantities)
+        self.quantities = check_quantities(quantities)
         self.num_batches = check_whole("num_batches", num_batches, low=1)
         self.batch_size = None if batch_size is None else check_whole("batch_size", batch_size, low=1)
-        self.mode = check_choice("mode", mode, ("eval", "train"))
         self.hvp = check_choice("hvp", hvp, ("auto", "exact", "finite_difference"))
-        self.relative_error = check_number("relative_error", relative_error)
-        self.max_vectors = check_whole("max_vectors", max_vectors, low=2)
-        self.tolerance = check_number("tolerance", tolerance, low_open=True)
-        self.max_iterations = check_whole("max_iterations", max_iterations, low=1)
-        self.num_eigenvalues = check_whole("num_eigenvalues", num_eigenvalues, low=1)
-        self.rho = check_number("rho", rho, low_open=True)
+        self.mode = mode
+        self.relative_error = relative_error
+        self.max_vectors = max_vectors
+        self.tolerance = tolerance
+        self.max_iterations = max_iterations
+        self.num_eigenvalues = num_eigenvalues
+        self.rho = rho
+        self._settings(1)
         self.seed = check_whole("seed", seed, low=0)
         self.last: Measurement | None = None
         self._record = HyperParameters()
@@ -292,28 +300,34 @@ class SharpnessMonitor(Callback):
         Returns:
             The numbers by log tag, and what was skipped and why.
         """
-        empty = Measurement(trainer.global_step)
-        with measuring(trainer, module):
+        self.last = Measurement(trainer.global_step)
+        host = LightningHost(trainer, module)
+        with measurement_mode(host, module):
             try:
                 probe = self._probe_of(trainer, module)
-            except MeasurementError as error:
+            except FailedTogether as error:
                 self._warn("everything", str(error))
-                empty.skipped = dict.fromkeys(self.quantities, str(error))
-                self.last = empty
-                return empty
+                self.last.skipped = dict.fromkeys(self.quantities, str(error))
+                return self.last
             with self._progress_bar(trainer, len(probe)) as bar:
+                loss = getattr(module, "sharpness_loss", None) or own_method(module, "training_step")
+                fisher_loss = getattr(module, "fisher_loss", None)
                 landscape = Landscape(
-                    trainer,
+                    host,
                     module,
-                    probe,
+                    _on_probe(probe, trainer, loss),
+                    len(probe),
+                    fisher_loss=None if fisher_loss is None else _on_probe(probe, trainer, fisher_loss),
                     hvp=self.hvp if self._exact else "finite_difference",
                     seed=self.seed,
                     tick=bar.update,
                 )
-                self.last = measure(trainer, module, landscape, self.quantities, self._settings(trainer), self._warn)
+                settings = self._settings(int(trainer.accumulate_grad_batches))
+                job = Job(landscape, settings, self.last, trainer.optimizers, find_ire(trainer))
+                measure(job, self.quantities, self._warn)
         self._exact = landscape.exact
         if self.last.out_of_memory:
-            self._after_out_of_memory(landscape)
+            self._after_out_of_memory(landscape, probe)
         return self.last
 
     def _probe_of(self, trainer: pl.Trainer, module: pl.LightningModule) -> Probe:
@@ -338,7 +352,7 @@ class SharpnessMonitor(Callback):
                 raise ValueError("the data for the probe is empty")
             return probe
 
-        self._probe = agreed(trainer, draw)
+        self._probe = raise_on_all_ranks(LightningHost(trainer, module), draw, "SharpnessMonitor")
         if trainer.world_size > 1:  # loaders of the user's own may give unequally many batches
             fewest = torch.tensor(len(self._probe), device=trainer.strategy.root_device)
             self._probe.shorten(int(trainer.strategy.reduce(fewest, reduce_op="min")))
@@ -357,7 +371,7 @@ class SharpnessMonitor(Callback):
         mine, theirs = ([one.every_n_steps or 0, (one.every_n_epochs or 0) * per_epoch] for one in (self, other))
         return any(math.lcm(first, second) <= steps for first in mine for second in theirs if first and second)
 
-    def _settings(self, trainer: pl.Trainer) -> Settings:
+    def _settings(self, accumulate: int) -> Settings:
         return Settings(
             mode=self.mode,
             relative_error=self.relative_error,
@@ -366,20 +380,25 @@ class SharpnessMonitor(Callback):
             max_iterations=self.max_iterations,
             num_eigenvalues=self.num_eigenvalues,
             rho=self.rho,
-            accumulate=int(trainer.accumulate_grad_batches),
+            accumulate=accumulate,
         )
+
+    def _max_cost(self, trainer: pl.Trainer, batches: int) -> Cost:
+        ire = find_ire(trainer)
+        sam = ire is not None and ire.perturbation is not None and ire.perturbation.uses_gradient
+        return max_cost(self.quantities, self._settings(int(trainer.accumulate_grad_batches)), batches, sam)
 
     # What it says
 
     def _progress_bar(self, trainer: pl.Trainer, batches: int) -> tqdm:
         """Shows itself when a measurement takes longer than a few seconds."""
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        work = most_work(self.quantities, self._settings(trainer), batches, _sam(trainer))
-        total = work["backward"] + work["products"]
+        cost = self._max_cost(trainer, batches)
+        total = cost.backward + cost.products
         return tqdm(desc="Sharpness (at most)", total=total, delay=3, leave=False, disable=not shown, position=1)
 
     def _summary(self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> str:
-        work = most_work(self.quantities, self._settings(trainer), self.num_batches, _sam(trainer))
+        cost = self._max_cost(trainer, self.num_batches)
         times = [f"every {_count(self.every_n_steps, 'step')}"] if self.every_n_steps else []
         times += [f"every {_count(self.every_n_epochs, 'epoch')}"] if self.every_n_epochs else []
         size = self.batch_size or getattr(loader, "batch_size", None)
@@ -389,8 +408,8 @@ class SharpnessMonitor(Callback):
         memory = f", {(BASIS + 5) * count * 4 / 2**20:.1f} MiB of Lanczos vectors" if lanczos else ""
         return (
             f"SharpnessMonitor: {', '.join(self.quantities)} {' and '.join(times)} on {batches} per device "
-            f"({self.mode} mode); {count:,} parameters. A measurement takes at most {work['forward']} forward passes, "
-            f"{work['backward']} backward passes and {work['products']} Hessian products (each about as "
+            f"({self.mode} mode); {count:,} parameters. A measurement takes at most {cost.forward} forward passes, "
+            f"{cost.backward} backward passes and {cost.products} Hessian products (each about as "
             f"long as 2 training passes){memory}."
         )
 
@@ -401,12 +420,12 @@ class SharpnessMonitor(Callback):
             self._warned.add(text)
             rank_zero_warn(text)
 
-    def _after_out_of_memory(self, landscape: Landscape) -> None:
+    def _after_out_of_memory(self, landscape: Landscape, probe: Probe) -> None:
         torch.cuda.empty_cache()
         vector = landscape.size * 4 / 2**20
         self._warn(
             "a measurement",
-            f"out of memory, with {landscape.probe.samples} samples in a batch, {landscape.size:,} parameters and up "
+            f"out of memory, with {probe.samples} samples in a batch, {landscape.size:,} parameters and up "
             f"to {BASIS + 5} vectors of {vector:.1f} MiB: lower `batch_size`; training goes on",
         )
 
@@ -439,9 +458,24 @@ def _measured_twice(one: SharpnessMonitor, other: SharpnessMonitor) -> Configura
     )
 
 
-def _sam(trainer: pl.Trainer) -> bool:
-    ire = find_ire(trainer)
-    return ire is not None and ire.perturbation is not None and ire.perturbation.uses_gradient
+def _on_probe(probe: Probe, trainer: pl.Trainer, step: Callable[..., Any]) -> Callable[[int], Any]:
+    """A module's method as a function of the number of a batch, with weights and loss in their own precision."""
+
+    def loss(index: int) -> Any:
+        with full_precision_step(trainer):
+            return step(*step_arguments(step, probe.batch(trainer, index), index))
+
+    return loss
+
+
+def find_ire(trainer: pl.Trainer) -> IRE | None:
+    """The run's IRE callback, if there is one that does anything.
+
+    Args:
+        trainer: The trainer.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in callbacks if isinstance(one, IRE) and not one.idle), None)
 
 
 def _count(number: int | None, one: str, many: str | None = None) -> str:

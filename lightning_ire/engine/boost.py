@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire import tags
-from lightning_ire.engine.optimizers import decay_factors, learning_rates, projects
+from lightning_ire.engine.optimizers import decay_factors, learning_rates, named_parameters, projects
+from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.state import Progress
 from lightning_ire.functional import boost_, copied, global_norm
 from lightning_ire.schedule import scheduled_kappas
 
-__all__ = ["WeightSnapshot", "boost", "kappas_of_groups"]
+__all__ = ["WeightSnapshot", "boost", "boost_factors", "kappas_of_groups"]
 
 _BLOCK = 1 << 21  # elements: 16 MB in float64
 
@@ -150,3 +152,31 @@ def kappas_of_groups(optimizer: Optimizer, kappa: float, peak_lrs: Sequence[floa
     if peak_lrs is None:
         return [kappa] * len(optimizer.param_groups)
     return scheduled_kappas(kappa, learning_rates(optimizer), peak_lrs)
+
+
+def boost_factors(
+    recipe: Recipe, progress: Progress, module: nn.Module, optimizer: Optimizer
+) -> dict[int, Tensor | float]:
+    """By how much the boost lengthens a step of an optimizer now: 1 + kappa * n.
+
+    Args:
+        recipe: The settings.
+        progress: The optimizer's state.
+        module: The module being trained.
+        optimizer: The optimizer.
+
+    Returns:
+        By `id` of the parameter a tensor of its shape; parameters that are not boosted are left out.
+    """
+    if recipe.kappa == 0 or progress.started_at is None:
+        return {}
+    peak_lrs = progress.peak_lrs if recipe.kappa_schedule == "lr" and progress.peak_lrs else None
+    kappas = kappas_of_groups(optimizer, recipe.kappa, peak_lrs)
+    names = {id(parameter): name for name, parameter in named_parameters(module, optimizer).items()}
+    masks = progress.masks.masks
+    return {
+        id(parameter): 1 + kappa * masks[names[id(parameter)]].to(parameter)
+        for kappa, group in zip(kappas, optimizer.param_groups, strict=False)
+        for parameter in group["params"]
+        if names.get(id(parameter)) in masks
+    }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-__all__ = ["Host"]
+__all__ = ["Host", "LocalHost"]
 
 
 class Host(Protocol):
@@ -61,3 +63,120 @@ class Host(Protocol):
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Sum over the processes of a tensor on :attr:`device`, which may be overwritten."""
+
+
+class LocalHost:
+    """How a plain PyTorch loop goes backward, steps and talks to other processes (see `lightning_ire.engine.host`).
+
+    Other processes are those of `torch.distributed`, where it is initialized; the model is then expected in
+    `DistributedDataParallel`. What the loss function itself needs (autocast, moving the batch) is its own business.
+
+    Args:
+        scaler: The GradScaler of fp16 training; ``None``: none. It is asked to unscale before `clip`, to step and to
+            update its scale; steps that it skips are neither counted nor boosted.
+
+    Example:
+        >>> LocalHost().world_size
+        1
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+        self.scaler = scaler
+        self.micro_batches = 1
+        self.epoch = 0
+        self.will_log = True
+        self._model: nn.Module | None = None
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Take up a model; called once, by :class:`IREStep`.
+
+        Args:
+            model: The model that the loss function calls.
+
+        Returns:
+            The model beside any wrapper for distributed training.
+        """
+        self._model = model
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return distributed.get_rank() if _is_distributed() else 0
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return distributed.get_world_size() if _is_distributed() else 1
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's first parameter."""
+        first = next(self._model.parameters(), None) if self._model is not None else None
+        return torch.device("cpu") if first is None else first.device
+
+    @property
+    def loss_scale(self) -> float:
+        """The GradScaler's factor."""
+        return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
+
+    @property
+    def what_steps(self) -> str:
+        """The name of the loss function in messages."""
+        return "the loss function"
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate the loss of one micro-batch.
+
+        Args:
+            loss: The loss, a scalar.
+        """
+        loss = loss / self.micro_batches
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Backward passes inside leave each process with its own gradient."""
+        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A forward pass of an estimate, which goes through the wrapper here: its gradients stay on this process."""
+        return self.no_sync()
+
+    def quiet(self, modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+        """Nothing logs here.
+
+        Args:
+            modules: The model and all below it.
+        """
+        return nullcontext()
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        """Sum over the processes.
+
+        Args:
+            value: A tensor; overwritten.
+        """
+        distributed.all_reduce(value)
+        return value
+
+    def step(self, optimizer: Optimizer, clip: Callable[[], Any] | None) -> None:
+        """Clip and step.
+
+        Args:
+            optimizer: The optimizer, whose gradients are complete.
+            clip: What clips them; ``None``: nothing does.
+        """
+        if self.scaler is None:
+            if clip is not None:
+                clip()
+            optimizer.step()
+            return
+        if clip is not None:
+            self.scaler.unscale_(optimizer)
+            clip()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

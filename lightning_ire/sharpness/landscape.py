@@ -1,27 +1,18 @@
-"""The loss on the probe as a function of the weights: value, gradient, Hessian and Fisher, on all devices together."""
+"""A loss over some batches as a function of the weights: value, gradient, Hessian and Fisher, on all ranks together."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_ire._lightning import (
-    full_precision_step,
-    own_method,
-    step_arguments,
-    unsynchronized,
-)
-from lightning_ire.callbacks._host import LightningHost
-from lightning_ire.callbacks._probe import Probe
 from lightning_ire.curvature.tap import LossTap, factors_in, known_losses
 from lightning_ire.engine._torch import differentiable_once
+from lightning_ire.engine.collectives import FailedTogether, mean_over_ranks, raise_on_all_ranks, warn_on_rank_zero
+from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import AttributeState, ModuleState, few_of, modules_of, weights_of
 from lightning_ire.engine.no_trace import devices_of, no_trace, without_inference_tensors
 from lightning_ire.engine.window import loss_of
@@ -41,32 +32,20 @@ from lightning_ire.functional import (
 )
 from lightning_ire.functional.seeds import mixed_seed
 
-__all__ = ["Landscape", "MeasurementError", "agreed", "measuring"]
+__all__ = ["Landscape", "measurement_mode"]
 
-T = TypeVar("T")
-
-
-class MeasurementError(RuntimeError):
-    """A measurement that could not be made; raised on all devices together.
-
-    Attributes:
-        out_of_memory: Whether that was the reason.
-    """
-
-    def __init__(self, reason: str, out_of_memory: bool = False) -> None:
-        super().__init__(reason)
-        self.out_of_memory = out_of_memory
+_WHO = "SharpnessMonitor"
 
 
 @contextmanager
-def measuring(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+def measurement_mode(host: Host, module: nn.Module) -> Iterator[None]:
     """Inside the block the module can be differentiated twice; after it there is no trace of what was done.
 
     Autograd is on whatever Lightning has switched off, attention uses the math kernel, recurrent layers do without
     cuDNN, compiled parts run uncompiled.
 
     Args:
-        trainer: The trainer.
+        host: The loop.
         module: The module.
 
     Yields:
@@ -75,7 +54,7 @@ def measuring(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]
     with ExitStack() as stack:
         # outermost: in validation things are put back in inference mode; whatever the module moves, and when
         weights = weights_of(modules_of(module))
-        stack.enter_context(no_trace(module, LightningHost(trainer, module), weights=weights, offload=True))
+        stack.enter_context(no_trace(module, host, weights=weights, offload=True))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         without_inference_tensors(module)
@@ -83,42 +62,18 @@ def measuring(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]
         yield
 
 
-def agreed(trainer: pl.Trainer, compute: Callable[[], T]) -> T:
-    """What this device computes, if all devices can do their part; else an error on all of them.
-
-    Args:
-        trainer: The trainer.
-        compute: Called once; may raise anything.
-
-    Raises:
-        MeasurementError: If it failed on some device.
-    """
-    error: Exception | None = None
-    try:
-        result = compute()
-    except Exception as caught:  # whatever the user's code raises: training has to go on
-        error = caught
-    marks = torch.tensor([float(error is not None), float(error is not None and _is_out_of_memory(error))])
-    if trainer.world_size > 1:
-        marks = trainer.strategy.reduce(marks.to(trainer.strategy.root_device), reduce_op="sum")
-    failed, memory = marks.bool().tolist()
-    if failed:
-        reason = _reason(trainer, error)
-        error = None  # its traceback holds this frame and keeps the tensors of an out-of-memory error alive
-        raise MeasurementError(reason, memory)
-    return result
-
-
 class Landscape:
-    """The mean loss over the probe's batches and all devices; to be used inside :func:`measuring`.
+    """The mean loss over some batches of all ranks; to be used inside :func:`measurement_mode`.
 
-    The loss is the module's own: what `sharpness_loss(batch, batch_idx)` returns if the module has such a method, else
-    `training_step`. Random layers draw the same numbers at every evaluation.
+    Random layers draw the same numbers at every evaluation.
 
     Args:
-        trainer: The trainer.
+        host: The loop.
         module: The module; its parameters that require a gradient are the coordinates.
-        probe: The batches.
+        loss: Called with the number of a batch; returns the mean loss over it, a scalar, or a mapping with it.
+        batches: How many batches there are, on every rank.
+        fisher_loss: Called alike; returns the loss against labels sampled from the predictions, or a pair of it and the
+            number of terms it is the mean of; ``None``: labels are drawn for the functions that `loss` calls.
         hvp: "exact": differentiate twice; "finite_difference": differences of gradients; "auto": exact, and
             differences from the first failure on.
         seed: Seed of everything random.
@@ -133,17 +88,21 @@ class Landscape:
 
     def __init__(
         self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        probe: Probe,
+        host: Host,
+        module: nn.Module,
+        loss: Callable[[int], Any],
+        batches: int,
         *,
+        fisher_loss: Callable[[int], Any] | None = None,
         hvp: str = "auto",
         seed: int = 0,
         tick: Callable[[], Any] = lambda: None,
     ) -> None:
-        self.trainer = trainer
+        self.host = host
         self.module = module
-        self.probe = probe
+        self.batches = range(batches)
+        self._loss_of = loss
+        self._fisher_loss = fisher_loss
         self.seed = seed
         self.tick = tick
         named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -153,7 +112,6 @@ class Landscape:
         self.size = sum(coordinate.numel() for coordinate in self.coordinates)
         self.exact = hvp != "finite_difference"
         self._may_fall_back = hvp == "auto"
-        self._own_loss = getattr(module, "sharpness_loss", None)
         self._graph: list[Tensor | None] | None = None
         self._sampled: list[Any] | None = None
         self._start: ModuleState | None = None
@@ -172,7 +130,7 @@ class Landscape:
         """Inside the block every layer is in one mode; after it each is in its own again.
 
         Args:
-            mode: "eval": BatchNorm's running statistics, no dropout; "train": statistics of the probe's batches, the
+            mode: "eval": BatchNorm's running statistics, no dropout; "train": statistics of the batches, the
                 same dropout masks at every evaluation.
 
         Yields:
@@ -207,15 +165,14 @@ class Landscape:
         """
         return float(self._mean_over_devices(lambda: torch.tensor([number], dtype=self.dtype), 1))
 
-    def reserve(self, vectors: int) -> None:
+    def check_memory(self, vectors: int) -> None:
         """Raise on all devices if one of them has no room for some vectors of the coordinates' size.
 
         Args:
             vectors: How many.
         """
-        agreed(
-            self.trainer, lambda: torch.empty(vectors, self.size, dtype=self.dtype, device=self.parameters[0].device)
-        )
+        device = self.parameters[0].device
+        raise_on_all_ranks(self.host, lambda: torch.empty(vectors, self.size, dtype=self.dtype, device=device), _WHO)
 
     def release(self) -> None:
         """Free the graphs that are kept between products; to be called before weights move."""
@@ -250,10 +207,10 @@ class Landscape:
         Args:
             vector: v, the same on all devices.
         """
-        return self.batch_product(vector, self._batches)
+        return self.batch_product(vector, self.batches)
 
     def batch_product(self, vector: Tensor, batches: Sequence[int]) -> Tensor:
-        """H_B v for the mean loss over some of the probe's batches (the same ones of each device).
+        """H_B v for the mean loss over some of the batches (the same ones of each device).
 
         Args:
             vector: v, the same on all devices.
@@ -272,7 +229,7 @@ class Landscape:
         """
 
         def compute() -> Tensor:
-            pieces = self._local_product(right, self._batches)
+            pieces = self._local_product(right, self.batches)
             parts = split_like(left, self.coordinates)
             dots = [
                 left.new_zeros(()) if piece is None else (part.to(left) * piece.to(left)).sum()
@@ -287,7 +244,7 @@ class Landscape:
     def fisher_trace(self, draw: int) -> float:
         """One draw of B ||G||^2 (eq. 6), each batch and device with targets of its own; unbiased for Tr F.
 
-        The trace is linear, so that the mean over batches and devices is that of the whole probe.
+        The trace is linear, so that the mean over batches and devices is that of all of them.
 
         Args:
             draw: Number of the draw; the same number gives the same labels.
@@ -296,32 +253,27 @@ class Landscape:
 
     # One device, one batch
 
-    @property
-    def _batches(self) -> range:
-        return range(len(self.probe))
-
-    def _output(self, index: int, step: Callable[..., Any], seed: int | None = None) -> Any:
-        """What a step returns on a batch: always the same random numbers and buffers, the weights' own precision."""
+    def _output(self, index: int, step: Callable[[int], Any], seed: int | None = None) -> Any:
+        """What a function returns on a batch: always the same random numbers and buffers."""
         self.release()  # a kept graph may use the buffers
         if self._start is not None and self._attributes is not None:
             self._start.restore()
             self._attributes.restore(replay=True)
         if seed is None:
-            seed = mixed_seed(self.seed, "pass", index, self.trainer.global_rank)
-        with seeded(seed, devices_of(self.module)), full_precision_step(self.trainer):
-            return step(*step_arguments(step, self.probe.batch(self.trainer, index), index))
+            seed = mixed_seed(self.seed, "pass", index, self.host.rank)
+        with seeded(seed, devices_of(self.module)):
+            return step(index)
 
     def _loss(self, index: int) -> Tensor:
-        step = self._own_loss or own_method(self.module, "training_step")
-        loss = loss_of(self._output(index, step))
+        loss = loss_of(self._output(index, self._loss_of))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"{type(self.module).__name__} returned no loss on the probe")
         return loss if loss.dim() == 0 else loss.reshape(())
 
     def _local_gradient(self) -> list[Tensor | None]:
         total: list[Tensor | None] = [None] * len(self.parameters)
-        for index in self._batches:
-            total = _sum(total, self._first_order(self._loss(index)), 1 / len(self.probe))
+        for index in self.batches:
+            total = _sum(total, self._first_order(self._loss(index)), 1 / len(self.batches))
             self.tick()
         return total
 
@@ -338,7 +290,7 @@ class Landscape:
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():  # reentrant checkpointing refuses autograd.grad
                 raise
-            with unsynchronized(self.trainer.strategy):
+            with self.host.no_sync():
                 found = gradients_by_backward(outputs, starts, self.parameters, keep_graph=keep)
         return _real(found)
 
@@ -368,16 +320,15 @@ class Landscape:
             gradients = _real(torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True))
             if differentiable_once(gradients):
                 raise RuntimeError("a function in the loss has a backward pass without a derivative")
-        if len(self.probe) == 1:
+        if len(self.batches) == 1:
             self._graph = gradients
         return gradients
 
     def _local_fisher(self, index: int, draw: int) -> Tensor:
-        labels = mixed_seed(self.seed, "labels", index, draw, self.trainer.global_rank)
+        labels = mixed_seed(self.seed, "labels", index, draw, self.host.rank)
         outputs: list[Tensor]
-        step: Callable[..., Any] | None = getattr(self.module, "fisher_loss", None)
-        if step is not None:
-            returned = self._output(index, step, seed=labels)
+        if self._fisher_loss is not None:
+            returned = self._output(index, self._fisher_loss, seed=labels)
             loss, count = returned if isinstance(returned, tuple) else (returned, 1.0)
             outputs, starts = [loss], [torch.ones_like(loss) * float(count) ** 0.5]
         else:
@@ -404,7 +355,7 @@ class Landscape:
                 f"the loss of {type(self.module).__name__} is not made with {known_losses()}: give it a method "
                 "`fisher_loss(batch, batch_idx)` that returns its loss against labels sampled from its predictions"
             )
-        if len(self.probe) == 1:
+        if len(self.batches) == 1:
             self._sampled = used
         return used
 
@@ -416,17 +367,17 @@ class Landscape:
     def _with_fallback(self, compute: Callable[[], Tensor]) -> Tensor:
         try:
             return compute()
-        except MeasurementError as error:
+        except FailedTogether as error:
             if error.out_of_memory or not (self.exact and self._may_fall_back):
                 raise
             self.exact = False
             self.release()
             try:
                 product = compute()
-            except MeasurementError:  # it is not the second derivative that fails
+            except FailedTogether:  # it is not the second derivative that fails
                 self.exact = True
                 raise
-            rank_zero_warn(
+            warn_on_rank_zero(
                 "SharpnessMonitor: the loss cannot be differentiated twice, so Hessian products are differences of "
                 f"gradients from now on (less accurate; set `hvp` to 'finite_difference' to choose that): {error}"
             )
@@ -436,33 +387,18 @@ class Landscape:
         """Mean of a number over all batches of all devices."""
 
         def compute() -> Tensor:
-            return torch.stack([value(index).to(self.parameters[0].device) for index in self._batches]).reshape(-1)
+            return torch.stack([value(index).to(self.parameters[0].device) for index in self.batches]).reshape(-1)
 
-        return float(in_double(self._mean_over_devices(compute, len(self.probe))).mean())
+        return float(in_double(self._mean_over_devices(compute, len(self.batches))).mean())
 
     def _mean_over_devices(self, compute: Callable[[], Tensor], size: int) -> Tensor:
         """The mean of what the devices compute, the same on all; an error on one of them is an error on all."""
-        error: Exception | None = None
+        like = torch.zeros(size, dtype=self.dtype, device=self.parameters[0].device)
         try:
-            value = compute().detach().to(self.dtype)  # of one type on all devices, whatever the loss is of
-        except Exception as caught:  # whatever the user's code raises: training has to go on
-            error = caught
-            value = torch.zeros(size, dtype=self.dtype, device=self.parameters[0].device)
-        memory = error is not None and _is_out_of_memory(error)
-        if self.trainer.world_size > 1:
-            marks = torch.tensor([float(error is not None), float(memory)])
-            device = self.trainer.strategy.root_device
-            packed = torch.cat([value.to(device), marks.to(device, value.dtype)])
-            packed = self.trainer.strategy.reduce(packed, reduce_op="sum")
-            value = (packed[:-2] / self.trainer.world_size).to(value.device)
-            failed, memory = bool(packed[-2]), bool(packed[-1])
-        else:
-            failed = error is not None
-        if failed:
+            return mean_over_ranks(self.host, compute, like, _WHO)
+        except FailedTogether:
             self.release()
-            reason, error = _reason(self.trainer, error), None  # see `agreed`
-            raise MeasurementError(reason, memory)
-        return value
+            raise
 
 
 def _real(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -475,17 +411,3 @@ def _sum(total: Sequence[Tensor | None], more: Sequence[Tensor | None], factor: 
         before if new is None else new.detach() * factor if before is None else before + new.detach() * factor
         for before, new in pairs
     ]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def _reason(trainer: pl.Trainer, error: Exception | None) -> str:
-    """The first line of an error, for the warning on rank 0; other ranks that have one say so themselves."""
-    if error is None:
-        return "it failed on another device, see the warning from there"
-    reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-    if trainer.global_rank:
-        warnings.warn(f"SharpnessMonitor on device {trainer.global_rank}: {reason}", stacklevel=2)
-    return reason

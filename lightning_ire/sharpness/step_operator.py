@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lightning_ire.callbacks._landscape import Landscape
-from lightning_ire.callbacks.ire import IRE
 from lightning_ire.engine.optimizers import decay_is_decoupled
 from lightning_ire.functional import (
     adam_limit,
@@ -25,9 +22,25 @@ from lightning_ire.functional import (
     split_like,
     stability_edge,
 )
-from lightning_ire.perturbation import GROUP_RADIUS, SAM
+from lightning_ire.perturbation import GROUP_RADIUS, SAM, Perturbation
+from lightning_ire.sharpness.landscape import Landscape
 
-__all__ = ["StepGeometry", "UnknownStep", "find_ire"]
+__all__ = ["Enhanced", "StepGeometry", "UnknownStep"]
+
+
+class Enhanced(Protocol):
+    """What makes SAM's and IRE's steps of an optimizer's: the callback, or the step of a plain loop."""
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        """How gradients are perturbed."""
+
+    @property
+    def ascent_norm(self) -> float | None:
+        """The norm that divided the last SAM step; ``None``: there was none."""
+
+    def boost_factors(self, module: Any, optimizer: Optimizer) -> dict[int, Tensor | float]:
+        """By how much the boost lengthens a step, by `id` of the parameter."""
 
 
 class UnknownStep(Exception):
@@ -96,24 +109,28 @@ class StepGeometry:
         return torch.stack([image @ image, vector @ image])
 
     @classmethod
-    def of(cls, trainer: pl.Trainer, module: pl.LightningModule, landscape: Landscape) -> StepGeometry:
+    def of(
+        cls, optimizers: Sequence[Optimizer], module: nn.Module, landscape: Landscape, ire: Enhanced | None
+    ) -> StepGeometry:
         """Read learning rates, momentum, Adam's second moments, IRE's mask and SAM's radius as they are now.
 
         Args:
-            trainer: The trainer.
+            optimizers: All optimizers of the module.
             module: The module.
             landscape: Gives the coordinates, and the gradient's norm where SAM has not made a step yet.
+            ire: What enhances the optimizer's steps; ``None``: nothing.
 
         Raises:
             UnknownStep: If there is no line for this run.
         """
-        if len(trainer.optimizers) != 1:
-            raise UnknownStep(f"there are {len(trainer.optimizers)} optimizers, not one")
-        optimizer = trainer.optimizers[0]
+        if not optimizers:
+            raise UnknownStep("there is no optimizer outside of fit")
+        if len(optimizers) != 1:
+            raise UnknownStep(f"there are {len(optimizers)} optimizers, not one")
+        (optimizer,) = optimizers
         if not optimizer.param_groups:  # Lightning's stand-in
             raise UnknownStep("there is no optimizer")
         limit, gain = _momentum(optimizer)
-        ire = find_ire(trainer)
         factors = ire.boost_factors(module, optimizer) if ire is not None else {}
         sizes: dict[int, Tensor] = {}
         decays: dict[int, Tensor] = {}
@@ -130,19 +147,9 @@ class StepGeometry:
                 decays[id(parameter)] = torch.tensor(added, dtype=wide).broadcast_to(real.shape)
         step_sizes = flatten_like([sizes.get(id(p)) for p in landscape.parameters], landscape.coordinates)
         decay = flatten_like([decays.get(id(p)) for p in landscape.parameters], landscape.coordinates)
-        ascent, scale = _ascent(ire, module, landscape)
+        ascent, scale = _ascent(ire, optimizers, module, landscape)
         uniform = float(step_sizes[0]) if bool((step_sizes == step_sizes[0]).all()) else None
         return cls(step_sizes, limit, gain, decay if bool(decay.any()) else None, ascent, scale, uniform)
-
-
-def find_ire(trainer: pl.Trainer) -> IRE | None:
-    """The run's IRE callback, if there is one that does anything.
-
-    Args:
-        trainer: The trainer.
-    """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((one for one in callbacks if isinstance(one, IRE) and not one.idle), None)
 
 
 def _momentum(optimizer: Optimizer) -> tuple[float, float]:
@@ -178,7 +185,9 @@ def _preconditioner(optimizer: Optimizer, parameter: Tensor, group: Mapping[str,
     return (moment / correction).sqrt() + float(group["eps"])
 
 
-def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -> tuple[float, Tensor | None]:
+def _ascent(
+    ire: Enhanced | None, optimizers: Sequence[Optimizer], module: nn.Module, landscape: Landscape
+) -> tuple[float, Tensor | None]:
     """rho_e and the diagonal of T: SAM's gradient is (H + rho_e H T^2 H) times the distance from the minimum.
 
     rho_e is the mean over the devices, and so the same on all.
@@ -190,7 +199,6 @@ def _ascent(ire: IRE | None, module: pl.LightningModule, landscape: Landscape) -
         raise UnknownStep(f"the displacement of {perturbation!r} is not a number times the gradient")
     if perturbation.interval != 1:
         raise UnknownStep(f"SAM works at every {perturbation.interval}th step only")
-    optimizers = module.trainer.optimizers
     if any(GROUP_RADIUS in group for optimizer in optimizers for group in optimizer.param_groups):
         raise UnknownStep("parameter groups have radii of their own")
     chosen = perturbation.selects(module)
