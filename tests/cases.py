@@ -128,6 +128,11 @@ def first_at_once(cases: Iterable[Any], count: int = 1) -> list[Any]:
     ]
 
 
+def every_second(cases: Iterable[Any]) -> list[Any]:
+    """The cases of a parametrization, every second of them for `make test-all`."""
+    return [pytest.param(case, marks=[pytest.mark.slow] if index % 2 else []) for index, case in enumerate(cases)]
+
+
 def clone(module: pl.LightningModule) -> pl.LightningModule:
     return copy.deepcopy(module)
 

@@ -309,7 +309,7 @@ class Slotted:
     __slots__ = ("inner", "module", "stream", "values")
 
 
-@pytest.mark.parametrize("passes", ["SAM", "average", "monitor"])
+@pytest.mark.parametrize("passes", cases.first_at_once(["SAM", "average", "monitor"]))
 @pytest.mark.parametrize("how", Rearranged.HOWS)
 def test_training_is_the_same_whatever_the_step_moves_and_makes(how: str, passes: str) -> None:
     ends = []

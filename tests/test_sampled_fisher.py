@@ -458,7 +458,7 @@ def of_outputs(loss: Any, y: Tensor, module: Custom) -> Callable[[Tensor], Tenso
     return lambda z: loss(z, y, silent)
 
 
-@pytest.mark.parametrize("name", UNBIASED)
+@pytest.mark.parametrize("name", cases.every_second(UNBIASED))
 def test_the_mean_over_all_draws_is_the_gauss_newton_diagonal(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     loss, draws, kind = UNBIASED[name]
     module, (x, y) = Custom(loss, sharp_net()), two_samples()

@@ -36,9 +36,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor, tags
-from lightning_ire.callbacks import _landscape
 from lightning_ire.callbacks._kept import kept
 from lightning_ire.engine._torch import differentiable_once
+from lightning_ire.sharpness import landscape
 from lightning_ire.sharpness.quantities import QUANTITIES
 
 # what Lightning and torch say about the small and odd runs
@@ -324,7 +324,7 @@ def test_a_measurement_out_of_memory_is_skipped_with_the_sizes_and_the_next_is_t
 def test_products_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a reason to go over to differences of gradients."""
     with monkeypatch.context() as patch:
-        patch.setattr(_landscape, "hessian_product", out_of_memory)
+        patch.setattr(landscape, "hessian_product", out_of_memory)
         monitor, said = with_trouble(lambda *args: None, tmp_path)
     assert [set(result.skipped) for result in monitor.measurements] == [
         {"trace_hessian", "lambda_max", "stability"}

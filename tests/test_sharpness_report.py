@@ -487,10 +487,10 @@ class Counting(Scored):
 )
 @pytest.mark.parametrize("sam", [False, True])
 def test_no_more_work_than_said(num_batches: int, quantities: list[str], sam: bool, monkeypatch: Any) -> None:
-    from lightning_ire.callbacks import _landscape
+    from lightning_ire.sharpness import landscape
 
     count = {"backward": 0, "products": 0}
-    grad, product = torch.autograd.grad, _landscape.hessian_product
+    grad, product = torch.autograd.grad, landscape.hessian_product
 
     def counted_product(*args: Any) -> Any:
         count["products"] += 1
@@ -505,7 +505,7 @@ def test_no_more_work_than_said(num_batches: int, quantities: list[str], sam: bo
     monitor = SharpnessMonitor(None, None, quantities, num_batches=num_batches, **accuracy)
     ire = [IRE(0.0, perturbation=SAM(0.1))] if sam else []
     trainer = fit(module, [*ire, monitor], False, max_epochs=1)
-    monkeypatch.setattr(_landscape, "hessian_product", counted_product)
+    monkeypatch.setattr(landscape, "hessian_product", counted_product)
     monkeypatch.setattr(torch.autograd, "grad", counted_grad)
     module.forwards = 0
     refused = sam and "sgd_ratio" in quantities

@@ -131,14 +131,35 @@ def boost(
         optimizer.project()  # type: ignore[attr-defined]
     logs: dict[str, Tensor | float] = {tags.KAPPA: max(kappas)}
     if with_norms:
-        flat, sharp = [], []
-        for weight, old, mask in zip(weights.parameters, weights.old, weights.masks, strict=True):
-            step = weight.detach() - old
-            boosted = None if mask is None else step * mask
-            flat.append(global_norm([boosted]))  # of each by itself: only one is in memory
-            sharp.append(global_norm([step if boosted is None else step.sub_(boosted)]))
-        logs |= {tags.STEP_NORM_FLAT: global_norm(flat), tags.STEP_NORM_SHARP: global_norm(sharp)}
+        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for some in _portions(weights.parameters):
+            for norms, more in zip(parts, _norms(weights, some), strict=True):
+                norms.append(more)
+        logs |= {tags.STEP_NORM_FLAT: global_norm(parts[0]), tags.STEP_NORM_SHARP: global_norm(parts[1])}
     return logs
+
+
+def _portions(parameters: Sequence[Tensor]) -> Iterable[list[int]]:
+    """Indices of a few tensors at a time, so that the steps of few are in memory."""
+    portion: list[int] = []
+    size = 0
+    for index, parameter in enumerate(parameters):
+        if portion and size + parameter.numel() > _BLOCK:
+            yield portion
+            portion, size = [], 0
+        portion.append(index)
+        size += parameter.numel()
+    if portion:
+        yield portion
+
+
+def _norms(weights: WeightSnapshot, some: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Norms of the step along the flat coordinates and along the others."""
+    steps = [weights.parameters[index].detach() - weights.old[index] for index in some]
+    masks = [weights.masks[index] for index in some]
+    flat = [None if mask is None else step * mask for step, mask in zip(steps, masks, strict=True)]
+    sharp = [step if boosted is None else step.sub_(boosted) for step, boosted in zip(steps, flat, strict=True)]
+    return global_norm(flat), global_norm(sharp)
 
 
 def kappas_of_groups(optimizer: Optimizer, kappa: float, peak_lrs: Sequence[float] | None) -> list[float]:
