@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import operator
 import os
 import pickle
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -203,6 +205,14 @@ class _InMemory(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all pixels and labels."""
+        digest = hashlib.blake2b(np.asarray(self.labels, dtype="<i8").tobytes(), digest_size=8)
+        for image in self.images:
+            digest.update(np.ascontiguousarray(image))
+        return f"checksum {digest.hexdigest()} of pixels and labels"
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         from PIL import Image

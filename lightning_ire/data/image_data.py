@@ -37,7 +37,8 @@ class ImageData(GlobalBatchData, ABC):
     **Resuming** goes on after the last optimizer step that a checkpoint knows of, in the same order and with the same
     augmentation, inside an epoch too. There `global_batch_size`, `max_batch_per_device` and the number of devices may
     be others: the images that the epoch has left come once, but for fewer than a batch. Another seed or other training
-    images are refused inside an epoch, and allowed at its end.
+    images are refused inside an epoch, and allowed at its end. Images in memory are compared by all pixels and labels,
+    those in folders by all names and by the contents of 256 files, spread evenly.
 
     **Evaluation.** With `val_size` 0 (the whole training set is trained on, as in the papers) validation shows the test
     images: do not choose checkpoints or settings by it, give `val_size` for that. Every image counts once, on any
@@ -126,6 +127,9 @@ class ImageData(GlobalBatchData, ABC):
     def read(self, part: Literal["train", "test"]) -> Dataset:
         """Open one part as a dataset of (PIL image, class index); it has to have a length.
 
+        Where it has an attribute `fingerprint`, a text that is another one for other images or labels, an epoch is
+        only finished with the images it was begun with.
+
         Args:
             part: Which part.
 
@@ -184,8 +188,10 @@ class ImageData(GlobalBatchData, ABC):
         with suppress(TypeError, ValueError):  # a dataset may have anything under these names
             labels = np.asarray(getattr(source, "targets", getattr(source, "labels", ())), dtype="<i8")
             checksum = zlib.crc32(labels.tobytes(), checksum)
+        fingerprint = getattr(source, "fingerprint", None)
         return {
             "images": f"{len(self._kept)} images, checksum {checksum:08x}",
+            **({} if fingerprint is None else {"contents": fingerprint}),
             "seed_everything": self.order_seed(self.plan.devices),
         }
 

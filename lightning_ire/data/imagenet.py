@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +24,9 @@ __all__ = ["ImageNet"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Of image files: those of torchvision's `ImageFolder`."""
+
+_READ = 256
+"""Files whose contents are compared: of ImageNet 30 MB."""
 
 _LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
@@ -130,11 +136,13 @@ class _ClassFolders(Dataset):
     """The images in one folder per class, in the order of torchvision's `ImageFolder`.
 
     Attributes:
+        folder: What the class folders are in.
         classes: Names of the class folders.
         samples: Path and class of each image.
     """
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
+        self.folder = folder
         self.classes = classes
         self.samples: list[tuple[str, int]] = []
         left_out = Counter(_kind(name) for name in set(os.listdir(folder)).difference(classes))
@@ -153,6 +161,16 @@ class _ClassFolders(Dataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all names below the folder, classes with them, and of the contents of some files."""
+        begin = len(os.path.join(self.folder, ""))
+        digest = hashlib.blake2b(b"\0".join(os.fsencode(path[begin:]) for path, _ in self.samples), digest_size=8)
+        for index in np.unique(np.linspace(0, len(self) - 1, _READ).astype(int)):
+            with suppress(OSError):  # it is said when the image is needed
+                digest.update(Path(self.samples[index][0]).read_bytes())
+        return f"checksum {digest.hexdigest()} of names and some contents"
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]

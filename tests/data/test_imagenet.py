@@ -237,6 +237,32 @@ def test_hidden_folders_alone(root):
     assert re.fullmatch(LAYOUT + f"{root}/train with 3 .* and no class folders: sort .*", fault(root))
 
 
+def swap(one: Path, other: Path) -> None:
+    one.rename(one.with_name("x"))
+    other.rename(one)
+    one.with_name("x").rename(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda train: (train / "n00000000/train_0.JPEG").rename(train / "n00000000/zzz.JPEG"),
+        lambda train: (train / "n00000000/train_0.JPEG").rename(train / "n00000001/zzz.JPEG"),
+        lambda train: swap(train / "n00000000", train / "n00000001"),
+        lambda train: swap(train / "n00000000/train_0.JPEG", train / "n00000001/train_3.JPEG"),
+        lambda train: Image.new("RGB", (48, 40)).save(train / "n00000002/train_7.JPEG"),
+    ],
+    ids=["renamed", "another class", "classes swapped", "images swapped", "replaced"],
+)
+def test_what_an_epoch_is_finished_with(root, tmp_path, change):
+    before = ready(root).order_depends_on()
+    moved = root.rename(tmp_path / "moved")
+    assert ready(moved).order_depends_on() == before
+    change(moved / "train")
+    after = ready(moved).order_depends_on()
+    assert {key for key in before if before[key] != after[key]} == {"contents"}
+
+
 def test_testing_needs_no_training_images(root):
     shutil.rmtree(root / "train")
     assert len(ready(root, "test").test_dataloader()) == 3
