@@ -199,13 +199,15 @@ class Text(GlobalBatchData):
 
     def order_depends_on(self) -> dict[str, Any]:
         """The text, how it is cut, and the seed; in rows that go on, their number."""
-        tokens = self._part("train").tokens
-        some = tokens[np.linspace(0, len(tokens) - 1, 4096).astype(int)]  # of any text as quickly
+        part = self._part("train")
+        tokens = part.tokens
+        some = tokens[np.linspace(0, len(tokens) - 1, 4096).astype(int)]  # all that older releases compare
         last = ("seed_everything", self.order_seed(self.plan.devices))
         if self.order == "contiguous":
             last = ("global_batch_size", self.global_batch_size)
         return {
             "text": f"{len(tokens)} tokens, checksum {zlib.crc32(some.astype('<u4').tobytes()):08x}",
+            "tokens": f"checksum {part.checksum} of {len(tokens)} tokens",
             "sequence_length": self.sequence_length,
             "order": self.order,
             last[0]: last[1],
