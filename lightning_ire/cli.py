@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,6 +37,12 @@ Such a callback has an attribute `idle`; with these defaults it is True, and an 
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after SIGINT and SIGTERM: 128 and the signal's number."""
+
+
+_SEEDS = 2**32
+"""Seeds are whole numbers below: numpy's."""
+_PROCESSES = ("WORLD_SIZE", "SLURM_NTASKS", "JSM_NAMESPACE_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Variables in which launchers (torchrun, Slurm, LSF, MPI) say how many processes they start."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -74,6 +81,9 @@ class IRECLI(ConfigWins, LightningCLI):
         args: What follows the program's name; by default taken from `sys.argv`.
     """
 
+    _left: ClassVar[str | None] = None
+    """What runs in this process have set `PL_GLOBAL_SEED` to."""
+
     def __init__(self, args: list[str] | None = None) -> None:
         self.config: Any = {}
         try:
@@ -103,6 +113,36 @@ class IRECLI(ConfigWins, LightningCLI):
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="Whether fit ends with a test of the final weights."
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and replace `seed_everything: true` by the seed of this run; the saved config has it as a number.
+
+        It is the environment variable `PL_GLOBAL_SEED` if there is one (the processes that Lightning starts get it from
+        the first one; what an earlier run in this process has left does not count), or else drawn anew.
+
+        Args:
+            parser: The parser.
+            args: What follows the program's name.
+        """
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config.subcommand]
+        seed, name, given = settings.seed_everything, "seed_everything", os.environ.get("PL_GLOBAL_SEED")
+        if seed is True and given not in (None, IRECLI._left):
+            seed, name = given, "PL_GLOBAL_SEED"
+        elif seed is True:
+            if started := [f"{key}={os.environ[key]}" for key in _PROCESSES if os.environ.get(key, "1") != "1"]:
+                self.parser.error(
+                    "Expected `seed_everything` to be a number, or the environment variable PL_GLOBAL_SEED to hold one, "
+                    f"where a launcher starts several processes ({started[0]}), got true: each would draw another one."
+                )
+            seed = secrets.randbelow(_SEEDS)
+        elif seed is False:
+            return
+        if not str(seed).isdecimal() or int(seed) >= _SEEDS:
+            self.parser.error(f"Expected `{name}` to be a whole number in [0, {_SEEDS - 1}], got {seed!r}.")
+        settings.seed_everything = int(seed)
+        if str(seed) != given:
+            IRECLI._left = str(seed)
 
     def instantiate_classes(self) -> None:
         """Make all objects; what cannot work is a usage error that names the full key.
