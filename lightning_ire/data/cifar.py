@@ -125,6 +125,8 @@ class _CIFAR(ImageData):
             data, labels = entry["data"], entry["labels" if "labels" in entry else "fine_labels"]
             if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
                 raise ValueError(f"`data` is no array of uint8 but {getattr(data, 'dtype', type(data).__name__)}")
+            if data.ndim != 2 or data.shape[1] != 3072:
+                raise ValueError(f"`data` has the shape {list(data.shape)} in place of [N, 3072]: planes of 32 x 32")
             images = np.asarray(data).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             labels = list(map(operator.index, labels))
             if len(images) != len(labels) or not set(labels) <= set(range(self.num_classes)):
