@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -190,6 +192,13 @@ class IRECLI(ConfigWins, LightningCLI):
             line = f"{self.subcommand} without `ckpt_path`: the weights are those that the model was made with"
             say(f"{line} (--ckpt_path last, best or FILE: those of a run)", file=sys.stderr)
 
+    def before_validate(self) -> None:
+        """Let SIGTERM end the command at once: there is nothing to save, and Lightning only looks between batches."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _end)
+
+    before_test = before_predict = before_validate
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with the callbacks of all active keys.
 
@@ -222,6 +231,7 @@ class IRECLI(ConfigWins, LightningCLI):
         if any(isinstance(callback, IRE) and callback.dry_run for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             return
         if self.config[self.subcommand].test_after_fit:
+            self.before_test()
             self.trainer.test(self.model, datamodule=self.datamodule)
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
@@ -242,6 +252,7 @@ def main(args: list[str] | None = None) -> int:
         SIGTERM; the codes of `sweep` are in its `--help`.
     """
     command = sys.argv[1:] if args is None else args
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         return sweeps.main(command[1:]) if command[:1] == ["sweep"] else _run(args)
     except KeyboardInterrupt:
@@ -252,6 +263,13 @@ def main(args: list[str] | None = None) -> int:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut the run down
             return INTERRUPTED
         raise
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _end:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _end(*_: Any) -> NoReturn:
+    raise SIGTERMException(TERMINATED)
 
 
 def _run(args: list[str] | None) -> int:

@@ -123,7 +123,9 @@ def usage_error(args: list[str], capsys) -> str:
         pytest.param("--config nowhere.yaml", "config: File does not exist: ", id="no-config"),
         pytest.param("--trainer.accelerator abacus", "You selected an invalid accelerator name: ", id="trainer"),
         pytest.param("--seed_everything -5", "Expected `seed_everything` to be a whole number in [0, ", id="seed"),
-        pytest.param("--seed_everything 4294967296", "Expected `seed_everything` to be a whole number", id="seed-2**32"),
+        pytest.param(
+            "--seed_everything 4294967296", "Expected `seed_everything` to be a whole number", id="seed-2**32"
+        ),
     ],
 )
 def test_wrong_flag_is_one_line(flags, message, capsys):
@@ -518,6 +520,29 @@ def test_signals_end_with_their_codes(subcommand, number, code, monkeypatch):
         assert main([subcommand, *FIT[1:], "--trainer.limit_test_batches", "2"]) == code
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning ignores further ones
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "hook"),
+    [
+        ("predict", "on_predict_batch_end"), ("predict", "on_predict_start"), ("validate", "on_validation_epoch_end"),
+        ("test", "on_test_start"), ("fit", "on_test_epoch_end"),
+    ],
+)  # fmt: skip
+def test_sigterm_where_nothing_is_trained_ends_at_once(subcommand, hook, monkeypatch):
+    ended = []
+
+    def end(*args):
+        signal.raise_signal(signal.SIGTERM)
+        ended.append("goes on")
+
+    monkeypatch.setattr(LightningModule, hook, end)
+    monkeypatch.setattr(ImageClassifier, "predict_step", lambda self, batch: None)
+    monkeypatch.setattr(Digits, "predict_dataloader", Digits.test_dataloader)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([subcommand, *FIT[1:], "--test_after_fit", "true"]) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert ended == []
 
 
 def test_ctrl_c_outside_of_a_run(monkeypatch):
