@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
 from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, sweeps
-from lightning_ire._checks import check_folder
+from lightning_ire._checks import check_folder, check_whole, on_this_machine
 from lightning_ire._cli_checkpoints import NAMES, check_checkpoint, find_checkpoint, misfit
 from lightning_ire._cli_messages import one_line, with_full_key
 from lightning_ire._lightning import ConfigWins
@@ -134,7 +134,7 @@ class IRECLI(ConfigWins, LightningCLI):
         elif seed is True:
             if started := [f"{key}={os.environ[key]}" for key in _PROCESSES if os.environ.get(key, "1") != "1"]:
                 self.parser.error(
-                    "Expected `seed_everything` to be a number, or the environment variable PL_GLOBAL_SEED to hold one, "
+                    "Expected `seed_everything` to be a number, or the environment variable PL_GLOBAL_SEED to be one, "
                     f"where a launcher starts several processes ({started[0]}), got true: each would draw another one."
                 )
             seed = secrets.randbelow(_SEEDS)
@@ -156,7 +156,9 @@ class IRECLI(ConfigWins, LightningCLI):
         try:
             if settings.get("ckpt_path") not in (None, *NAMES):
                 self._check_checkpoint(settings)
+            on_this_machine("default_root_dir", str(settings.trainer.default_root_dir))
             super().instantiate_classes()
+            self._check_intervals()
             self._check_folders(settings)
             self._find_checkpoint(settings)
         except (MisconfigurationException, ValueError) as error:  # jsonargparse wraps what constructors raise
@@ -164,6 +166,12 @@ class IRECLI(ConfigWins, LightningCLI):
 
     def _check_checkpoint(self, settings: Any) -> None:
         check_checkpoint(str(settings.ckpt_path), settings.weights_only, resume=self.subcommand == "fit")
+
+    def _check_intervals(self) -> None:
+        """Refuse numbers by which Lightning would divide, or that count nothing."""
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
+            if isinstance(value := getattr(self.trainer, name), int):  # another is a share of the epoch, or none
+                check_whole(name, value, low=1)
 
     def _check_folders(self, settings: Any) -> None:
         """Refuse folders to which the loggers and checkpoint callbacks could not write."""

@@ -122,6 +122,34 @@ def usage_error(args: list[str], capsys) -> str:
         pytest.param("--optimizer SGD --optimizer.lr -1", "Invalid learning rate: -1.0", id="foreign-class"),
         pytest.param("--config nowhere.yaml", "config: File does not exist: ", id="no-config"),
         pytest.param("--trainer.accelerator abacus", "You selected an invalid accelerator name: ", id="trainer"),
+        *(
+            pytest.param(
+                f"--trainer.fast_dev_run 0 --trainer.{key} 0", f"Expected `trainer.{key}` to be a whole", id=key
+            )
+            for key in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
+        ),
+        pytest.param(
+            "--trainer.fast_dev_run 0 --trainer.default_root_dir foo://x",
+            "Expected `trainer.default_root_dir` to be an address that answers, got 'foo://x': ValueError: Protocol",
+            id="folder-elsewhere",
+        ),
+        pytest.param(
+            "--ckpt_path foo://x",
+            "Expected `ckpt_path` to be an address that answers, got 'foo://x': ValueError: Protocol not known: foo.",
+            id="protocol",
+        ),
+        pytest.param(
+            "--ckpt_path file:///no.ckpt", "Expected `ckpt_path` to be a checkpoint of Li", id="local-address"
+        ),
+        pytest.param("--ckpt_path memory://x", "Expected `ckpt_path` to be an address that answers, got", id="memory"),
+        pytest.param("--model.optimizer null", "Expected `model.optimizer` to be a class of optimi", id="no-optimizer"),
+        pytest.param("--data CIFAR10 --data.root null", "Expected `data.root` to be a path, got None.", id="no-root"),
+        pytest.param(
+            "--data Text --data.cache_dir null", "Expected `data.cache_dir` to be a path, got None.", id="no-cache"
+        ),
+        pytest.param(
+            "--data Text --data.tokenizer null", "Expected `data.tokenizer` to be a path, got None.", id="no-tokenizer"
+        ),
         pytest.param("--seed_everything -5", "Expected `seed_everything` to be a whole number in [0, ", id="seed"),
         pytest.param(
             "--seed_everything 4294967296", "Expected `seed_everything` to be a whole number", id="seed-2**32"

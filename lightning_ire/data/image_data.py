@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_path, check_whole
 from lightning_ire.data._batches import WholeBatches, own_draws
 from lightning_ire.data.global_batch import GlobalBatchData
 from lightning_ire.data.transforms import batch_mixing, evaluation_chain, torchvision_v2, training_chain
@@ -99,7 +99,7 @@ class ImageData(GlobalBatchData, ABC):
             ConfigurationError: If a value is out of range.
         """
         super().__init__(global_batch_size, max_batch_per_device, eval_batch_size, num_workers, pin_memory)
-        self.root = Path(root).expanduser()
+        self.root = check_path("root", root)
         self.val_size = _check_size(val_size)
         self.split_seed = check_whole("split_seed", split_seed, low=0)
         self.augmentation = check_choice("augmentation", augmentation, AUGMENTATIONS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_path, check_whole
 from lightning_ire.data._text_files import FileSource
 from lightning_ire.data._text_hub import HUB, HubSource
 from lightning_ire.data._text_sources import StandardLibrary, TextSource, is_unicode
@@ -134,7 +134,7 @@ class Text(GlobalBatchData):
         self.source = make_source(source, patterns, text_column)
         split = Split(val_size, test_size, split_by, split_seed)
         plan = TokenizerPlan(tokenizer, vocabulary_size)
-        self.cache = TokenCache(Path(cache_dir).expanduser(), self.source, plan, split)
+        self.cache = TokenCache(check_path("cache_dir", cache_dir), self.source, plan, split)
         self._parts: dict[str, TokenPart] = {}
         self._tokenizer: TextTokenizer | None = None
         self._lossless = False
