@@ -15,12 +15,12 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire.data._hidden import is_of_the_system
+from lightning_ire.data._hidden import is_of_the_system, leads_up
 from lightning_ire.data._text_sources import MARK, Piece, TextSource, in_one_line, is_unicode, no_column, reading_of
 
 __all__ = ["FileSource"]
@@ -92,9 +92,7 @@ class FileSource(TextSource):
 
     def left_out(self) -> Counter[str]:
         """Hidden files that the patterns would match if hidden ones were matched; Python 3.10 cannot say that."""
-        find = partial(glob.glob, recursive=True)
-        if sys.version_info >= (3, 11):
-            find = partial(find, include_hidden=True)
+        find = partial(_found, include_hidden=True) if sys.version_info >= (3, 11) else _found
         every = {
             path
             for patterns in self.patterns.values()
@@ -324,9 +322,22 @@ def _absolute(pattern: str) -> str:
 
 def _matches(pattern: str) -> list[str]:
     """What a pattern matches, without files and folders of the system, in alphabetical order."""
-    named = len(list(itertools.takewhile(lambda name: not set(name) & set("*?["), Path(pattern).parts)))
-    found = sorted(glob.glob(pattern, recursive=True))
-    return [path for path in found if not any(map(is_of_the_system, Path(path).parts[named:]))]
+    named = _named(pattern)
+    return [path for path in sorted(_found(pattern)) if not any(map(is_of_the_system, Path(path).parts[named:]))]
+
+
+def _found(pattern: str, **settings: Any) -> list[str]:
+    """What a pattern matches, but for what is behind links to folders above."""
+    named, up = _named(pattern), cache(leads_up)
+    found = glob.glob(pattern, recursive=True, **settings)
+    return [
+        path for path in found if not any(up(str(folder)) for folder in Path(path).parents if len(folder.parts) > named)
+    ]
+
+
+def _named(pattern: str) -> int:
+    """How many folders of a pattern are without wildcards."""
+    return len(list(itertools.takewhile(lambda name: not set(name) & set("*?["), Path(pattern).parts)))
 
 
 def _broken() -> tuple[type[Exception], ...]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_ire._checks import ConfigurationError, check_whole
-from lightning_ire.data._hidden import is_hidden, say_left_out
+from lightning_ire.data._hidden import is_hidden, leads_up, say_left_out
 from lightning_ire.data.image_data import ImageData
 from lightning_ire.data.transforms import torchvision_v2
 
@@ -39,9 +39,9 @@ class ImageNet(ImageData):
     means: see :class:`ImageData`.
 
     Other files are images if their names end in .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff or .webp, in any
-    letters. Hidden files and folders (`._x.png`, `.ipynb_checkpoints`, `__MACOSX`) are no images and no classes. What
-    is left out is said in one line. Grey images of 16 bits or of floats in [0, 1] are scaled to 8 bits; alpha is
-    dropped.
+    letters. Hidden files and folders (`._x.png`, `.ipynb_checkpoints`, `__MACOSX`) are no images and no classes. Links
+    to folders are followed, but for those to a folder that they are in. What is left out is said in one line. Grey
+    images of 16 bits or of floats in [0, 1] are scaled to 8 bits; alpha is dropped.
 
     Images are float32 [3, S, S]. Training: a random part of 8 to 100 % of the area, scaled to S x S, and a flip (He et
     al., arXiv 1512.03385). Evaluation: the shorter side scaled to S / 0.875, and the centre.
@@ -221,11 +221,12 @@ def _scaled(image: Any) -> np.ndarray:
 
 
 def _visible(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
-    """The folders below one and their files, without hidden ones, which are counted."""
+    """The folders below one and their files, without hidden ones and links to folders above, which are counted."""
     for place, folders, names in os.walk(folder, followlinks=True):
         hidden = set(filter(is_hidden, folders))
-        left_out.update(map(_kind, hidden))
-        folders[:] = [name for name in folders if name not in hidden]
+        up = {name for name in folders if leads_up(os.path.join(place, name))} - hidden
+        left_out.update([*map(_kind, hidden), *["link to a folder above"] * len(up)])
+        folders[:] = [name for name in folders if name not in hidden | up]
         left_out.update(_kind(name) for name in names if is_hidden(name))
         yield place, [name for name in names if not is_hidden(name)]
 
@@ -235,7 +236,8 @@ def _kind(name: str) -> str:
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+    folders = [entry for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)]
+    return sorted(entry.name for entry in folders if not leads_up(entry.path))
 
 
 def _some(names: list[str]) -> str:

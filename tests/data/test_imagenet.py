@@ -231,6 +231,24 @@ def test_images_are_those_of_torchvision_in_its_order(root):
     pickle.dumps(images)  # outside of Linux this is how processes get them
 
 
+def test_links_in_circles(root, caplog):
+    train = root / "train"
+    before = ready(root)._sources["train"].samples
+    (train / "n00000000" / "up").symlink_to("..")
+    (train / "n00000000" / "itself").symlink_to(".", target_is_directory=True)
+    (train / "all").symlink_to(root)  # no class
+    (root / "pool" / "inner").mkdir(parents=True)
+    shutil.copy(before[0][0], root / "pool" / "a.jpg")
+    (root / "pool" / "inner" / "back").symlink_to(root / "pool")
+    (root / "pool" / "inner" / "other").symlink_to(train / "n00000001")
+    (train / "n00000001" / "more").symlink_to(root / "pool")
+    with caplog.at_level("INFO"):
+        images = ready(root)._sources["train"]
+    assert sorted(images.samples) == sorted([*before, (str(train / "n00000001" / "more" / "a.jpg"), 1)])
+    assert "Left out of " in caplog.text
+    assert "4 link to a folder above" in caplog.text
+
+
 def test_hidden_folders_alone(root):
     for folder in list((root / "train").iterdir()):
         folder.rename(folder.with_name("." + folder.name))

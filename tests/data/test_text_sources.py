@@ -440,6 +440,20 @@ def test_patterns(tmp_path, monkeypatch):
     assert source("~/a.txt").files() == {"train": [tmp_path / "a.txt"]}
 
 
+def test_links_in_circles(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a/b").mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    for name in ("a/1.txt", "a/b/2.txt", "elsewhere/3.txt"):
+        Path(name).write_text(name)
+    Path("a/b/up").symlink_to("..")
+    Path("a/more").symlink_to("../elsewhere")
+    found = source("a/**/*.txt")
+    assert [path.name for path in found.files()["train"]] == ["1.txt", "2.txt", "3.txt"]
+    assert not found.left_out()
+    assert source("a/b/up/*.txt").files()["train"] == [tmp_path / "a/b/up/1.txt"]  # named
+
+
 def test_hidden_files_are_left_out(tmp_path, monkeypatch):
     kept = ["a.txt", "sub/b.txt"]
     hidden = [".a.txt", "sub/._b.txt", ".ipynb_checkpoints/c.txt"]
