@@ -160,8 +160,8 @@ class FileSource(TextSource):
     def _records(self, path: Path, stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
         """The rows of JSON lines, or of one array or object."""
         lines = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
-        beginning = list(itertools.islice(lines, 2))
-        if len(beginning) == 2 and _parsed_or_none(beginning[0][1]) is not None:
+        beginning = list(itertools.islice(lines, 3))
+        if _are_rows([line for _, line in beginning]):
             for number, line in itertools.chain(beginning, lines):
                 where = f"line {number} of {path}"
                 yield self._text(_parsed(line, f"JSON in {where}"), where), True
@@ -314,6 +314,30 @@ def _parsed_or_none(content: bytes) -> Any:
         return _parsed(content, "JSON")
     except ConfigurationError:
         return None
+
+
+def _are_rows(lines: list[bytes]) -> bool:
+    """Whether these first lines of a file are a record each, the first one whole or broken, and no one document."""
+    if len(lines) < 2 or _parsed_or_none(lines[0]) is not None:
+        return len(lines) > 1
+    together = b"".join(lines)
+    return not _goes_on(lines[0]) or (not _goes_on(together) and _parsed_or_none(lines[1]) is not None)
+
+
+def _goes_on(content: bytes) -> bool:
+    """Whether this is JSON or may be the beginning of some; of other encodings than UTF-8 it is not known."""
+    if b"\0" in content:
+        return True
+    try:
+        text = content.decode("utf-8-sig").rstrip()
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text)  # nothing is wrong but that it ends
+    except UnicodeDecodeError:
+        return False
+    except RecursionError:
+        return True
+    return True
 
 
 def _absolute(pattern: str) -> str:
