@@ -152,8 +152,8 @@ def on_this_machine(name: str, value: str, *, readable: bool = False) -> str | N
     if "://" not in value:
         return value
     try:
-        from fsspec.core import url_to_fs
-        from fsspec.implementations.local import LocalFileSystem
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+        from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
         system, path = url_to_fs(value)
         if isinstance(system, LocalFileSystem):

@@ -273,7 +273,7 @@ def main(args: list[str] | None = None) -> int:
         raise
     finally:
         if signal.getsignal(signal.SIGTERM) is _end:
-            signal.signal(signal.SIGTERM, handler)
+            signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)  # None: not set from Python
 
 
 def _end(*_: Any) -> NoReturn:

@@ -213,7 +213,7 @@ class _InMemory(Dataset):
         """Of all pixels and labels."""
         digest = hashlib.blake2b(np.asarray(self.labels, dtype="<i8").tobytes(), digest_size=8)
         for image in self.images:
-            digest.update(np.ascontiguousarray(image))
+            digest.update(image.tobytes())
         return f"checksum {digest.hexdigest()} of pixels and labels"
 
     def __getitem__(self, index: int) -> tuple[Any, int]:

@@ -119,8 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="config of all runs")
-    grid = {"nargs": "*", "type": str.strip, "action": "append", "default": []}  # stripped: see `read_options`
-    add("--grid", **grid, metavar="KEY VALUE", help="a key and its values; repeat")
+    strip: Any = str.strip  # see `read_options`
+    add(
+        "--grid",
+        nargs="*",
+        action="append",
+        default=[],
+        type=strip,
+        metavar="KEY VALUE",
+        help="a key and its values; repeat",
+    )
     add("--baseline", action="store_true", help="also run with ire.kappa 0, once per combination of the other keys")
     add("--metric", default="test/accuracy", metavar="TAG", help="logged value to compare (default: test/accuracy)")
     add("--mode", metavar="max|min", help="whether more is better (default: max for an accuracy, else min)")
