@@ -12,7 +12,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-__all__ = ["ConfigurationError", "check_choice", "check_folder", "check_number", "check_switch", "check_whole"]
+__all__ = [
+    "ConfigurationError",
+    "check_choice",
+    "check_folder",
+    "check_number",
+    "check_path",
+    "check_switch",
+    "check_whole",
+    "on_this_machine",
+]
 
 
 class ConfigurationError(ValueError):
@@ -111,20 +120,70 @@ def check_switch(name: str, value: Any, word: str) -> Any:
     return value
 
 
+def check_path(name: str, value: Any) -> Path:
+    """Return `value` as a path, `~` being the user's folder, if it can be one.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: What came.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigurationError: If `value` is anything else, such as None.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigurationError(f"Expected `{name}` to be a path, got {value!r}.")
+    return Path(value).expanduser()
+
+
+def on_this_machine(name: str, value: str, *, readable: bool = False) -> str | None:
+    """Return the path that `value` stands for (`file:///x` is /x), or None if it is an address elsewhere.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: A path, or the address of a file or folder, `PROTOCOL://...`.
+        readable: Whether it has to be a file that can be read, if it is elsewhere.
+
+    Raises:
+        ConfigurationError: If the package for the protocol is missing, or its file system fails.
+    """
+    if "://" not in value:
+        return value
+    try:
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+        from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+
+        system, path = url_to_fs(value)
+        if isinstance(system, LocalFileSystem):
+            return path
+        if readable:
+            with system.open(path, "rb") as file:
+                file.read(1)
+    except Exception as error:  # whatever is wrong with somebody's file system
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigurationError(
+            f"Expected `{name}` to be an address that answers, got {value!r}: {reason}."
+        ) from error
+    return None
+
+
 def check_folder(name: str, value: str | Path, folder: str | Path | None = None) -> None:
     """Make sure that a folder can be made and written to: a temporary one is made in what there is of it, and removed.
 
     Args:
         name: The argument's name, as the user typed it.
-        value: What came; remote addresses are not checked.
+        value: What came; of addresses elsewhere it is only checked that there is a package for the protocol.
         folder: Where something will be written below that; by default the same.
 
     Raises:
         ConfigurationError: If it cannot.
     """
-    there = Path(os.path.expandvars(value if folder is None else folder)).expanduser()
-    if "://" in str(value):
+    path = on_this_machine(name, str(value if folder is None else folder))
+    if path is None:
         return
+    there = Path(os.path.expandvars(path)).expanduser()
     while there != there.parent and not os.path.lexists(there):
         there = there.parent
     try:

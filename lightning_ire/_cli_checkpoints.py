@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.migration import pl_legacy_patch
 
-from lightning_ire._checks import ConfigurationError
+from lightning_ire._checks import ConfigurationError, on_this_machine
 
 __all__ = ["NAMES", "check_checkpoint", "find_checkpoint", "misfit"]
 
@@ -30,7 +30,7 @@ def check_checkpoint(path: str, weights_only: bool | None, *, resume: bool) -> N
     """Refuse what Lightning could not load; the weights themselves are not read.
 
     Args:
-        path: A file; remote addresses, a registry's and the folders of sharded strategies are left to Lightning.
+        path: A file; what is in remote ones, a registry's and the folders of sharded strategies is left to Lightning.
         weights_only: As for `Trainer.fit`.
         resume: Whether a training is to go on from it.
 
@@ -41,9 +41,10 @@ def check_checkpoint(path: str, weights_only: bool | None, *, resume: bool) -> N
         if find_spec("litmodels") is None:
             raise ConfigurationError(f"{_EXPECTED} {path!r}, which needs a package: pip install litmodels")
         return
-    if "://" in path or Path(path, _SHARDED).is_file():
+    local = on_this_machine("ckpt_path", path, readable=True)
+    if local is None or Path(local, _SHARDED).is_file():
         return
-    content = _read(path, weights_only)
+    content = _read(local, weights_only)
     for key in ("state_dict", "pytorch-lightning_version"):
         if key not in content:
             raise ConfigurationError(f"{_EXPECTED} {path!r}, which holds something else: there is no `{key}` in it.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import signal
 import sys
+import threading
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
 from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, sweeps
-from lightning_ire._checks import check_folder
+from lightning_ire._checks import check_folder, check_whole, on_this_machine
 from lightning_ire._cli_checkpoints import NAMES, check_checkpoint, find_checkpoint, misfit
 from lightning_ire._cli_messages import one_line, with_full_key
 from lightning_ire._lightning import ConfigWins
@@ -36,6 +39,12 @@ Such a callback has an attribute `idle`; with these defaults it is True, and an 
 
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after SIGINT and SIGTERM: 128 and the signal's number."""
+
+
+_SEEDS = 2**32
+"""Seeds are whole numbers below: numpy's."""
+_PROCESSES = ("WORLD_SIZE", "SLURM_NTASKS", "JSM_NAMESPACE_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Variables in which launchers (torchrun, Slurm, LSF, MPI) say how many processes they start."""
 
 
 class OneLineParser(LightningArgumentParser):
@@ -74,6 +83,9 @@ class IRECLI(ConfigWins, LightningCLI):
         args: What follows the program's name; by default taken from `sys.argv`.
     """
 
+    _left: ClassVar[str | None] = None
+    """What runs in this process have set `PL_GLOBAL_SEED` to."""
+
     def __init__(self, args: list[str] | None = None) -> None:
         self.config: Any = {}
         try:
@@ -104,6 +116,36 @@ class IRECLI(ConfigWins, LightningCLI):
             "--test_after_fit", type=bool, default=False, help="Whether fit ends with a test of the final weights."
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and replace `seed_everything: true` by the seed of this run; the saved config has it as a number.
+
+        It is the environment variable `PL_GLOBAL_SEED` if there is one (the processes that Lightning starts get it from
+        the first one; what an earlier run in this process has left does not count), or else drawn anew.
+
+        Args:
+            parser: The parser.
+            args: What follows the program's name.
+        """
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config.subcommand]
+        seed, name, given = settings.seed_everything, "seed_everything", os.environ.get("PL_GLOBAL_SEED")
+        if seed is True and given not in (None, IRECLI._left):
+            seed, name = given, "PL_GLOBAL_SEED"
+        elif seed is True:
+            if started := [f"{key}={os.environ[key]}" for key in _PROCESSES if os.environ.get(key, "1") != "1"]:
+                self.parser.error(
+                    "Expected `seed_everything` to be a number, or the environment variable PL_GLOBAL_SEED to be one, "
+                    f"where a launcher starts several processes ({started[0]}), got true: each would draw another one."
+                )
+            seed = secrets.randbelow(_SEEDS)
+        elif seed is False:
+            return
+        if not str(seed).isdecimal() or int(seed) >= _SEEDS:
+            self.parser.error(f"Expected `{name}` to be a whole number in [0, {_SEEDS - 1}], got {seed!r}.")
+        settings.seed_everything = int(seed)
+        if str(seed) != given:
+            IRECLI._left = str(seed)
+
     def instantiate_classes(self) -> None:
         """Make all objects; what cannot work is a usage error that names the full key.
 
@@ -114,7 +156,9 @@ class IRECLI(ConfigWins, LightningCLI):
         try:
             if settings.get("ckpt_path") not in (None, *NAMES):
                 self._check_checkpoint(settings)
+            on_this_machine("default_root_dir", str(settings.trainer.default_root_dir))
             super().instantiate_classes()
+            self._check_intervals()
             self._check_folders(settings)
             self._find_checkpoint(settings)
         except (MisconfigurationException, ValueError) as error:  # jsonargparse wraps what constructors raise
@@ -122,6 +166,12 @@ class IRECLI(ConfigWins, LightningCLI):
 
     def _check_checkpoint(self, settings: Any) -> None:
         check_checkpoint(str(settings.ckpt_path), settings.weights_only, resume=self.subcommand == "fit")
+
+    def _check_intervals(self) -> None:
+        """Refuse numbers by which Lightning would divide, or that count nothing."""
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
+            if isinstance(value := getattr(self.trainer, name), int):  # another is a share of the epoch, or none
+                check_whole(name, value, low=1)
 
     def _check_folders(self, settings: Any) -> None:
         """Refuse folders to which the loggers and checkpoint callbacks could not write."""
@@ -149,6 +199,13 @@ class IRECLI(ConfigWins, LightningCLI):
         elif name is None and not resume:
             line = f"{self.subcommand} without `ckpt_path`: the weights are those that the model was made with"
             say(f"{line} (--ckpt_path last, best or FILE: those of a run)", file=sys.stderr)
+
+    def before_validate(self) -> None:
+        """Let SIGTERM end the command at once: there is nothing to save, and Lightning only looks between batches."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _end)
+
+    before_test = before_predict = before_validate
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with the callbacks of all active keys.
@@ -182,6 +239,7 @@ class IRECLI(ConfigWins, LightningCLI):
         if any(isinstance(callback, IRE) and callback.dry_run for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             return
         if self.config[self.subcommand].test_after_fit:
+            self.before_test()
             self.trainer.test(self.model, datamodule=self.datamodule)
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and self.trainer.is_global_zero:
@@ -202,6 +260,7 @@ def main(args: list[str] | None = None) -> int:
         SIGTERM; the codes of `sweep` are in its `--help`.
     """
     command = sys.argv[1:] if args is None else args
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         return sweeps.main(command[1:]) if command[:1] == ["sweep"] else _run(args)
     except KeyboardInterrupt:
@@ -212,6 +271,13 @@ def main(args: list[str] | None = None) -> int:
         if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has shut the run down
             return INTERRUPTED
         raise
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _end:
+            signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)  # None: not set from Python
+
+
+def _end(*_: Any) -> NoReturn:
+    raise SIGTERMException(TERMINATED)
 
 
 def _run(args: list[str] | None) -> int:

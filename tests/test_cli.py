@@ -54,6 +54,7 @@ class FolderlessLogger(DummyLogger):
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setattr(sys, "argv", ["cli.py"])  # Lightning warns if both args and sys.argv are there
 
 
@@ -121,10 +122,56 @@ def usage_error(args: list[str], capsys) -> str:
         pytest.param("--optimizer SGD --optimizer.lr -1", "Invalid learning rate: -1.0", id="foreign-class"),
         pytest.param("--config nowhere.yaml", "config: File does not exist: ", id="no-config"),
         pytest.param("--trainer.accelerator abacus", "You selected an invalid accelerator name: ", id="trainer"),
+        *(
+            pytest.param(
+                f"--trainer.fast_dev_run 0 --trainer.{key} 0", f"Expected `trainer.{key}` to be a whole", id=key
+            )
+            for key in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
+        ),
+        pytest.param(
+            "--trainer.fast_dev_run 0 --trainer.default_root_dir foo://x",
+            "Expected `trainer.default_root_dir` to be an address that answers, got 'foo://x': ValueError: Protocol",
+            id="folder-elsewhere",
+        ),
+        pytest.param(
+            "--ckpt_path foo://x",
+            "Expected `ckpt_path` to be an address that answers, got 'foo://x': ValueError: Protocol not known: foo.",
+            id="protocol",
+        ),
+        pytest.param(
+            "--ckpt_path file:///no.ckpt", "Expected `ckpt_path` to be a checkpoint of Li", id="local-address"
+        ),
+        pytest.param("--ckpt_path memory://x", "Expected `ckpt_path` to be an address that answers, got", id="memory"),
+        pytest.param("--model.optimizer null", "Expected `model.optimizer` to be a class of optimi", id="no-optimizer"),
+        pytest.param("--data CIFAR10 --data.root null", "Expected `data.root` to be a path, got None.", id="no-root"),
+        pytest.param(
+            "--data Text --data.cache_dir null", "Expected `data.cache_dir` to be a path, got None.", id="no-cache"
+        ),
+        pytest.param(
+            "--data Text --data.tokenizer null", "Expected `data.tokenizer` to be a path, got None.", id="no-tokenizer"
+        ),
+        pytest.param("--seed_everything -5", "Expected `seed_everything` to be a whole number in [0, ", id="seed"),
+        pytest.param(
+            "--seed_everything 4294967296", "Expected `seed_everything` to be a whole number", id="seed-2**32"
+        ),
     ],
 )
 def test_wrong_flag_is_one_line(flags, message, capsys):
     assert usage_error([*DRY, *flags.split()], capsys).startswith(f"error: {message}")
+
+
+def test_a_seed_from_the_environment_that_is_none(capsys, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "x")
+    assert "`PL_GLOBAL_SEED` to be a whole number in [0, 4294967295], got 'x'" in usage_error(
+        [*DRY, "--seed_everything", "true"], capsys
+    )
+
+
+def test_processes_of_a_launcher_would_draw_different_seeds(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    line = usage_error([*DRY, "--seed_everything", "true"], capsys)
+    assert line.startswith("error: Expected `seed_everything` to be a number, or the environment variable PL_GLOBAL_")
 
 
 @pytest.mark.parametrize(
@@ -284,6 +331,20 @@ def test_every_run_saves_its_config_and_it_runs_as_is(capsys):
     assert yaml.safe_load(saved)["ire"]["perturbation"]["class_path"] == "lightning_ire.SAM"
     assert "Logs: lightning_logs/version_1" in capsys.readouterr().out.replace(f"{Path.cwd()}/", "")
     assert main(["validate", "--config", str(first), "--ckpt_path", str(checkpoint("lightning_logs/version_0"))]) == 0
+
+
+def test_another_seed_in_each_run(monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    runs = [IRECLI([*DRY, "--seed_everything", "true"]) for _ in range(2)]
+    seeds = [run.config["fit"].seed_everything for run in runs]  # what is saved
+    assert [type(seed) for seed in seeds] == [int, int]
+    assert seeds[0] != seeds[1]
+    assert os.environ["PL_GLOBAL_SEED"] == str(seeds[1])
+    again = IRECLI([*DRY, "--seed_everything", str(seeds[0])])
+    assert torch.equal(weights(again.model), weights(runs[0].model))
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert IRECLI([*DRY, "--seed_everything", "true"]).config["fit"].seed_everything == 7
+    assert IRECLI([*DRY, "--seed_everything", "false"]).config["fit"].seed_everything is False
 
 
 def test_runs_without_a_folder_of_their_own_keep_each_others_configs():
@@ -487,6 +548,29 @@ def test_signals_end_with_their_codes(subcommand, number, code, monkeypatch):
         assert main([subcommand, *FIT[1:], "--trainer.limit_test_batches", "2"]) == code
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning ignores further ones
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "hook"),
+    [
+        ("predict", "on_predict_batch_end"), ("predict", "on_predict_start"), ("validate", "on_validation_epoch_end"),
+        ("test", "on_test_start"), ("fit", "on_test_epoch_end"),
+    ],
+)  # fmt: skip
+def test_sigterm_where_nothing_is_trained_ends_at_once(subcommand, hook, monkeypatch):
+    ended = []
+
+    def end(*args):
+        signal.raise_signal(signal.SIGTERM)
+        ended.append("goes on")
+
+    monkeypatch.setattr(LightningModule, hook, end)
+    monkeypatch.setattr(ImageClassifier, "predict_step", lambda self, batch: None)
+    monkeypatch.setattr(Digits, "predict_dataloader", Digits.test_dataloader)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([subcommand, *FIT[1:], "--test_after_fit", "true"]) == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert ended == []
 
 
 def test_ctrl_c_outside_of_a_run(monkeypatch):

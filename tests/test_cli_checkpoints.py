@@ -4,6 +4,7 @@ import os
 import zipfile
 from pathlib import Path
 
+import fsspec
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -137,9 +138,21 @@ def test_best_needs_a_monitor_and_names_need_a_run():
 
 def test_a_checkpoint_is_accepted_and_what_only_lightning_can_find():
     check_checkpoint(save("good", GOOD), None, resume=True)
-    check_checkpoint("s3://bucket/a.ckpt", None, resume=True)
+    check_checkpoint(Path("good").absolute().as_uri(), None, resume=True)
+    fsspec.filesystem("memory").pipe("/a.ckpt", b"whatever")
+    check_checkpoint("memory://a.ckpt", None, resume=True)
     touch("sharded/meta.pt")
     check_checkpoint("sharded", None, resume=True)
+
+
+def test_a_file_system_that_fails(monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise PermissionError("not\nyours")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "_open", fail)
+    message = "^Expected `ckpt_path` to be an address that answers, got 'memory://b': PermissionError: not yours.$"
+    with pytest.raises(ConfigurationError, match=message):
+        check_checkpoint("memory://b", None, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ _NAMES = {
     "text": "the training text (`source`, `files`, `tokenizer` and what is held out)",
     "images": "the training images (`root` and what is held out)",
 }
+_NAMES |= {"contents": _NAMES["images"], "tokens": _NAMES["text"]}
 
 
 class ResumableLoader(DataLoader):
@@ -121,7 +122,10 @@ class ResumableData(LightningDataModule):
 
     @abstractmethod
     def order_depends_on(self) -> dict[str, Any]:
-        """Beside the epoch: values by key, which have to be the same in order to finish an epoch."""
+        """Beside the epoch: values by key, which have to be the same in order to finish an epoch.
+
+        A key that a checkpoint of an older release does not have is not compared with it.
+        """
 
     def order_seed(self, devices: int) -> int:
         """Seed of the training order: `seed_everything`, or else any (several devices: 0, as in Lightning).
@@ -201,7 +205,7 @@ class ResumableData(LightningDataModule):
         again = "set it back, or resume from a checkpoint at the end of an epoch"
         inside = "the epoch that the checkpoint is inside of"
         for key, value in self.order_depends_on().items():
-            if behind and value != (old := state["order"].get(key)):
+            if behind and value != (old := state["order"].get(key, value)):
                 raise ConfigurationError(
                     f"Expected {_NAMES.get(key, f'`{key}`')} to be {old!r} for the rest of {inside}, "
                     f"got {value!r}: {again}."

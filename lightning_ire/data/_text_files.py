@@ -15,12 +15,12 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire.data._hidden import is_of_the_system
+from lightning_ire.data._hidden import is_of_the_system, leads_up
 from lightning_ire.data._text_sources import MARK, Piece, TextSource, in_one_line, is_unicode, no_column, reading_of
 
 __all__ = ["FileSource"]
@@ -92,9 +92,7 @@ class FileSource(TextSource):
 
     def left_out(self) -> Counter[str]:
         """Hidden files that the patterns would match if hidden ones were matched; Python 3.10 cannot say that."""
-        find = partial(glob.glob, recursive=True)
-        if sys.version_info >= (3, 11):
-            find = partial(find, include_hidden=True)
+        find = partial(_found, include_hidden=True) if sys.version_info >= (3, 11) else _found
         every = {
             path
             for patterns in self.patterns.values()
@@ -162,8 +160,8 @@ class FileSource(TextSource):
     def _records(self, path: Path, stream: IO[bytes]) -> Iterator[tuple[str, bool]]:
         """The rows of JSON lines, or of one array or object."""
         lines = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
-        beginning = list(itertools.islice(lines, 2))
-        if len(beginning) == 2 and _parsed_or_none(beginning[0][1]) is not None:
+        beginning = list(itertools.islice(lines, 3))
+        if _are_rows([line for _, line in beginning]):
             for number, line in itertools.chain(beginning, lines):
                 where = f"line {number} of {path}"
                 yield self._text(_parsed(line, f"JSON in {where}"), where), True
@@ -318,15 +316,52 @@ def _parsed_or_none(content: bytes) -> Any:
         return None
 
 
+def _are_rows(lines: list[bytes]) -> bool:
+    """Whether these first lines of a file are a record each, the first one whole or broken, and no one document."""
+    if len(lines) < 2 or _parsed_or_none(lines[0]) is not None:
+        return len(lines) > 1
+    together = b"".join(lines)
+    return not _goes_on(lines[0]) or (not _goes_on(together) and _parsed_or_none(lines[1]) is not None)
+
+
+def _goes_on(content: bytes) -> bool:
+    """Whether this is JSON or may be the beginning of some; of other encodings than UTF-8 it is not known."""
+    if b"\0" in content:
+        return True
+    try:
+        text = content.decode("utf-8-sig").rstrip()
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text)  # nothing is wrong but that it ends
+    except UnicodeDecodeError:
+        return False
+    except RecursionError:
+        return True
+    return True
+
+
 def _absolute(pattern: str) -> str:
     return os.path.abspath(os.path.expanduser(pattern))
 
 
 def _matches(pattern: str) -> list[str]:
     """What a pattern matches, without files and folders of the system, in alphabetical order."""
-    named = len(list(itertools.takewhile(lambda name: not set(name) & set("*?["), Path(pattern).parts)))
-    found = sorted(glob.glob(pattern, recursive=True))
-    return [path for path in found if not any(map(is_of_the_system, Path(path).parts[named:]))]
+    named = _named(pattern)
+    return [path for path in sorted(_found(pattern)) if not any(map(is_of_the_system, Path(path).parts[named:]))]
+
+
+def _found(pattern: str, **settings: Any) -> list[str]:
+    """What a pattern matches, but for what is behind links to folders above."""
+    named, up = _named(pattern), cache(leads_up)
+    found = glob.glob(pattern, recursive=True, **settings)
+    return [
+        path for path in found if not any(up(str(folder)) for folder in Path(path).parents if len(folder.parts) > named)
+    ]
+
+
+def _named(pattern: str) -> int:
+    """How many folders of a pattern are without wildcards."""
+    return len(list(itertools.takewhile(lambda name: not set(name) & set("*?["), Path(pattern).parts)))
 
 
 def _broken() -> tuple[type[Exception], ...]:

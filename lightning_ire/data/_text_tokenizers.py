@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_ire._checks import ConfigurationError, check_whole
+from lightning_ire._checks import ConfigurationError, check_path, check_whole
 from lightning_ire.data._text_sources import in_one_line
 
 __all__ = ["Bytes", "LibraryTokenizer", "TextTokenizer", "TokenizerPlan", "load_tokenizer"]
@@ -141,7 +141,7 @@ class TokenizerPlan:
     """
 
     def __init__(self, name: str, vocabulary_size: int | None) -> None:
-        path = Path(name).expanduser()
+        path = check_path("tokenizer", name)
         named = name in ("bytes", "words", "bpe", "gpt2")
         if not named and not os.path.isfile(path):  # unlike Path.is_file it takes a name of any length
             raise ConfigurationError(

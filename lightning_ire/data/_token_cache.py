@@ -40,11 +40,13 @@ class TokenPart:
         tokens: Shape [number of tokens], uint16 or uint32, mapped from a file.
         bytes: Length of the text in UTF-8.
         documents: How many there are.
+        checksum: BLAKE2b of all tokens, from when they were made.
     """
 
     tokens: np.ndarray
     bytes: int
     documents: int
+    checksum: str
 
 
 class TokenCache:
@@ -115,6 +117,7 @@ class TokenCache:
                     np.memmap(self.folder / entry["file"], dtype=manifest["dtype"], mode="r"),
                     entry["bytes"],
                     entry["documents"],
+                    entry["checksum"],
                 )
                 for part, entry in manifest["parts"].items()
             }

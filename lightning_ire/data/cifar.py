@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import operator
 import os
 import pickle
 import tempfile
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -123,6 +125,8 @@ class _CIFAR(ImageData):
             data, labels = entry["data"], entry["labels" if "labels" in entry else "fine_labels"]
             if not isinstance(data, np.ndarray) or data.dtype != np.uint8:
                 raise ValueError(f"`data` is no array of uint8 but {getattr(data, 'dtype', type(data).__name__)}")
+            if data.ndim != 2 or data.shape[1] != 3072:
+                raise ValueError(f"`data` has the shape {list(data.shape)} in place of [N, 3072]: planes of 32 x 32")
             images = np.asarray(data).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             labels = list(map(operator.index, labels))
             if len(images) != len(labels) or not set(labels) <= set(range(self.num_classes)):
@@ -203,6 +207,14 @@ class _InMemory(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all pixels and labels."""
+        digest = hashlib.blake2b(np.asarray(self.labels, dtype="<i8").tobytes(), digest_size=8)
+        for image in self.images:
+            digest.update(image.tobytes())
+        return f"checksum {digest.hexdigest()} of pixels and labels"
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         from PIL import Image

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_path, check_whole
 from lightning_ire.data._batches import WholeBatches, own_draws
 from lightning_ire.data.global_batch import GlobalBatchData
 from lightning_ire.data.transforms import batch_mixing, evaluation_chain, torchvision_v2, training_chain
@@ -37,7 +37,8 @@ class ImageData(GlobalBatchData, ABC):
     **Resuming** goes on after the last optimizer step that a checkpoint knows of, in the same order and with the same
     augmentation, inside an epoch too. There `global_batch_size`, `max_batch_per_device` and the number of devices may
     be others: the images that the epoch has left come once, but for fewer than a batch. Another seed or other training
-    images are refused inside an epoch, and allowed at its end.
+    images are refused inside an epoch, and allowed at its end. Images in memory are compared by all pixels and labels,
+    those in folders by all names and by the contents of 256 files, spread evenly.
 
     **Evaluation.** With `val_size` 0 (the whole training set is trained on, as in the papers) validation shows the test
     images: do not choose checkpoints or settings by it, give `val_size` for that. Every image counts once, on any
@@ -98,7 +99,7 @@ class ImageData(GlobalBatchData, ABC):
             ConfigurationError: If a value is out of range.
         """
         super().__init__(global_batch_size, max_batch_per_device, eval_batch_size, num_workers, pin_memory)
-        self.root = Path(root).expanduser()
+        self.root = check_path("root", root)
         self.val_size = _check_size(val_size)
         self.split_seed = check_whole("split_seed", split_seed, low=0)
         self.augmentation = check_choice("augmentation", augmentation, AUGMENTATIONS)
@@ -125,6 +126,9 @@ class ImageData(GlobalBatchData, ABC):
     @abstractmethod
     def read(self, part: Literal["train", "test"]) -> Dataset:
         """Open one part as a dataset of (PIL image, class index); it has to have a length.
+
+        Where it has an attribute `fingerprint`, a text that is another one for other images or labels, an epoch is
+        only finished with the images it was begun with.
 
         Args:
             part: Which part.
@@ -184,8 +188,10 @@ class ImageData(GlobalBatchData, ABC):
         with suppress(TypeError, ValueError):  # a dataset may have anything under these names
             labels = np.asarray(getattr(source, "targets", getattr(source, "labels", ())), dtype="<i8")
             checksum = zlib.crc32(labels.tobytes(), checksum)
+        fingerprint = getattr(source, "fingerprint", None)
         return {
             "images": f"{len(self._kept)} images, checksum {checksum:08x}",
+            **({} if fingerprint is None else {"contents": fingerprint}),
             "seed_everything": self.order_seed(self.plan.devices),
         }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lightning_ire._checks import ConfigurationError, check_whole
-from lightning_ire.data._hidden import is_hidden, say_left_out
+from lightning_ire.data._hidden import is_hidden, leads_up, say_left_out
 from lightning_ire.data.image_data import ImageData
 from lightning_ire.data.transforms import torchvision_v2
 
@@ -21,6 +24,9 @@ __all__ = ["ImageNet"]
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Of image files: those of torchvision's `ImageFolder`."""
+
+_READ = 256
+"""Files whose contents are compared: of ImageNet 30 MB."""
 
 _LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG"
 
@@ -33,9 +39,9 @@ class ImageNet(ImageData):
     means: see :class:`ImageData`.
 
     Other files are images if their names end in .jpg, .jpeg, .png, .ppm, .bmp, .pgm, .tif, .tiff or .webp, in any
-    letters. Hidden files and folders (`._x.png`, `.ipynb_checkpoints`, `__MACOSX`) are no images and no classes. What
-    is left out is said in one line. Grey images of 16 bits or of floats in [0, 1] are scaled to 8 bits; alpha is
-    dropped.
+    letters. Hidden files and folders (`._x.png`, `.ipynb_checkpoints`, `__MACOSX`) are no images and no classes. Links
+    to folders are followed, but for those to a folder that they are in. What is left out is said in one line. Grey
+    images of 16 bits or of floats in [0, 1] are scaled to 8 bits; alpha is dropped.
 
     Images are float32 [3, S, S]. Training: a random part of 8 to 100 % of the area, scaled to S x S, and a flip (He et
     al., arXiv 1512.03385). Evaluation: the shorter side scaled to S / 0.875, and the centre.
@@ -130,11 +136,13 @@ class _ClassFolders(Dataset):
     """The images in one folder per class, in the order of torchvision's `ImageFolder`.
 
     Attributes:
+        folder: What the class folders are in.
         classes: Names of the class folders.
         samples: Path and class of each image.
     """
 
     def __init__(self, folder: Path, classes: list[str]) -> None:
+        self.folder = folder
         self.classes = classes
         self.samples: list[tuple[str, int]] = []
         left_out = Counter(_kind(name) for name in set(os.listdir(folder)).difference(classes))
@@ -153,6 +161,16 @@ class _ClassFolders(Dataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all names below the folder, classes with them, and of the contents of some files."""
+        begin = len(os.path.join(self.folder, ""))
+        digest = hashlib.blake2b(b"\0".join(os.fsencode(path[begin:]) for path, _ in self.samples), digest_size=8)
+        for index in np.unique(np.linspace(0, len(self) - 1, _READ).astype(int)):
+            with suppress(OSError):  # it is said when the image is needed
+                digest.update(Path(self.samples[index][0]).read_bytes())
+        return f"checksum {digest.hexdigest()} of names and some contents"
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
@@ -203,11 +221,12 @@ def _scaled(image: Any) -> np.ndarray:
 
 
 def _visible(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, list[str]]]:
-    """The folders below one and their files, without hidden ones, which are counted."""
+    """The folders below one and their files, without hidden ones and links to folders above, which are counted."""
     for place, folders, names in os.walk(folder, followlinks=True):
         hidden = set(filter(is_hidden, folders))
-        left_out.update(map(_kind, hidden))
-        folders[:] = [name for name in folders if name not in hidden]
+        up = {name for name in folders if leads_up(os.path.join(place, name))} - hidden
+        left_out.update([*map(_kind, hidden), *["link to a folder above"] * len(up)])
+        folders[:] = [name for name in folders if name not in hidden | up]
         left_out.update(_kind(name) for name in names if is_hidden(name))
         yield place, [name for name in names if not is_hidden(name)]
 
@@ -217,7 +236,8 @@ def _kind(name: str) -> str:
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+    folders = [entry for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name)]
+    return sorted(entry.name for entry in folders if not leads_up(entry.path))
 
 
 def _some(names: list[str]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_path, check_whole
 from lightning_ire.data._text_files import FileSource
 from lightning_ire.data._text_hub import HUB, HubSource
 from lightning_ire.data._text_sources import StandardLibrary, TextSource, is_unicode
@@ -134,7 +134,7 @@ class Text(GlobalBatchData):
         self.source = make_source(source, patterns, text_column)
         split = Split(val_size, test_size, split_by, split_seed)
         plan = TokenizerPlan(tokenizer, vocabulary_size)
-        self.cache = TokenCache(Path(cache_dir).expanduser(), self.source, plan, split)
+        self.cache = TokenCache(check_path("cache_dir", cache_dir), self.source, plan, split)
         self._parts: dict[str, TokenPart] = {}
         self._tokenizer: TextTokenizer | None = None
         self._lossless = False
@@ -199,13 +199,15 @@ class Text(GlobalBatchData):
 
     def order_depends_on(self) -> dict[str, Any]:
         """The text, how it is cut, and the seed; in rows that go on, their number."""
-        tokens = self._part("train").tokens
-        some = tokens[np.linspace(0, len(tokens) - 1, 4096).astype(int)]  # of any text as quickly
+        part = self._part("train")
+        tokens = part.tokens
+        some = tokens[np.linspace(0, len(tokens) - 1, 4096).astype(int)]  # all that older releases compare
         last = ("seed_everything", self.order_seed(self.plan.devices))
         if self.order == "contiguous":
             last = ("global_batch_size", self.global_batch_size)
         return {
             "text": f"{len(tokens)} tokens, checksum {zlib.crc32(some.astype('<u4').tobytes()):08x}",
+            "tokens": f"checksum {part.checksum} of {len(tokens)} tokens",
             "sequence_length": self.sequence_length,
             "order": self.order,
             last[0]: last[1],

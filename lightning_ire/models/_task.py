@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
-from lightning_ire._checks import check_choice
+from lightning_ire._checks import ConfigurationError, check_choice
 from lightning_ire.models._optimization import optimization
 from lightning_ire.models._throughput import Throughput
 
@@ -32,6 +32,8 @@ class Task(LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
+        if not callable(optimizer):
+            raise ConfigurationError(f"Expected `optimizer` to be a class of optimizers, got {optimizer!r}.")
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = check_choice("lr_interval", lr_interval, ("epoch", "step"))

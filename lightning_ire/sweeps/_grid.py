@@ -95,7 +95,11 @@ class Cell:
     @property
     def flags(self) -> list[str]:
         """The command line that sets the values."""
-        return [part for key, value in self.pairs for part in (f"--{key}", value)]
+        return [
+            part
+            for key, value in self.pairs
+            for part in ([f"--{key}={value}"] if value.startswith("-") else [f"--{key}", value])
+        ]
 
     @property
     def name(self) -> str:

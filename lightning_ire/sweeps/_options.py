@@ -82,16 +82,17 @@ def read_options(args: list[str]) -> Options:
         ConfigurationError: If something is wrong with it.
     """
     ours, flags = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
-    given = _parser().parse_args(ours)
+    # a number behind a space is no flag to argparse, which knows -1 and -0.1 and not -1e-3
+    given = _parser().parse_args([f" {word}" if re.match(r"-(\d|\.|inf|nan)", word) else word for word in ours])
     if given.config is None or not given.config.is_file():
         raise ConfigurationError(f"Expected `--config` to be a file, got {str(given.config or 'none')!r}.")
     _check_flags(flags, grid := _check_grid(given.grid))
     name = given.name or given.config.stem
-    if not re.fullmatch(r"[\w.+-]+", name):
+    if not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
         raise ConfigurationError(f"Expected `--name` to be of letters, digits and ._+-, got {name!r}.")
     mode = given.mode or ("max" if "accuracy" in given.metric else "min")
     if not given.table:
-        _check_test_after_fit(given.config, flags, [given.metric, *given.also])
+        _check_test_after_fit(given.config, flags, grid, [given.metric, *given.also])
     return Options(
         config=given.config,
         grid=Grid(grid),
@@ -118,7 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="config of all runs")
-    add("--grid", nargs="*", action="append", default=[], metavar="KEY VALUE", help="a key and its values; repeat")
+    strip: Any = str.strip  # see `read_options`
+    add(
+        "--grid",
+        nargs="*",
+        action="append",
+        default=[],
+        type=strip,
+        metavar="KEY VALUE",
+        help="a key and its values; repeat",
+    )
     add("--baseline", action="store_true", help="also run with ire.kappa 0, once per combination of the other keys")
     add("--metric", default="test/accuracy", metavar="TAG", help="logged value to compare (default: test/accuracy)")
     add("--mode", metavar="max|min", help="whether more is better (default: max for an accuracy, else min)")
@@ -176,14 +186,17 @@ def _check_key(key: str) -> None:
         raise ConfigurationError(f"Expected `{key}` to be left to the sweep, got it in --grid or behind `--`.")
 
 
-def _check_test_after_fit(config: Path, flags: list[str], metrics: list[str]) -> None:
+def _check_test_after_fit(config: Path, flags: list[str], grid: dict[str, tuple[str, ...]], metrics: list[str]) -> None:
     """Refuse a sweep whose runs would train to the end and then lack the metric."""
     given = content(config)
     if isinstance(given, str):
         return  # the first run says what is wrong with it
-    tested = isinstance(given, dict) and given.get("test_after_fit") is True
     tests = [metric for metric in metrics if metric.startswith("test/")]
-    if tests and not tested and not any(flag.startswith("--test_after_fit") for flag in flags):
+    typed = [value for key, value in pairs(flags) if key == "test_after_fit"][-1:] or grid.get("test_after_fit", ())
+    wrong = [value for value in typed if _value(value) is not True]
+    if tests and wrong:
+        raise ConfigurationError(f"Expected `test_after_fit` to be true for `{tests[0]}`, got {wrong[0] or 'nothing'}.")
+    if tests and not typed and not (isinstance(given, dict) and given.get("test_after_fit") is True):
         raise ConfigurationError(
             f"Expected `test_after_fit` to be true for `{tests[0]}`, got it neither in {config} nor behind `--`: add "
             "-- --test_after_fit true."
@@ -199,7 +212,10 @@ def content(config: Path) -> Any:
     Returns:
         Dictionaries, lists and values; of what is no YAML the text.
     """
-    text = config.read_text(errors="replace")
+    return _value(config.read_text(errors="replace"))
+
+
+def _value(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -1,5 +1,6 @@
 """What only shows in a fit: accumulation to the global batch, one draw for all passes of a step, the plain probe."""
 
+import pickle
 import re
 
 import lightning.pytorch as pl
@@ -170,6 +171,17 @@ def test_other_images_inside_an_epoch(root, tmp_path, settings):
         root = vision_data.write_cifar10(tmp_path / "other", 7)
     with pytest.raises(ConfigurationError, match=r"^Expected the training images .* '40 images, checksum \w+' for the"):
         fit(root, ckpt_path=tmp_path / "saved.ckpt", **settings)
+
+
+@pytest.mark.parametrize("key", ["data", "labels"])
+def test_other_pixels_or_labels_inside_an_epoch(root, tmp_path, key):
+    fit(root, callbacks=[Save(tmp_path / "saved.ckpt", 1)])
+    path = root / "cifar-10-batches-py" / "data_batch_3"
+    entry = pickle.loads(path.read_bytes())
+    entry[key] = entry[key][::-1]  # the last image is the first
+    path.write_bytes(pickle.dumps(entry))
+    with pytest.raises(ConfigurationError, match=r"^Expected the training images .* '.*checksum \w+.*' for the rest"):
+        fit(root, ckpt_path=tmp_path / "saved.ckpt")
 
 
 def test_both_passes_of_sam_share_the_draw(root):

@@ -231,10 +231,54 @@ def test_images_are_those_of_torchvision_in_its_order(root):
     pickle.dumps(images)  # outside of Linux this is how processes get them
 
 
+def test_links_in_circles(root, caplog):
+    train = root / "train"
+    before = ready(root)._sources["train"].samples
+    (train / "n00000000" / "up").symlink_to("..")
+    (train / "n00000000" / "itself").symlink_to(".", target_is_directory=True)
+    (train / "all").symlink_to(root)  # no class
+    (root / "pool" / "inner").mkdir(parents=True)
+    shutil.copy(before[0][0], root / "pool" / "a.jpg")
+    (root / "pool" / "inner" / "back").symlink_to(root / "pool")
+    (root / "pool" / "inner" / "other").symlink_to(train / "n00000001")
+    (train / "n00000001" / "more").symlink_to(root / "pool")
+    with caplog.at_level("INFO"):
+        images = ready(root)._sources["train"]
+    assert sorted(images.samples) == sorted([*before, (str(train / "n00000001" / "more" / "a.jpg"), 1)])
+    assert "Left out of " in caplog.text
+    assert "4 link to a folder above" in caplog.text
+
+
 def test_hidden_folders_alone(root):
     for folder in list((root / "train").iterdir()):
         folder.rename(folder.with_name("." + folder.name))
     assert re.fullmatch(LAYOUT + f"{root}/train with 3 .* and no class folders: sort .*", fault(root))
+
+
+def swap(one: Path, other: Path) -> None:
+    one.rename(one.with_name("x"))
+    other.rename(one)
+    one.with_name("x").rename(other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda train: (train / "n00000000/train_0.JPEG").rename(train / "n00000000/zzz.JPEG"),
+        lambda train: (train / "n00000000/train_0.JPEG").rename(train / "n00000001/zzz.JPEG"),
+        lambda train: swap(train / "n00000000", train / "n00000001"),
+        lambda train: swap(train / "n00000000/train_0.JPEG", train / "n00000001/train_3.JPEG"),
+        lambda train: Image.new("RGB", (48, 40)).save(train / "n00000002/train_7.JPEG"),
+    ],
+    ids=["renamed", "another class", "classes swapped", "images swapped", "replaced"],
+)
+def test_what_an_epoch_is_finished_with(root, tmp_path, change):
+    before = ready(root).order_depends_on()
+    moved = root.rename(tmp_path / "moved")
+    assert ready(moved).order_depends_on() == before
+    change(moved / "train")
+    after = ready(moved).order_depends_on()
+    assert {key for key in before if before[key] != after[key]} == {"contents"}
 
 
 def test_testing_needs_no_training_images(root):

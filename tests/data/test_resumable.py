@@ -280,11 +280,16 @@ def test_nothing_is_compared_before_the_first_step(path, monkeypatch):
 def test_checkpoints_of_an_older_release(path, caplog):
     whole = fit(Numbers(), [Save(path, "on_train_batch_end", 0, 4)])[1]
     checkpoint = torch.load(path)
+    whole_state = checkpoint["Numbers"]
+    del whole_state["order"]["rows"]
     checkpoint["Numbers"] = {"epoch": 0, "batches": 5}  # of a text
     torch.save(checkpoint, path)
     with caplog.at_level("INFO"):
         assert fit(Numbers(), ckpt_path=path)[1].steps == whole.steps[5:]
     assert "of an older release: its seed, batch and data cannot be compared." in caplog.text
+    checkpoint["Numbers"] = whole_state  # of the release before: without one of the keys
+    torch.save(checkpoint, path)
+    assert fit(Numbers(rows=2), ckpt_path=path)[1].steps == whole.steps[5:]
     del checkpoint["Numbers"], checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]  # of images
     torch.save(checkpoint, path)
     with pytest.warns(

@@ -379,6 +379,18 @@ def test_an_epoch_that_cannot_be_finished(corpus, tmp_path, before, now, message
         train(corpus, tmp_path / "resumed", tmp_path / "whole" / "step=5.ckpt", **{**before, **now})
 
 
+def test_another_token_between_those_that_older_releases_compare(tmp_path):
+    path = tmp_path / "a.txt"
+    before, after = [], []
+    for values, letters in ((before, "ab" * 20000), (after, "ab" * 10000 + "xb" + "ab" * 9999)):
+        path.write_text(letters)
+        data = Text(source="files", files=str(path), cache_dir=tmp_path / "cache", val_size=0, test_size=0)
+        data.prepare_data()
+        data.setup()
+        values.append(data.order_depends_on())
+    assert {key for key in before[0] if before[0][key] != after[0][key]} == {"tokens"}
+
+
 def test_every_token_once_in_an_epoch(corpus, tmp_path):
     data = text(corpus)
     model = Model()

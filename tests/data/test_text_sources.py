@@ -223,6 +223,48 @@ def test_a_broken_line(tmp_path, line, message):
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "cut',
+        '{"text": "cut"',
+        '{"text": "cut",',
+        '{"text":',
+        "{text}",
+        "cut",
+        b'{"text": "\xff"}',
+        "[]]",
+        "{",
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_a_broken_first_line(tmp_path, line, rows):
+    content = line if isinstance(line, bytes) else line.encode()
+    row = b'{"text": "good"}\n'
+    path = write(tmp_path / "a.jsonl", content + b"\n" + row * rows)
+    if line != '{"text":' or rows > 1:  # else it is one object
+        assert f"Expected JSON in line 1 of {path}, got: " in fault(path)
+    path = write(tmp_path / "b.jsonl", b"\n" + content + b"\n" + row * 3)
+    assert f"Expected JSON in line 2 of {path}, got: " in fault(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[\n{"text": "a"}\n]',
+        '[\n{"text": "a"}\n,\n{"text": "b"}\n]',
+        '[{"text": "a"}\n,\n{"text": "b"}]',
+        '{"x":\n{"text": "a"}\n,"y":\n{"text": "b"}}',
+        '{"text":\n"a"\n}',
+        '{\n"text"\n:\n"a"}',
+        '[{"text": "a", "n": [1,\n2]},\n{"text": "b"}]',
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_one_document_in_any_lines(tmp_path, content, encoding):
+    assert read(write(tmp_path / "a.json", content.encode(encoding))) == ["a", "b"][: content.count('"text"')]
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "c4-train.00000-of-01024.json.gz", "a.json", "A.JSON", "a.NDJSON.GZ", "a.jsonlines.zst", "a.jsonl.bz2",
@@ -292,10 +334,7 @@ def test_one_array_or_object_of_json(tmp_path, value, expected, indent, mark, na
         ([["one"]], "column of record 1 of {path} (it has: none), got 'text'."),
         (dict.fromkeys(map(str, range(99)), 0), "(it has: '0', '1', '2', '3', '4', '5', '6', '7', '8', '9', ...), got"),
         ("[1, 2", "Expected JSON lines, or one array or object of records, in {path}, got: Expecting ',' delimiter"),
-        (
-            '{"text": "cut\n{"text": "one"}\n',
-            "Expected JSON lines, or one array or object of records, in {path}, got: ",
-        ),
+        ('{\n"text": "a"\n"id": 1\n}', "or one array or object of records, in {path}, got: Expecting ',' delimiter"),
     ],
 )
 def test_other_json_is_refused(tmp_path, value, message):
@@ -438,6 +477,20 @@ def test_patterns(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert read("~/a.txt") == ["a.txt"]
     assert source("~/a.txt").files() == {"train": [tmp_path / "a.txt"]}
+
+
+def test_links_in_circles(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a/b").mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    for name in ("a/1.txt", "a/b/2.txt", "elsewhere/3.txt"):
+        Path(name).write_text(name)
+    Path("a/b/up").symlink_to("..")
+    Path("a/more").symlink_to("../elsewhere")
+    found = source("a/**/*.txt")
+    assert [path.name for path in found.files()["train"]] == ["1.txt", "2.txt", "3.txt"]
+    assert not found.left_out()
+    assert source("a/b/up/*.txt").files()["train"] == [tmp_path / "a/b/up/1.txt"]  # named
 
 
 def test_hidden_files_are_left_out(tmp_path, monkeypatch):

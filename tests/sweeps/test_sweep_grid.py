@@ -8,6 +8,7 @@ from sweep_stub import CONFIG, sweep
 from lightning_ire._checks import ConfigurationError
 from lightning_ire.sweeps import _database, main
 from lightning_ire.sweeps._grid import Cell, Grid, code
+from lightning_ire.sweeps._options import read_options
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,15 @@ def test_cells_are_all_combinations_with_values_as_typed():
     ]
     assert grid.cells[0].name == "model.lr=5e-4,seed_everything=0"
     assert grid.keys == ["model.lr"]
+    assert Grid({"a": ("-1e-3", "x")}).cells[0].flags == ["--a=-1e-3"]  # as two words the value would be a flag
+
+
+def test_negative_numbers_are_values(tmp_path):
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    values = ["-1e-3", "-1", "-.5", "-inf", "2"]
+    given = read_options(["--config", "c.yaml", "--grid", "a", *values, "--grid", "b", "-2E5", "--baseline"])
+    assert given.grid.values == {"a": tuple(values), "b": ("-2E5",)}
+    assert given.baseline
 
 
 def test_the_database_knows_numbers_by_size_and_texts_by_themselves():
@@ -86,6 +96,19 @@ def test_baseline_keeps_the_keys_that_are_not_of_ire():
         pytest.param("--grid a 1 --mode up", "Expected `--mode` to be one of 'max', 'min', got 'up'.", id="mode"),
         pytest.param(
             "--grid a 1 --name a/b", "Expected `--name` to be of letters, digits and ._+-, got 'a/b'.", id="name"
+        ),
+        pytest.param(
+            "--grid a 1 --name ..", "Expected `--name` to be of letters, digits and ._+-, got '..'.", id="folder-above"
+        ),
+        pytest.param(
+            "--grid a 1 -- --test_after_fit false",
+            "Expected `test_after_fit` to be true for `test/accuracy`, got false.",
+            id="no-test",
+        ),
+        pytest.param(
+            "--grid test_after_fit true no",
+            "Expected `test_after_fit` to be true for `test/accuracy`, got no.",
+            id="no-test-in-a-cell",
         ),
         pytest.param(
             "--grid a 1 --gird b 2",
