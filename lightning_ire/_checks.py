@@ -20,7 +20,6 @@ __all__ = [
     "check_path",
     "check_switch",
     "check_whole",
-    "on_this_machine",
 ]
 
 
@@ -138,52 +137,20 @@ def check_path(name: str, value: Any) -> Path:
     return Path(value).expanduser()
 
 
-def on_this_machine(name: str, value: str, *, readable: bool = False) -> str | None:
-    """Return the path that `value` stands for (`file:///x` is /x), or None if it is an address elsewhere.
-
-    Args:
-        name: The argument's name, as the user typed it.
-        value: A path, or the address of a file or folder, `PROTOCOL://...`.
-        readable: Whether it has to be a file that can be read, if it is elsewhere.
-
-    Raises:
-        ConfigurationError: If the package for the protocol is missing, or its file system fails.
-    """
-    if "://" not in value:
-        return value
-    try:
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
-        from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
-
-        system, path = url_to_fs(value)
-        if isinstance(system, LocalFileSystem):
-            return path
-        if readable:
-            with system.open(path, "rb") as file:
-                file.read(1)
-    except Exception as error:  # whatever is wrong with somebody's file system
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigurationError(
-            f"Expected `{name}` to be an address that answers, got {value!r}: {reason}."
-        ) from error
-    return None
-
-
 def check_folder(name: str, value: str | Path, folder: str | Path | None = None) -> None:
     """Make sure that a folder can be made and written to: a temporary one is made in what there is of it, and removed.
 
     Args:
         name: The argument's name, as the user typed it.
-        value: What came; of addresses elsewhere it is only checked that there is a package for the protocol.
+        value: What came; remote addresses are not checked.
         folder: Where something will be written below that; by default the same.
 
     Raises:
         ConfigurationError: If it cannot.
     """
-    path = on_this_machine(name, str(value if folder is None else folder))
-    if path is None:
+    there = Path(os.path.expandvars(value if folder is None else folder)).expanduser()
+    if "://" in str(value):
         return
-    there = Path(os.path.expandvars(path)).expanduser()
     while there != there.parent and not os.path.lexists(there):
         there = there.parent
     try:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.migration import pl_legacy_patch
 
-from lightning_ire._checks import ConfigurationError, on_this_machine
+from lightning_ire._checks import ConfigurationError
 
-__all__ = ["NAMES", "check_checkpoint", "find_checkpoint", "misfit"]
+__all__ = ["NAMES", "check_checkpoint", "find_checkpoint", "misfit", "on_this_machine"]
 
 NAMES = ("last", "best", "hpc")
 """Values of `ckpt_path` that stand for a file of an earlier run."""
@@ -53,6 +55,34 @@ def check_checkpoint(path: str, weights_only: bool | None, *, resume: bool) -> N
             f"Expected `ckpt_path` to be a checkpoint to go on from, got {path!r}, which was saved with "
             "`save_weights_only`."
         )
+
+
+def on_this_machine(name: str, value: str, *, readable: bool = False) -> str | None:
+    """Return the path that `value` stands for (`file:///x` is /x), or None if it is an address elsewhere.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: A path, or the address of a file or folder, `PROTOCOL://...`.
+        readable: Whether it has to be a file that can be read, if it is elsewhere.
+
+    Raises:
+        ConfigurationError: If the package for the protocol is missing, or its file system fails.
+    """
+    if "://" not in value:
+        return value
+    try:
+        system, path = url_to_fs(value)
+        if isinstance(system, LocalFileSystem):
+            return path
+        if readable:
+            with system.open(path, "rb") as file:
+                file.read(1)
+    except Exception as error:  # whatever is wrong with somebody's file system
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigurationError(
+            f"Expected `{name}` to be an address that answers, got {value!r}: {reason}."
+        ) from error
+    return None
 
 
 def find_checkpoint(

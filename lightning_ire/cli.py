@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
 from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, sweeps
-from lightning_ire._checks import check_folder, check_whole, on_this_machine
-from lightning_ire._cli_checkpoints import NAMES, check_checkpoint, find_checkpoint, misfit
+from lightning_ire._checks import check_folder, check_whole
+from lightning_ire._cli_checkpoints import NAMES, check_checkpoint, find_checkpoint, misfit, on_this_machine
 from lightning_ire._cli_messages import one_line, with_full_key
 from lightning_ire._lightning import ConfigWins
 
