@@ -1,6 +1,7 @@
 """What `lightning_ire/_lightning.py` relies on in Lightning and torch: each fails loudly when a release changes it."""
 
 import functools
+import sys
 from typing import Any
 
 import cases
@@ -301,3 +302,18 @@ def test_own_method_goes_behind_our_wrappers_only() -> None:
     theirs = functools.wraps(module.training_step)(lambda *args: "theirs")
     module.training_step = theirs  # type: ignore[method-assign]
     assert _lightning.own_method(module, "training_step") is theirs
+
+
+def test_what_is_handed_over_to_autograd_is_kept_alive_and_let_go() -> None:
+    """Torch 2.11 takes no reference of its own: what was handed over was freed while somebody used it."""
+
+    class Value:
+        pass
+
+    value = Value()
+    alone = sys.getrefcount(value)
+    for _ in range(3):
+        _torch.hand_over(value)  # type: ignore[arg-type]
+        assert sys.getrefcount(value) == alone + 1
+    _torch.hand_over(None)
+    assert sys.getrefcount(value) == alone

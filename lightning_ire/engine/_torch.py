@@ -6,6 +6,8 @@ tests/test_lightning_contract.py fails when a release changes any of this.
 from __future__ import annotations
 
 import contextvars
+import ctypes
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +43,7 @@ def extra_pass() -> Iterator[None]:
     """
     token = _extra_pass.set(True)
     before = _handed_over()
-    torch._C._stash_obj_in_tls(_KEY, threading.get_ident())
+    hand_over(threading.get_ident())
     try:
         yield
     finally:
@@ -49,7 +51,7 @@ def extra_pass() -> Iterator[None]:
         if before is None and hasattr(torch._C, "_remove_obj_from_tls"):  # torch 2.15
             torch._C._remove_obj_from_tls(_KEY)
         else:
-            torch._C._stash_obj_in_tls(_KEY, before)
+            hand_over(before)
 
 
 def in_extra_pass() -> bool:
@@ -65,6 +67,32 @@ def in_extra_pass() -> bool:
         False
     """
     return _extra_pass.get() or _handed_over() not in (None, threading.get_ident())
+
+
+def _takes_a_reference() -> bool:
+    """Whether torch counts its own reference to what is stashed (2.11 does not, and frees what is still in use)."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    torch._C._stash_obj_in_tls(_KEY, probe)
+    return sys.getrefcount(probe) == before + 2
+
+
+_TAKES_A_REFERENCE = _takes_a_reference()
+
+
+def hand_over(value: int | None) -> None:
+    """Let autograd's threads that work for this one find a value.
+
+    Args:
+        value: The value.
+    """
+    if not _TAKES_A_REFERENCE:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    torch._C._stash_obj_in_tls(_KEY, value)
+
+
+hand_over(None)
 
 
 def _handed_over() -> int | None:
