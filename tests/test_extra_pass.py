@@ -41,7 +41,7 @@ from lightning_ire import (
     in_extra_pass,
 )
 from lightning_ire.engine._torch import extra_pass
-from lightning_ire.engine.module_state import MovingWeights, modules_of
+from lightning_ire.engine.module_state import MovingWeights, modules_of, weights_of
 
 FRACTION = {"kappa": 1e-3, "interval": 1, "curvature": SampledFisher(fraction=0.5)}
 PASSES: dict[str, Callable[[], pl.Callback]] = {
@@ -366,21 +366,23 @@ def test_a_backbone_is_not_copied_in_every_step() -> None:
     """A teacher is as large as its student; frozen weights of more are copied until it is clear which of them move."""
     module = Teacher(frozen=True, backbone=True)
     optimizer = module.make_optimizer(module)
-    moving = MovingWeights(module, [optimizer])
-    assert len(moving.parameters()) == 6
+    moving, weights = MovingWeights([optimizer]), weights_of(modules_of(module))
+    assert len(moving.parameters(weights)) == 6
     assert moving.offload, "in host memory"
     for _ in range(3):
-        with moving.watched(), torch.no_grad():
+        with moving.watched(weights), torch.no_grad():
             in_data(module.teacher, module.net)
             for parameter in module.net.parameters():
                 parameter += 1
-        moving.parameters()
+        moving.parameters(weights)
     teacher = {id(parameter) for parameter in module.teacher.parameters()}
-    assert {id(parameter) for parameter in moving.parameters(trained=False)} == teacher
-    assert {id(parameter) for parameter in moving.parameters()} == teacher | {id(p) for p in module.net.parameters()}
+    assert {id(parameter) for parameter in moving.parameters(weights, trained=False)} == teacher
+    assert {id(parameter) for parameter in moving.parameters(weights)} == teacher | {
+        id(p) for p in module.net.parameters()
+    }
     assert not moving.offload
     student = Momentum()
-    few = MovingWeights(student, [cases.sgd(student)]).parameters()
+    few = MovingWeights([cases.sgd(student)]).parameters(weights_of(modules_of(student)))
     assert {id(parameter) for parameter in few} == {id(parameter) for parameter in student.keys.parameters()}
 
 

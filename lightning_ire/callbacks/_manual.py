@@ -25,7 +25,8 @@ from lightning_ire.callbacks._tensorboard import write_logs
 from lightning_ire.curvature import MicroBatch
 from lightning_ire.curvature.tap import known_losses
 from lightning_ire.engine._torch import gradient_marks, graph_number
-from lightning_ire.engine.no_trace import Replay, no_trace_on_the_graph
+from lightning_ire.engine.module_state import modules_of
+from lightning_ire.engine.no_trace import Replay
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.state import Progress
 from lightning_ire.engine.step import OptimizerStep
@@ -173,7 +174,7 @@ class ManualSession:
 
     def _micro_batch(self) -> MicroBatch:
         args, kwargs = self._call or ((), {})
-        return MicroBatch(args, kwargs, replay=Replay(self.module, self.steppers[0].devices))
+        return MicroBatch(args, kwargs, replay=Replay(modules_of(self.module), self.steppers[0].devices))
 
     def before_backward(self) -> None:
         """Too late: a GradScaler has already made another tensor of the loss (see `_around_backward`)."""
@@ -196,7 +197,7 @@ class ManualSession:
                 micro_batch = self._micro_batch()
                 micro_batch.loss, micro_batch.backward_done = loss.detach(), True
                 stepper.window.micro_batches.append(micro_batch)
-                with no_trace_on_the_graph(self.module, stepper.devices):
+                with stepper.window.no_trace_on_the_graph():
                     stepper.window.estimate.before_backward(micro_batch, loss)
 
     def after_backward(self) -> None:
@@ -239,7 +240,7 @@ class ManualSession:
         state = None
         if window.perturbation is not None and window.unmoved:
             window.keep_start()
-            state = Replay(self.module, stepper.devices)
+            state = window.replay()
             window.keep_gradients()
         if closure is not None:
             with torch.enable_grad(), ExitStack() as around:

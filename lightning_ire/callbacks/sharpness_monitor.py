@@ -23,7 +23,8 @@ from lightning_ire.callbacks._probe import Probe, probe_loader
 from lightning_ire.callbacks._report import figures
 from lightning_ire.callbacks.ire import IRE
 from lightning_ire.engine.collectives import FailedTogether, raise_on_all_ranks
-from lightning_ire.engine.no_trace import no_trace
+from lightning_ire.engine.module_state import modules_of
+from lightning_ire.engine.no_trace import devices_of, no_trace
 from lightning_ire.sharpness.landscape import Landscape, measurement_mode
 from lightning_ire.sharpness.quantities import (
     BASIS,
@@ -211,8 +212,8 @@ class SharpnessMonitor(Callback):
         """Say what a measurement will cost."""
         self._record.ready()
         loader, drawable = None, True
-        host = LightningHost(trainer, pl_module)
-        with no_trace(pl_module, host), suppress(Exception):  # what fails in the user's code, the measurement will say
+        quiet = no_trace(modules_of(pl_module), LightningHost(trainer, pl_module), devices_of(pl_module))
+        with quiet, suppress(Exception):  # what fails in the user's code, the measurement will say
             loader, drawable = probe_loader(trainer, pl_module)
         self._recording = not drawable and loader is trainer.train_dataloader
         if self._recording:

@@ -80,25 +80,23 @@ class MovingWeights:
     no gradient in its last step.
 
     Args:
-        module: The module being trained.
-        optimizers: Its optimizers.
+        optimizers: The optimizers of the module being trained.
     """
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        self._module = module
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = optimizers
         self._seen: set[int] = set()
         self._without_gradient: set[int] = set()
         self._looks = _LOOKS
         self.offload = False
 
-    def parameters(self, trained: bool = True) -> list[nn.Parameter]:
+    def parameters(self, parameters: Sequence[nn.Parameter], trained: bool = True) -> list[nn.Parameter]:
         """The parameters that an extra pass may change.
 
         Args:
+            parameters: What :func:`weights_of` says of the modules.
             trained: Whether those count that an optimizer trains.
         """
-        parameters = weights_of(modules_of(self._module))
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
         by_optimizers = {id(p) for group in groups for p in group["params"] if p.requires_grad}
         others = [p for p in parameters if id(p) not in by_optimizers]
@@ -131,9 +129,15 @@ class MovingWeights:
             (self._without_gradient.add if parameter.grad is None else self._without_gradient.discard)(id(parameter))
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Notice which weights change inside the block, a training pass."""
-        parameters = weights_of(modules_of(self._module))
+    def watched(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Notice which weights change inside the block, a training pass.
+
+        Args:
+            parameters: What :func:`weights_of` says of the modules.
+
+        Yields:
+            Nothing.
+        """
         before, contents = change_marks(parameters), self._contents(parameters)
         yield
         now = zip(change_marks(parameters), self._contents(parameters), strict=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ire.engine._torch import extra_pass
 from lightning_ire.engine.host import Host
-from lightning_ire.engine.module_state import AttributeState, ModuleState, is_metric, modules_of
+from lightning_ire.engine.module_state import AttributeState, ModuleState, is_metric
 from lightning_ire.functional import RandomState
 
 __all__ = ["Replay", "devices_of", "no_trace", "no_trace_on_the_graph", "without_inference_tensors"]
@@ -20,13 +20,13 @@ class Replay:
     """What a pass over one micro-batch started from, besides weights and buffers.
 
     Args:
-        module: The module.
+        modules: What :func:`modules_of` says.
         devices: What :func:`devices_of` says.
     """
 
-    def __init__(self, module: nn.Module, devices: Collection[torch.device]) -> None:
+    def __init__(self, modules: Collection[nn.Module], devices: Collection[torch.device]) -> None:
         self._streams = RandomState.capture(devices)
-        self._attributes = AttributeState(modules_of(module))
+        self._attributes = AttributeState(modules)
 
     def restore(self) -> None:
         """Let the next pass start from it."""
@@ -36,9 +36,9 @@ class Replay:
 
 @contextmanager
 def no_trace(
-    module: nn.Module,
+    modules: Collection[nn.Module],
     host: Host,
-    devices: Collection[torch.device] | None = None,
+    devices: Collection[torch.device],
     weights: Iterable[nn.Parameter] = (),
     offload: bool = False,
 ) -> Iterator[None]:
@@ -48,17 +48,16 @@ def no_trace(
     the step writes to a logger directly, and in-place changes of the batch.
 
     Args:
-        module: The module whose `training_step` runs inside the block.
+        modules: What :func:`modules_of` says of the module whose `training_step` runs inside the block.
         host: The loop, which keeps what is logged inside the block to itself.
-        devices: What :func:`devices_of` says, if it is known.
+        devices: What :func:`devices_of` says.
         weights: Parameters that the block may change (see :class:`MovingWeights`).
         offload: Whether to keep copies of these in host memory.
 
     Yields:
         Nothing.
     """
-    modules = modules_of(module)
-    streams = RandomState.capture(devices_of(module) if devices is None else devices)
+    streams = RandomState.capture(devices)
     contents, attributes = ModuleState(modules, weights, offload), AttributeState(modules)
     try:
         with extra_pass(), host.quiet(modules):
@@ -70,17 +69,16 @@ def no_trace(
 
 
 @contextmanager
-def no_trace_on_the_graph(module: nn.Module, devices: Collection[torch.device]) -> Iterator[None]:
+def no_trace_on_the_graph(modules: Collection[nn.Module], devices: Collection[torch.device]) -> Iterator[None]:
     """For a backward pass through a graph that training still needs: what checkpointed layers and hooks do is undone.
 
     Args:
-        module: The module that made the graph.
+        modules: What :func:`modules_of` says of the module that made the graph.
         devices: What :func:`devices_of` says.
 
     Yields:
         Nothing.
     """
-    modules = modules_of(module)
     streams = RandomState.capture(devices)
     contents, attributes = ModuleState(modules), AttributeState(modules)
     try:

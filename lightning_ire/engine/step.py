@@ -18,7 +18,7 @@ from lightning_ire.engine.boost import WeightSnapshot, boost
 from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
-from lightning_ire.engine.no_trace import devices_of, no_trace_on_the_graph
+from lightning_ire.engine.no_trace import devices_of
 from lightning_ire.engine.optimizers import named_parameters, parameters_that_fit, trainable_parameters
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.state import Progress
@@ -66,7 +66,7 @@ class OptimizerStep:
         self.optimizer = optimizer
         self.first_step = first_step
         self.devices = devices_of(module)
-        self.moving = MovingWeights(module, optimizers)
+        self.moving = MovingWeights(optimizers)
         self.logs: dict[str, Tensor | float] = {}
         self._names = self._current_names()
         self.window: AccumulationWindow | None = None
@@ -209,7 +209,7 @@ class OptimizerStep:
         if window.perturbation is not None and window.unmoved and not window.back_propagated:
             window.keep_gradients()
         if window.estimate is not None and window.estimate.uses_graph:
-            with no_trace_on_the_graph(self.module, window.devices):
+            with window.no_trace_on_the_graph():
                 window.estimate.before_backward(*self._live)
 
     def after_backward(self) -> bool:

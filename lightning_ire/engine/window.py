@@ -14,8 +14,8 @@ from lightning_ire._checks import ConfigurationError
 from lightning_ire.curvature import Estimate, MicroBatch
 from lightning_ire.engine._torch import differentiable_once
 from lightning_ire.engine.host import Host
-from lightning_ire.engine.module_state import ModuleState, MovingWeights, modules_of
-from lightning_ire.engine.no_trace import Replay, no_trace
+from lightning_ire.engine.module_state import ModuleState, MovingWeights, modules_of, weights_of
+from lightning_ire.engine.no_trace import Replay, no_trace, no_trace_on_the_graph
 from lightning_ire.functional import perturbed
 from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.perturbation import Ascent, Perturbation
@@ -83,6 +83,8 @@ class AccumulationWindow:
         self._moving = moving
         self._replays = replays
         self._start: ModuleState | None = None
+        self._modules: list[nn.Module] | None = None
+        self._weights: list[nn.Parameter] = []
         self._weights_at_start: list[tuple[nn.Parameter, Tensor]] = []
         self._unperturbed: Mapping[int, Tensor] = {}
         self._gradients_before: dict[int, Tensor] = {}
@@ -99,7 +101,7 @@ class AccumulationWindow:
         """
         micro_batch = MicroBatch(args, kwargs)
         if self._replays:
-            micro_batch.replay = Replay(self.module, self.devices)
+            micro_batch.replay = self.replay()
             if self._start is None:
                 self.keep_start()
         self.micro_batches.append(micro_batch)
@@ -107,8 +109,8 @@ class AccumulationWindow:
 
     def keep_start(self) -> None:
         """Remember what the window's first pass starts from, besides a :class:`Replay`."""
-        others = self._moving.parameters(trained=False)
-        self._start = ModuleState(modules_of(self.module), others, self._moving.offload)
+        others = self._moving.parameters(self.weights, trained=False)
+        self._start = ModuleState(self.modules, others, self._moving.offload)
         self._weights_at_start = [  # those of which it is not known yet only in the first few passes of a run
             (p, p.detach().to(p.device if self._moving.moves(p) else "cpu", copy=True)) for p in self._moving.trained()
         ]
@@ -145,14 +147,43 @@ class AccumulationWindow:
         finally:
             self._unperturbed = {}
 
-    def training_pass(self) -> AbstractContextManager[None]:
-        """To be entered for a forward pass of the training itself, at which extra passes look back."""
-        return self._moving.watched() if self._replays or not self.unmoved else nullcontext()
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The module's modules, looked for anew after each training pass, which may make some."""
+        if self._modules is None:
+            self._modules = modules_of(self.module)
+            self._weights = weights_of(self._modules)
+        return self._modules
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Their parameters."""
+        return self._weights if self.modules else []
+
+    def replay(self) -> Replay:
+        """What the pass that comes now starts from."""
+        return Replay(self.modules, self.devices)
+
+    @contextmanager
+    def training_pass(self) -> Iterator[None]:
+        """To be entered for a forward pass of the training itself, at which extra passes look back.
+
+        Yields:
+            Nothing.
+        """
+        watch = self._replays or not self.unmoved
+        with self._moving.watched(self.weights) if watch else nullcontext():
+            yield
+        self._modules = None
 
     def no_trace(self) -> AbstractContextManager[None]:
         """An extra pass of the module inside the block leaves none."""
-        weights = self._moving.parameters()
-        return no_trace(self.module, self.host, self.devices, weights, self._moving.offload)
+        weights = self._moving.parameters(self.weights)
+        return no_trace(self.modules, self.host, self.devices, weights, self._moving.offload)
+
+    def no_trace_on_the_graph(self) -> AbstractContextManager[None]:
+        """A backward pass through the graph of a training pass leaves none inside the block."""
+        return no_trace_on_the_graph(self.modules, self.devices)
 
     def keep_gradients(self) -> None:
         """Remember the gradients that are there before the window's first backward pass, usually none."""

@@ -53,8 +53,8 @@ def measurement_mode(host: Host, module: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         # outermost: in validation things are put back in inference mode; whatever the module moves, and when
-        weights = weights_of(modules_of(module))
-        stack.enter_context(no_trace(module, host, weights=weights, offload=True))
+        modules = modules_of(module)
+        stack.enter_context(no_trace(modules, host, devices_of(module), weights_of(modules), offload=True))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         without_inference_tensors(module)
