@@ -165,10 +165,10 @@ def script_environment() -> dict[str, str]:
     return environment | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
 
 
-def two_processes(script: str, folder: Path) -> list[dict[str, Any]]:
+def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """Run a script of this folder, which trains in two processes, and return what each rank has saved in `folder`."""
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / script), str(folder)],
+        [sys.executable, str(Path(__file__).parent / script), str(folder), *arguments],
         env=script_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:

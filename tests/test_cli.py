@@ -442,7 +442,7 @@ def test_wrong_checkpoint_is_one_line_before_anything_is_made(subcommand, capsys
         assert line == f"{expected}'garbage', which is damaged or something else."
 
 
-@SUBCOMMANDS
+@pytest.mark.parametrize("subcommand", cases.first_at_once(["test", "fit", "validate", "predict"]))
 def test_last_is_the_newest_runs(subcommand, saving, capsys, monkeypatch):
     assert main([*FIT, *saving]) == 0
     shutil.copytree("logs/d/version_0", "logs/d/version_2")
@@ -636,6 +636,7 @@ def run_cli(*args: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_process_with_a_wrong_value():
     done = run_cli(*DRY, "--ire.gamma", "1.5")
     assert done.returncode == 2

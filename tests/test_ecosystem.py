@@ -56,11 +56,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def cells() -> list[Any]:
-    """Two rows of each kind at once, others and slow ones in `make test-all`, very many in `make test-weekly`."""
+    """One row of each kind at once, others and slow ones in `make test-all`, very many in `make test-weekly`."""
     cells, at_once = [], Counter[str]()
     for row in ROWS:
         marks = [pytest.mark.xdist_group(f"ecosystem-{row.id}")]
-        if row.slow or at_once[row.kind] == 2:
+        if row.slow or at_once[row.kind] == 1:
             marks.append(pytest.mark.slow)
         else:
             at_once[row.kind] += 1

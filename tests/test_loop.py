@@ -1,11 +1,14 @@
 """IRE and SAM in a plain PyTorch loop: bit for bit what the callback does under a Trainer."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import cases
+import loop_ddp_script
 import pytest
 import torch
 import torch.nn.functional as F
@@ -284,3 +287,36 @@ def test_plain_where_nothing_is_asked_for() -> None:
     loop(ours, step, epochs=1)
     cases.assert_same_bits(ours, plain)
     assert step.logs == {}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("loop")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", loop_ddp_script.__file__]
+    done = subprocess.run(
+        [sys.executable, *command, str(folder)],
+        env=cases.script_environment(), capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", loop_ddp_script.RUNS)
+def test_replicas_of_torchrun_are_bit_identical(ranks: list[dict[str, Any]], name: str) -> None:
+    first, second = (rank[name] for rank in ranks)
+    assert cases.same_bits(first["weights"], second["weights"])
+    assert first["masks"].keys() == second["masks"].keys()
+    assert all(torch.equal(mask, second["masks"][key]) for key, mask in first["masks"].items())
+    assert first["measured"] == second["measured"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", loop_ddp_script.JOINED)
+def test_torchrun_equals_one_process_on_the_joined_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    alone = loop_ddp_script.run(name)
+    torch.testing.assert_close(ranks[0][name]["weights"], alone["weights"], rtol=1e-10, atol=1e-12)
+    mean = (ranks[0][name]["losses"] + ranks[1][name]["losses"]) / 2
+    torch.testing.assert_close(mean, alone["losses"], rtol=1e-10, atol=1e-12)
+    for tag, value in alone["measured"].items():
+        assert ranks[0][name]["measured"][tag] == pytest.approx(value, rel=1e-6, abs=1e-9)

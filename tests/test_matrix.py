@@ -33,10 +33,10 @@ pytestmark = [
 
 
 def cells(arm: str) -> list[Any]:
-    """Every third row at once, the others and the slow ones in `make test-all`."""
+    """Every fourth row at once, the others and the slow ones in `make test-all`."""
     cells = []
     for index, row in enumerate(ROWS):
-        marks = [pytest.mark.slow] if row.slow or index % 3 else []
+        marks = [pytest.mark.slow] if row.slow or index % 4 else []
         if arm == "forced" or row.estimates is True:
             cells.append(pytest.param(row, id=row.id, marks=marks))
     return cells

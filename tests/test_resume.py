@@ -24,7 +24,8 @@ JOBS = (*RUNS, *FORCED_RUNS, "exchange")
 SLOW = {
     "start-fraction", "start-epoch", "start-behind", "empirical", "average-sam", "bf16", "sparse-rows", "sam", "ire",
     "epoch-boundary-fixed", "start-loss-later", "sam-interval", "float64", "kappa-lr", "accumulated-start-loss",
-    "validation-start-loss", "forced-accumulated", "forced-validation",
+    "validation-start-loss", "start-ahead", "beta", "epoch-boundary", "validation", "forced-accumulated",
+    "forced-validation",
 }  # fmt: skip
 
 

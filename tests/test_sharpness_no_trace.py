@@ -117,9 +117,9 @@ if batch_norm_has_an_end():
 
 
 def cells() -> list[Any]:
-    """Every third row at once, the others and the slow ones in `make test-all`."""
+    """Every fourth row at once, the others and the slow ones in `make test-all`."""
     return [
-        pytest.param(row, index % 2 == 1, id=row.id, marks=[pytest.mark.slow] if row.slow or index % 3 else [])
+        pytest.param(row, index % 2 == 1, id=row.id, marks=[pytest.mark.slow] if row.slow or index % 4 else [])
         for index, row in enumerate(ROWS)
     ]
 

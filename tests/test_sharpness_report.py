@@ -481,7 +481,7 @@ class Counting(Scored):
         return loss
 
 
-@pytest.mark.parametrize("num_batches", [1, 3])
+@pytest.mark.parametrize("num_batches", cases.first_at_once([3, 1]))
 @pytest.mark.parametrize(
     "quantities", [[name] for name in QUANTITIES] + [list(QUANTITIES)], ids=lambda q: "-".join(q)[:20]
 )

@@ -318,8 +318,8 @@ STEPS = 8
     [
         pytest.param({}, 5, id="random"),
         pytest.param({}, 10, id="second epoch", marks=pytest.mark.slow),
-        pytest.param({}, STEPS, id="end of an epoch"),
-        pytest.param({"order": "contiguous"}, 5, id="contiguous"),
+        pytest.param({}, STEPS, id="end of an epoch", marks=pytest.mark.slow),
+        pytest.param({"order": "contiguous"}, 5, id="contiguous", marks=pytest.mark.slow),
         pytest.param({"order": "contiguous", "max_batch_per_device": 16}, STEPS, id="both", marks=pytest.mark.slow),
         pytest.param({"max_batch_per_device": 16}, 5, id="accumulated"),
         pytest.param({"max_batch_per_device": 16, "order": "contiguous"}, 10, id="all", marks=pytest.mark.slow),
