@@ -35,7 +35,7 @@ test: env lint  ## lint, types and the fast tests
 test-all: env  ## the long cells too
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'slow and not weekly'
 
-test-weekly: env  ## the optimizers of which `make test-all` trains one
+test-weekly: env  ## 107 more optimizers, the wide networks with more flags
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m weekly
 
 bench: env  ## measure what a step costs (20 to 60 minutes on one core) and write benchmarks/RESULTS.md and the README's table

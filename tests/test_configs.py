@@ -259,7 +259,10 @@ def tiny(path: Path, images: Path) -> list[str]:
     return ["fit", "--config", str(path), *f"{QUIET} {FROM_THE_FIRST_STEP} {flags}".split()]
 
 
-@pytest.mark.parametrize("path", by_name(VISION, slow="cifar10_ wrn vit_s sam_ire resnet50"))
+SMALL = ("cifar100_resnet56_sgd_ire", "cifar100_resnet56_sam_ire", "cifar100_vit_t_admire")  # the others make two steps
+
+
+@pytest.mark.parametrize("path", by_name([path for path in VISION if path.stem in SMALL]))
 def test_vision_makes_one_step(path, images):
     cli = IRECLI([*tiny(path, images), "--trainer.fast_dev_run", "1", "--data.global_batch_size", "2"])
     (ire,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, IRE))
@@ -270,18 +273,28 @@ def test_vision_makes_one_step(path, images):
     assert 0 <= cli.trainer.callback_metrics["test/accuracy"] <= 1
 
 
+FLAGS = {
+    "accumulated": "",
+    "baseline": "--ire.kappa 0",
+    "sam bf16": "--ire.perturbation SAM --ire.perturbation.rho 0.1 --trainer.precision bf16-mixed",
+    "mixed": "--data.mixup_alpha 1 --data.cutmix_alpha 1 --data.cutout_size 8 --data.val_size 8",
+}
+
+
+def two_steps() -> list:
+    """Every config with all flags; the wide networks, which take minutes, with all but the first in `test-weekly`."""
+    return [
+        pytest.param(
+            path, flags, id=f"{path.stem}-{name}", marks=[pytest.mark.weekly] if flags and "wrn" in path.stem else []
+        )
+        for path in VISION
+        for name, flags in FLAGS.items()
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param("", id="accumulated"),
-        pytest.param("--ire.kappa 0", id="baseline"),
-        pytest.param("--ire.perturbation SAM --ire.perturbation.rho 0.1 --trainer.precision bf16-mixed", id="sam bf16"),
-        pytest.param("--data.mixup_alpha 1 --data.cutmix_alpha 1 --data.cutout_size 8 --data.val_size 8", id="mixed"),
-    ],
-)
 @pytest.mark.timeout(900)  # the widest network in bf16 on a busy machine
-@pytest.mark.parametrize("path", by_name(VISION))
+@pytest.mark.parametrize(("path", "flags"), two_steps())
 def test_vision_makes_two_steps(path, flags, images):
     cli = IRECLI([*tiny(path, images), *f"--trainer.fast_dev_run 4 {flags}".split()])
     assert cli.trainer.accumulate_grad_batches == 2  # global batch 4, at most 2 at once
