@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_ire.engine.module_state import in_slots
 from lightning_ire.functional.state import rewound
 
 __all__ = ["kept"]
@@ -141,15 +142,10 @@ def _parts_of_object(one: Any, undo: list[Undo]) -> list[Any]:
         parts += one if len(one) <= _DATA else []
     if hasattr(one, "__dict__"):
         parts.append(vars(one))
-    for name in (name for kind in type(one).__mro__ for name in _names(vars(kind).get("__slots__", ()))):
-        if hasattr(one, name):
-            undo.append(functools.partial(setattr, one, name, getattr(one, name)))
-            parts.append(getattr(one, name))
+    for name, held in in_slots(one).items():
+        undo.append(functools.partial(setattr, one, name, held))
+        parts.append(held)
     return parts
-
-
-def _names(slots: Any) -> list[str]:
-    return [name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__")]
 
 
 def _refill_container(one: Any, before: list[Any], put: str) -> None:

@@ -19,7 +19,16 @@ from lightning_ire.engine._torch import change_marks, own_parameters, registered
 from lightning_ire.functional import BufferState, in_double
 from lightning_ire.functional.state import overwrite_, rewound
 
-__all__ = ["AttributeState", "ModuleState", "MovingWeights", "few_of", "is_metric", "modules_of", "weights_of"]
+__all__ = [
+    "AttributeState",
+    "ModuleState",
+    "MovingWeights",
+    "few_of",
+    "in_slots",
+    "is_metric",
+    "modules_of",
+    "weights_of",
+]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), torch.device, torch.dtype)
 _CONTAINERS = (list, dict, set, deque)
@@ -316,13 +325,18 @@ def _is_holder(value: Any) -> bool:
 
 def _contents(value: Any) -> dict[str, Any]:
     """What an object holds, by name of the attribute."""
-    slots = (name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ())))
-    found = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return found | dict(getattr(value, "__dict__", {}))
+    return in_slots(value) | dict(getattr(value, "__dict__", {}))
 
 
-def _names(slots: Any) -> list[str]:
-    return [name for name in ([slots] if isinstance(slots, str) else slots) if not name.startswith("__")]
+def in_slots(value: Any) -> dict[str, Any]:
+    """What an object holds in the slots of its classes, by name.
+
+    Args:
+        value: Any object.
+    """
+    slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for some in slots for name in ([some] if isinstance(some, str) else some)]
+    return {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
 
 
 def _give_back(value: Any, before: dict[str, Any]) -> None:
