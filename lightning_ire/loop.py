@@ -13,13 +13,12 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_whole
 from lightning_ire.engine.boost import boost_factors
-from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import LocalHost
 from lightning_ire.engine.optimizers import check_optimizers, named_parameters
 from lightning_ire.engine.recipe import Recipe
-from lightning_ire.engine.state import STATE_VERSION, Progress, check_version
+from lightning_ire.engine.replay import loss_of as loss_in
+from lightning_ire.engine.state import STATE_VERSION, Progress, check_version, warn_of_misfits
 from lightning_ire.engine.step import OptimizerStep
-from lightning_ire.engine.window import loss_of as loss_in
 from lightning_ire.perturbation import Perturbation
 
 __all__ = ["IREStep"]
@@ -159,11 +158,11 @@ class IREStep:
                     host.backward(loss)
                     step.after_backward()
             if step.window is not None:
-                step.finish_gradient(step.window, step.window.second_pass)
+                step.finish_gradient(step.window.second_pass)
             host.step(self.optimizer, None if self.clip is None else self._clip)
         finally:
             step.end()
-        if self._waits_for_loss:
+        if self.progress.waits_for_loss(self.recipe):
             for one in losses:
                 self.progress.add_loss(one)
         self.logs = dict(step.take_logs(wanted=True))
@@ -199,15 +198,10 @@ class IREStep:
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        if check_whole("epoch", epoch, low=0) != self.host.epoch and self._waits_for_loss:
-            mean = self.progress.take_mean_loss(self.host)
-            if mean is not None and mean <= self.recipe.start.loss:  # type: ignore[operator]
-                self.progress.started_at = self.progress.step
+        ends = check_whole("epoch", epoch, low=0) != self.host.epoch and self.progress.waits_for_loss(self.recipe)
+        if ends and self.progress.reaches_start_loss(self.recipe, self.host):
+            self.progress.start()
         self.host.epoch = epoch
-
-    @property
-    def _waits_for_loss(self) -> bool:
-        return self.recipe.kappa > 0 and self.progress.started_at is None and self.recipe.start.loss is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, counts and averages: tensors, numbers and strings only (`torch.load(weights_only=True)`).
@@ -232,11 +226,21 @@ class IREStep:
                 f"Expected the state of one optimizer for IREStep, got {len(saved)}: give what `state_dict()` returned."
             )
         misfits = self.progress.restore(saved[0], named_parameters(self.module, self.optimizer))
-        if misfits and self.recipe.kappa:
-            warn_on_rank_zero(
-                f"The state's masks of {len(misfits)} parameters ({misfits[0]}, ...) fit none of this model: the mask "
-                "is made anew at the next step."
-            )
+        if self.recipe.kappa:
+            warn_of_misfits(misfits, of="state")
+
+    def preview(self, loss_of: Callable[[Any], Any], *batches: Any) -> str:
+        """The mask that IRE would begin with at these weights, as a text of aligned lines; nothing is trained.
+
+        Args:
+            loss_of: As in a step.
+            *batches: The micro-batches that the estimate is made of.
+
+        Returns:
+            How many coordinates of each parameter are flat, one line each, and of all in the last one.
+        """
+        self.host.micro_batches = len(batches)
+        return self._step.preview([(batch,) for batch in batches], loss_of, None)
 
     def release(self) -> None:
         """Take the hooks off the optimizer, which another `IREStep` may then have; this one is over."""

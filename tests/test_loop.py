@@ -1,5 +1,6 @@
 """IRE and SAM in a plain PyTorch loop: bit for bit what the callback does under a Trainer."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -320,3 +321,28 @@ def test_torchrun_equals_one_process_on_the_joined_batch(ranks: list[dict[str, A
     torch.testing.assert_close(mean, alone["losses"], rtol=1e-10, atol=1e-12)
     for tag, value in alone["measured"].items():
         assert ranks[0][name]["measured"][tag] == pytest.approx(value, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_preview_shows_the_first_mask_and_trains_nothing(accumulate: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(accumulate)]
+
+    def loss_of(batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    before = copy.deepcopy(model.state_dict())
+    step = IREStep(model, optimizer, kappa=1.0, gamma=0.5, start_epoch=3, exclude="2.bias")
+    table = step.preview(loss_of, *batches)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert step.progress.started_at is None
+    assert not step.progress.masks.masks
+    assert not optimizer.state
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert "takes no part" in table.splitlines()[6]
+    step.release()
+    real = IREStep(model, optimizer, kappa=1.0, gamma=0.5, exclude="2.bias")
+    real(loss_of, *batches)
+    assert table == real.progress.masks.table(dict(model.named_parameters()))

@@ -7,8 +7,8 @@ module makes. Every optimizer has its own masks and counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,8 @@ from lightning_ire.engine.window import AccumulationWindow
 
 __all__ = ["ManualSession"]
 
+Marks = list[tuple[Tensor | None, int]]
+
 _EARLIER = "a closure that goes backward through a forward pass made before it"
 _SIGNS_OF_AN_EARLIER_GRAPH = ("backward through the graph a second time", "modified by an inplace operation")
 
@@ -41,21 +43,18 @@ _SIGNS_OF_AN_EARLIER_GRAPH = ("backward through the graph a second time", "modif
 class ManualStep(OptimizerStep):
     """An optimizer that the module steps by itself."""
 
-    inside = False
-    warned = False
-    zeroed = False
-    warned_of_gradients = False
-
     def __init__(self, *args: Any, trainer: pl.Trainer) -> None:
         super().__init__(*args)
-        self.trainer = trainer
+        self._trainer = trainer
+        self._inside = self._warned = False
+        self._zeroed = self._warned_of_gradients = False
 
     @property
     def moment(self) -> int:
         """Steps of this optimizer; for a fraction of the run, whose steps nobody knows beforehand, batches."""
         if not self.recipe.start.is_fraction:
             return self.progress.step
-        return self.trainer.current_epoch * int(self.trainer.num_training_batches) + self.trainer.fit_loop.batch_idx
+        return self._trainer.current_epoch * int(self._trainer.num_training_batches) + self._trainer.fit_loop.batch_idx
 
     def parameters(self) -> list[nn.Parameter]:
         """All of the optimizer's: which of them are frozen may change between two backward passes (`toggle_model`)."""
@@ -63,13 +62,55 @@ class ManualStep(OptimizerStep):
 
     def _after_step(self, optimizer: Optimizer) -> None:
         active = self.progress.started_at is not None or self.recipe.perturbation is not None
-        if active and not self.inside and not self.warned:
-            self.warned = True
+        if active and not self._inside and not self._warned:
+            self._warned = True
             rank_zero_warn(
                 f"{type(optimizer).__name__} was stepped directly, without IRE and without a perturbation: step what "
                 "`self.optimizers()` returns."
             )
         super()._after_step(optimizer)
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """A step of what `self.optimizers()` returns happens inside the block.
+
+        Yields:
+            Nothing.
+        """
+        self._inside = True
+        try:
+            yield
+        finally:
+            self.end()
+            self._inside = False
+
+    def note_zero_grad(self) -> None:
+        """The optimizer's gradients are zeroed."""
+        self._zeroed = True
+
+    def expect_zero_grad(self) -> None:
+        """Look from now on whether they are."""
+        self._zeroed = False
+
+    def warn_of_earlier_gradients(self, window: AccumulationWindow, before: Marks, now: Marks) -> None:
+        """Say, once, that a part of the gradient is from before the closure, which a second pass leaves as it is.
+
+        Args:
+            window: The step's.
+            before: What :func:`gradient_marks` said before the closure.
+            now: What it says after it.
+        """
+        if self._zeroed or self._warned_of_gradients:
+            return
+        self._warned_of_gradients = any(
+            grad is not None and grad is same and window.passes.had_gradient(parameter)
+            for parameter, (grad, _), (same, _) in zip(window.parameters, before, now, strict=True)
+        )
+        if self._warned_of_gradients:
+            rank_zero_warn(
+                f"The gradient of {type(self.optimizer).__name__}'s step has a part from before the closure, "
+                f"which {window.perturbation!r} leaves as it is: call zero_grad and accumulate in the closure."
+            )
 
 
 class ManualSession:
@@ -157,11 +198,9 @@ class ManualSession:
         """Open the window of the optimizer's next step, and let its estimate watch this `training_step`."""
         if not stepper.switch_on():
             return
-        if stepper.window is None:
-            stepper.window = stepper.open_window(self._refuse_to_step_again)
-        estimate = stepper.window.estimate
-        if estimate is not None and self._call is not None:
-            self._watching.enter_context(estimate.watch(self._micro_batch()))
+        window = stepper.window or stepper.open(self._refuse_to_step_again)
+        if window.estimate is not None and self._call is not None:
+            self._watching.enter_context(window.watch(self._micro_batch()))
 
     def _refuse_to_step_again(self, *args: Any, **kwargs: Any) -> None:
         """In place of `training_step` for extra passes: it would step the optimizers."""
@@ -193,23 +232,22 @@ class ManualSession:
     def _add_to_estimates(self, loss: Tensor) -> None:
         """Every backward pass of the module counts for the estimates of all optimizers, as it does for `.grad`."""
         for stepper in self.steppers:
-            if stepper.window is not None and stepper.window.estimate is not None:
+            window = stepper.window
+            if window is not None and window.estimate is not None:
                 micro_batch = self._micro_batch()
-                micro_batch.loss, micro_batch.backward_done = loss.detach(), True
-                stepper.window.micro_batches.append(micro_batch)
-                with stepper.window.no_trace_on_the_graph():
-                    stepper.window.estimate.before_backward(micro_batch, loss)
+                window.add(micro_batch)
+                window.add_loss(loss)
+                window.end_backward()
+                window.look_at_graph(micro_batch, loss)
 
     def after_backward(self) -> None:
         """Nothing to do: weights are moved and put back around the closure."""
 
     def _around_zero_grad(self, stepper: ManualStep, original: Callable[..., Any]) -> Callable[..., Any]:
         def zero_grad(*args: Any, **kwargs: Any) -> Any:
-            stepper.zeroed = True
-            window = stepper.window
-            if window is not None and window.estimate is not None and not self._extra_pass:
-                window.micro_batches.clear()
-                window.estimate.forget()
+            stepper.note_zero_grad()
+            if stepper.window is not None and not self._extra_pass:
+                stepper.window.forget()
             return original(*args, **kwargs)
 
         return zero_grad
@@ -224,12 +262,10 @@ class ManualSession:
             assert window is not None
             if window.perturbation is not None and closure is None:
                 raise self._incomplete(window, "`optimizer.step()`")
-            stepper.inside = True
             try:
-                return original(lambda: self._whole_closure(stepper, window, closure), **kwargs)
+                with stepper.stepping():
+                    return original(lambda: self._whole_closure(stepper, window, closure), **kwargs)
             finally:
-                stepper.end()
-                stepper.inside = False
                 self._open(stepper)
 
         return step
@@ -238,23 +274,23 @@ class ManualSession:
         """The module's closure, the mask at theta_t, the gradient at the moved weights, the copy of the old weights."""
         result = None
         state = None
-        if window.perturbation is not None and window.unmoved:
-            window.keep_start()
-            state = window.replay()
-            window.keep_gradients()
+        if window.ascent is not None and window.unmoved:
+            window.passes.keep_start()
+            state = window.passes.replay()
+            window.passes.keep_gradients()
         if closure is not None:
             with torch.enable_grad(), ExitStack() as around:
-                if not window.unmoved:
-                    around.enter_context(window.moved())
+                if window.ascent is not None and window.ascent.before:
+                    around.enter_context(window.ascent.moved())
                 around.enter_context(nullcontext() if window.synchronized else self.host.no_sync())
-                around.enter_context(window.training_pass())
+                around.enter_context(window.passes.training_pass())
                 result = self._checked(stepper, window, closure)
         if window.estimate is not None and window.estimate.uses_graph and not self._saw_backward:
             self._refuse_raw_backward(window)
         second_pass = None
         if state is not None and closure is not None:
             second_pass = partial(self._second_pass, stepper, window, closure, state)
-        stepper.finish_gradient(window, second_pass)
+        stepper.finish_gradient(second_pass)
         return result
 
     def _refuse_raw_backward(self, window: AccumulationWindow) -> None:
@@ -279,7 +315,7 @@ class ManualSession:
             return closure()
         marks = gradient_marks(window.parameters)
         self._perturbed, self._closure_began, self._back_propagated = window, graph_number(), False
-        stepper.zeroed = False
+        stepper.expect_zero_grad()
         try:
             result = closure()
         except RuntimeError as error:
@@ -294,16 +330,8 @@ class ManualSession:
             a is b and old == new for (a, old), (b, new) in zip(marks, now, strict=True)
         ):
             raise self._incomplete(window, "a closure that makes no gradient")
-        if not self._extra_pass and not stepper.zeroed and not stepper.warned_of_gradients:
-            stepper.warned_of_gradients = any(
-                grad is not None and grad is same and window.had_gradient(parameter)
-                for parameter, (grad, _), (same, _) in zip(window.parameters, marks, now, strict=True)
-            )
-            if stepper.warned_of_gradients:
-                rank_zero_warn(
-                    f"The gradient of {type(stepper.optimizer).__name__}'s step has a part from before the closure, "
-                    f"which {window.perturbation!r} leaves as it is: call zero_grad and accumulate in the closure."
-                )
+        if not self._extra_pass:
+            stepper.warn_of_earlier_gradients(window, marks, now)
         return result
 
     def _second_pass(
@@ -318,8 +346,8 @@ class ManualSession:
         self._extra_pass = True
         around = nullcontext() if final or window.synchronized else self.host.no_sync()
         try:
-            with torch.enable_grad(), window.no_trace(), window.fresh_gradients(final), around:
-                window.rewind()
+            with torch.enable_grad(), window.passes.no_trace(), window.passes.fresh_gradients(final), around:
+                window.passes.rewind()
                 state.restore()
                 loss = self._checked(stepper, window, closure)
         finally:

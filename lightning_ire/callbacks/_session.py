@@ -90,7 +90,7 @@ class AutomaticSession:
 
     def begin_epoch(self) -> None:
         """Lightning drops what an epoch that was cut short had accumulated."""
-        self.step.window = None
+        self.step.drop_window()
 
     def begin_batch(self) -> None:
         """Switch on when the time has come, and open a window."""
@@ -114,14 +114,14 @@ class AutomaticSession:
     def after_backward(self) -> None:
         """Put weights back that were moved before the pass."""
         window = self.step.window
-        if self.step.after_backward() and window is not None and window.perturbation is not None and window.unmoved:
+        if self.step.after_backward() and window is not None and window.ascent is not None and window.unmoved:
             self._marks = gradient_marks(window.parameters)
 
     def _closure(self, closure: Callable[[], Any]) -> Any:
         window = self.step.window
         if window is None:
             return closure()
-        if window.stepped:
+        if window.finished:
             raise ConfigurationError(
                 "Expected an optimizer that runs its closure once per step, got "
                 f"{type(self.step.optimizer).__name__}, which runs it again at weights that it moved itself: use "
@@ -131,9 +131,8 @@ class AutomaticSession:
             result = closure()
         if not window.back_propagated:
             return result
-        window.stepped = True
         self._refuse_edited_gradients(window)
-        self.step.finish_gradient(window, window.second_pass)
+        self.step.finish_gradient(window.second_pass)
         return result
 
     def _refuse_edited_gradients(self, window: AccumulationWindow) -> None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import check_supported
 from lightning_ire._run_length import batches_of_run, steps_of_run
-from lightning_ire.callbacks._dry_run import flat_table, show_mask
+from lightning_ire.callbacks._dry_run import show_mask
 from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._hyper_parameters import HyperParameters
 from lightning_ire.callbacks._manual import ManualSession
@@ -30,8 +30,8 @@ from lightning_ire.engine.optimizers import (
     trainable_parameters,
 )
 from lightning_ire.engine.recipe import Recipe
-from lightning_ire.engine.state import STATE_VERSION, Progress, check_version
-from lightning_ire.engine.window import loss_of
+from lightning_ire.engine.replay import loss_of
+from lightning_ire.engine.state import STATE_VERSION, Progress, check_version, warn_of_misfits
 from lightning_ire.perturbation import Perturbation
 
 __all__ = ["IRE"]
@@ -160,7 +160,7 @@ class IRE(Recipe, Callback):
         Args:
             module: The module that is or was trained.
         """
-        return flat_table(self._progress.masks.masks, dict(module.named_parameters()))
+        return self._progress.masks.table(dict(module.named_parameters()))
 
     @property
     def _progress(self) -> Progress:
@@ -244,7 +244,7 @@ class IRE(Recipe, Callback):
         self._begin_or_continue(trainer, pl_module)
         self._windows = self._progress.step
         if self.dry_run:
-            show_mask(self, self._progress.step, trainer, pl_module)
+            show_mask(self, self._progress, trainer, pl_module)
             return
         automatic = pl_module.automatic_optimization
         total = steps_of_run(trainer) if automatic else None  # by hand nobody knows who steps how often
@@ -273,9 +273,8 @@ class IRE(Recipe, Callback):
             self._progresses = [Progress.new(self) for _ in range(count)]
             self._restore(state, trainer, module)
         elif trainer.global_step == 0 or self._trainer is None or self._trainer() is not trainer:
-            self._progresses = [Progress.new(self) for _ in range(count)]
-            for progress in self._progresses:  # not 0 when the checkpoint of a plain run goes on with IRE
-                progress.step = trainer.global_step // max(count, 1)
+            steps = trainer.global_step // max(count, 1)  # not 0 when the checkpoint of a plain run goes on with IRE
+            self._progresses = [Progress.new(self, steps) for _ in range(count)]
         self._trainer = weakref.ref(trainer)
 
     def _restore(self, state: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -283,11 +282,8 @@ class IRE(Recipe, Callback):
         saved = zip(self._progresses, trainer.optimizers, state.get("optimizers", []), strict=False)
         for progress, optimizer, one in saved:
             misfits += progress.restore(one, named_parameters(module, optimizer))
-        if misfits and self.kappa:
-            rank_zero_warn(
-                f"The checkpoint's masks of {len(misfits)} parameters ({misfits[0]}, ...) fit none of this module: "
-                "the mask is made anew at the next step."
-            )
+        if self.kappa:
+            warn_of_misfits(misfits, of="checkpoint")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the wrappers away, and say so if IRE never switched on."""
@@ -382,17 +378,17 @@ class IRE(Recipe, Callback):
     def _decide_by_loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start by loss, on all devices alike, if the epoch that is over allows it."""
         progress = self._progress
-        if not self.kappa or progress.started_at is not None or self.start.loss is None:
+        if not progress.waits_for_loss(self):
             return
-        mean = progress.take_mean_loss(LightningHost(trainer, pl_module))
-        if mean is None:
+        reached = progress.reaches_start_loss(self, LightningHost(trainer, pl_module))
+        if reached is None:
             rank_zero_warn(
                 f"`start_loss` had no loss to look at in an epoch: let {type(pl_module).__name__}.training_step return "
                 "it, or set `start_step` or `start_epoch` instead."
             )
-        elif mean <= self.start.loss:
+        elif reached:
             for each in self._progresses:
-                each.started_at = each.step
+                each.start()
 
     # Checkpoints
 

@@ -81,6 +81,31 @@ class FlatMasks:
             return h * self.average_weight
         return before.to(h).lerp(h, 1 - self.beta)
 
+    def table(self, parameters: Mapping[str, Tensor]) -> str:
+        """How many coordinates of each parameter are flat, one line each, and in the last line of all.
+
+        Args:
+            parameters: The optimizer's parameters by name; those without a mask are shown as taking no part.
+        """
+        rows = [("parameter", "shape", "coordinates", "flat", "share")]
+        total = flat = 0
+        for name, parameter in parameters.items():
+            shape = " x ".join(map(str, parameter.shape)) or "scalar"
+            mask = self.masks.get(name)
+            if mask is None:
+                rows.append((name, shape, f"{parameter.numel():,}", "-", "takes no part"))
+                continue
+            count = int(mask.sum())
+            total, flat = total + mask.numel(), flat + count
+            rows.append((name, shape, f"{mask.numel():,}", f"{count:,}", f"{100 * count / max(mask.numel(), 1):.1f} %"))
+        rows.append(("all that take part", "", f"{total:,}", f"{flat:,}", f"{100 * flat / max(total, 1):.1f} %"))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), row[1].ljust(widths[1]), *(row[i].rjust(widths[i]) for i in (2, 3, 4))])
+            for row in rows
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
     def state_dict(self) -> dict[str, Any]:
         """Masks as bits with their shapes, and the moving average, on the CPU."""
         return {

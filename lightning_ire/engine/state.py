@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
+from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.masks import FlatMasks
 from lightning_ire.engine.optimizers import learning_rates
 from lightning_ire.engine.recipe import Recipe
 
-__all__ = ["STATE_VERSION", "Progress", "check_version"]
+__all__ = ["STATE_VERSION", "Progress", "check_version", "warn_of_misfits"]
 
 STATE_VERSION = 1
 """Of the saved state: raised when an older release could no longer read it right. States without a number are of 0."""
@@ -53,13 +54,47 @@ class Progress:
     ascent_norm: Tensor | None = None
 
     @classmethod
-    def new(cls, recipe: Recipe) -> Progress:
+    def new(cls, recipe: Recipe, step: int = 0, seed: int | None = None) -> Progress:
         """The state at the beginning of a run.
 
         Args:
             recipe: The settings.
+            step: The optimizer's real steps so far, of a run without IRE.
+            seed: Seed of all draws; ``None``: that of the run.
         """
-        return cls(FlatMasks(recipe.gamma, recipe.scope, recipe.exclude_zero_curvature, recipe.beta))
+        self = cls(FlatMasks(recipe.gamma, recipe.scope, recipe.exclude_zero_curvature, recipe.beta), step)
+        if seed is not None:
+            self.seed = seed
+        return self
+
+    def start(self) -> None:
+        """Switch the boost on, for good."""
+        self.started_at = self.step
+
+    def note_estimate(self, found: bool) -> None:
+        """Remember whether the last estimate was finite.
+
+        Args:
+            found: Whether it was; if not, the next step makes another.
+        """
+        self.retry = not found
+
+    def note_ascent(self, norm: Tensor) -> None:
+        """Remember the norm that divided a SAM step.
+
+        Args:
+            norm: The norm.
+        """
+        self.ascent_norm = norm
+
+    def note_logged(self, logs: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+        """All values of the log, each as it was last.
+
+        Args:
+            logs: Those of this step.
+        """
+        self.last_logged |= {tag: torch.as_tensor(value) for tag, value in logs.items()}
+        return self.last_logged
 
     def count_step(self, optimizer: Optimizer, with_lrs: bool) -> None:
         """Count one real step.
@@ -83,16 +118,28 @@ class Progress:
         self.loss_sum = self.loss_sum + loss.detach()
         self.loss_count += 1
 
-    def take_mean_loss(self, host: Host) -> float | None:
-        """The mean of the remembered losses on all devices, which are forgotten; ``None``: there were none.
+    def waits_for_loss(self, recipe: Recipe) -> bool:
+        """Whether a start by loss is pending.
 
         Args:
+            recipe: The settings.
+        """
+        return recipe.kappa > 0 and self.started_at is None and recipe.start.loss is not None
+
+    def reaches_start_loss(self, recipe: Recipe, host: Host) -> bool | None:
+        """Whether the mean of the remembered losses on all devices lets the boost start; the losses are forgotten.
+
+        Args:
+            recipe: The settings.
             host: The loop.
+
+        Returns:
+            ``None`` if there were no losses.
         """
         pair = torch.tensor([float(self.loss_sum), self.loss_count], device=host.device)
         total, count = (host.all_reduce_sum(pair) if host.world_size > 1 else pair).tolist()
         self.loss_sum, self.loss_count = 0.0, 0
-        return total / count if count else None
+        return total / count <= recipe.start.loss if count else None
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings only: `torch.load(weights_only=True)` reads it."""
@@ -128,6 +175,20 @@ class Progress:
         misfits = self.masks.load_state_dict(state.get("flat", {}), parameters)
         self.retry = state.get("retry", self.retry) or bool(misfits)
         return misfits
+
+
+def warn_of_misfits(misfits: Sequence[str], of: str) -> None:
+    """Say which saved masks could not be used.
+
+    Args:
+        misfits: What :meth:`Progress.restore` returned.
+        of: What they were saved in.
+    """
+    if misfits:
+        warn_on_rank_zero(
+            f"The {of}'s masks of {len(misfits)} parameters ({misfits[0]}, ...) fit none of this module: the mask is "
+            "made anew at the next step."
+        )
 
 
 def check_version(state: Mapping[str, Any]) -> None:

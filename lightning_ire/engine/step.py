@@ -1,9 +1,8 @@
-"""One optimizer in one fit: when it is on, its masks, and the boost after each of its steps."""
+"""The order of one optimizer step: when IRE is on, the mask, the ascent, and the boost after the step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +20,10 @@ from lightning_ire.engine.module_state import MovingWeights
 from lightning_ire.engine.no_trace import devices_of
 from lightning_ire.engine.optimizers import named_parameters, parameters_that_fit, trainable_parameters
 from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.replay import loss_of
 from lightning_ire.engine.state import Progress
-from lightning_ire.engine.window import AccumulationWindow, loss_of
-from lightning_ire.functional import perturbed
+from lightning_ire.engine.window import AccumulationWindow
 from lightning_ire.functional.seeds import mixed_seed
-from lightning_ire.perturbation import Perturbation
 
 __all__ = ["OptimizerStep"]
 
@@ -71,7 +69,6 @@ class OptimizerStep:
         self._names = self._current_names()
         self.window: AccumulationWindow | None = None
         self._live: tuple[MicroBatch, Tensor] | None = None
-        self._moved = ExitStack()
         self._snapshot: WeightSnapshot | None = None
         self._depth = self._failures = 0
         self._hooks = [
@@ -87,7 +84,8 @@ class OptimizerStep:
 
     def put_back(self) -> None:
         """Put weights back that are moved, whatever line an interrupt hit."""
-        self._moved.close()
+        if self.window is not None and self.window.ascent is not None:
+            self.window.ascent.put_back()
 
     def end(self) -> None:
         """The step is over, however it ended."""
@@ -105,7 +103,7 @@ class OptimizerStep:
         recipe, progress = self.recipe, self.progress
         pending = recipe.kappa > 0 and progress.started_at is None
         if pending and recipe.start.reached(self.moment, self.host.epoch, self.first_step):
-            progress.started_at = progress.step
+            progress.start()
         return progress.started_at is not None or recipe.perturbation is not None
 
     @property
@@ -125,20 +123,21 @@ class OptimizerStep:
             return False
         return self.progress.retry or self.recipe.should_refresh(self.progress.step, started_at)
 
-    def open_window(
+    def open(
         self, training_step: Callable[..., Any], forward: Callable[..., Any] | None = None, replays: bool = False
     ) -> AccumulationWindow:
-        """The window of the next step, with an estimate if the mask is due.
+        """Open the window of the next step, with an estimate if the mask is due.
 
         Args:
             training_step: The user's function that makes the loss, beside our wrapper and any distributed one.
             forward: The same through the distributed wrapper; ``None``: there is none.
             replays: Whether the step will be run again for other reasons than the estimate and the perturbation.
+
+        Returns:
+            The window.
         """
-        progress = self.progress
-        perturbs = self.recipe.should_perturb(progress.step)
-        perturbation: Perturbation | None = self.recipe.perturbation if perturbs else None
-        window = AccumulationWindow(
+        recipe, progress = self.recipe, self.progress
+        self.window = AccumulationWindow(
             self.host,
             self.module,
             training_step,
@@ -149,27 +148,28 @@ class OptimizerStep:
             step=progress.step,
             seed=mixed_seed(progress.seed, progress.step),
             moving=self.moving,
-            replays=replays
-            or (self.refreshes and self.recipe.curvature.reruns)
-            or (perturbation is not None and perturbation.uses_gradient),
-            perturbation=perturbation,
+            replays=replays,
+            curvature=recipe.curvature if self.refreshes else None,
+            perturbation=recipe.perturbation if recipe.should_perturb(progress.step) else None,
         )
-        if self.refreshes:
-            window.estimate = self.recipe.curvature.begin(window)
-        return window
+        return self.window
 
     def begin(self, training_step: Callable[..., Any], forward: Callable[..., Any] | None = None) -> None:
         """A micro-batch begins: open the window of the next step, unless one is half full.
 
         Args:
-            training_step: See :meth:`open_window`.
-            forward: See :meth:`open_window`.
+            training_step: See :meth:`open`.
+            forward: See :meth:`open`.
         """
-        window = self.window
-        if window is not None and window.micro_batches and not window.micro_batches[-1].backward_done:
-            window.micro_batches.pop()  # nothing was back-propagated: no loss, or weight averaging's last epoch
-        if window is None or not window.micro_batches:
-            self.window = self.open_window(training_step, forward)
+        if self.window is not None:
+            self.window.drop_unfinished()
+        if self.window is None or not self.window.micro_batches:
+            self.open(training_step, forward)
+
+    def drop_window(self) -> None:
+        """Forget the micro-batches so far: the loop has dropped their gradients."""
+        self.put_back()
+        self.window = None
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward pass of the training itself over one micro-batch, recorded; at weights that may be moved.
@@ -185,17 +185,17 @@ class OptimizerStep:
         window = self.window
         assert window is not None
         micro_batch = window.record(args, kwargs)
-        if not window.unmoved:
-            self._moved.enter_context(window.moved())
         try:
-            with window.training_pass(), window.estimate.watch(micro_batch) if window.estimate else nullcontext():
+            if window.ascent is not None and window.ascent.before:
+                window.ascent.move()
+            with window.passes.training_pass(), window.watch(micro_batch):
                 output = call(*args, **kwargs)
         except BaseException:
             self.put_back()
             raise
         loss = loss_of(output)
         if isinstance(loss, Tensor):
-            micro_batch.loss = loss.detach()
+            window.add_loss(loss)
             self._live = (micro_batch, loss)
         else:
             self.put_back()
@@ -206,11 +206,9 @@ class OptimizerStep:
         window = self.window
         if self._live is None or window is None:
             return
-        if window.perturbation is not None and window.unmoved and not window.back_propagated:
-            window.keep_gradients()
-        if window.estimate is not None and window.estimate.uses_graph:
-            with window.no_trace_on_the_graph():
-                window.estimate.before_backward(*self._live)
+        if window.ascent is not None and window.unmoved and not window.back_propagated:
+            window.passes.keep_gradients()
+        window.look_at_graph(*self._live)
 
     def after_backward(self) -> bool:
         """Put weights back that were moved before the pass.
@@ -221,7 +219,7 @@ class OptimizerStep:
         self.put_back()
         if self._live is None or self.window is None:
             return False
-        self._live[0].backward_done = True
+        self.window.end_backward()
         self._live = None
         return True
 
@@ -231,10 +229,8 @@ class OptimizerStep:
         Args:
             window: A window with an estimate.
         """
-        assert window.estimate is not None
-        values = window.estimate.finish()
-        window.estimate = None
-        self.progress.retry = values is None
+        values = window.finish_estimate()
+        self.progress.note_estimate(found=values is not None)
         self._failures = self._failures + 1 if values is None else 0
         if values is None:
             if self._failures == _PATIENCE:
@@ -250,68 +246,69 @@ class OptimizerStep:
         taking_part = [None if id(p) in excluded else h for p, h in zip(window.parameters, values, strict=True)]
         self.progress.masks.refresh(names, taking_part)
 
-    def finish_gradient(self, window: AccumulationWindow, second_pass: Callable[[bool], Tensor | None] | None) -> None:
+    def finish_gradient(self, second_pass: Callable[[bool], Tensor | None] | None) -> None:
         """What comes between the gradients at theta_t and the optimizer's step, in this order.
 
         The mask, of the estimate that watched the window; the gradients at the perturbed weights; the copy of the old
         weights for the boost, which the hook after the step makes.
 
         Args:
-            window: The window, whose gradients are in `.grad` now.
-            second_pass: See :meth:`ascend`; ``None``: the perturbation is somebody else's business.
+            second_pass: Makes the gradients at the moved weights (see :meth:`WeightAscent.ascend`); ``None``: the
+                perturbation is somebody else's business.
         """
+        window = self.window
+        assert window is not None
+        window.finish()
         self.logs = {}
         self.moving.note_gradients(window.parameters)
         copies: dict[int, Tensor] = {}
         if window.estimate is not None:
             self.refresh(window)
-        if window.perturbation is not None and second_pass is not None:
+        if window.ascent is not None and second_pass is not None:
             if window.unmoved:
-                copies = self.ascend(window, second_pass)
+                copies, norm, loss = window.ascent.ascend(second_pass)
+                if norm is not None:
+                    self.progress.note_ascent(norm)
+                    self.logs[tags.GRAD_NORM] = norm
             else:
-                self.logs[tags.PERTURBED_LOSS] = window.mean_loss()
-        self.snapshot(copies)
+                loss = window.mean_loss()
+            if loss is not None:
+                self.logs[tags.PERTURBED_LOSS] = loss
+        masks = self.progress.masks.masks
+        if masks and self.progress.started_at is not None:  # as late as possible before the step
+            self._snapshot = WeightSnapshot.take(self.optimizer, self._names, masks, copies, self.host.will_log)
 
-    def ascend(self, window: AccumulationWindow, second_pass: Callable[[bool], Tensor | None]) -> dict[int, Tensor]:
-        """Replace the gradients by those at the moved weights.
+    def preview(
+        self, calls: Iterable[tuple[Any, ...]], training_step: Callable[..., Any], forward: Callable[..., Any] | None
+    ) -> str:
+        """The mask that the next step would begin with, as a text of aligned lines; nothing is trained.
 
         Args:
-            window: A window whose perturbation uses the gradients that are in `.grad` now.
-            second_pass: Makes the gradients at the moved weights and returns the loss there, if any; it is told
-                whether these are the step's.
+            calls: Positional arguments of `training_step` for each micro-batch of a step.
+            training_step: See :meth:`open`.
+            forward: See :meth:`open`.
 
         Returns:
-            The copies of the weights that this made, by `id` of the parameter.
+            A table of the flat coordinates of each parameter, or a sentence that there is no finite estimate.
         """
-        assert window.perturbation is not None
-        moves: Sequence[Tensor | None] | None = None
-        ascents = window.perturbation.ascents
-        for number in range(1, ascents + 1):
-            movable, moves, norm = window.displacement([parameter.grad for parameter in window.movable], moves)
-            block = perturbed(movable, moves)
-            if number == ascents:
-                moves = None  # the block frees them once the weights are moved
-            saved = self._moved.enter_context(block)
-            try:
-                with window.perturbed_from({id(p): copy for p, copy in zip(movable, saved, strict=True)}):
-                    loss = second_pass(number == ascents)
-            finally:
-                self.put_back()
-            if norm is not None and number == 1:
-                self.logs[tags.GRAD_NORM] = self.progress.ascent_norm = norm
-        if loss is not None:
-            self.logs[tags.PERTURBED_LOSS] = loss
-        return {id(parameter): copy for parameter, copy in zip(movable, saved, strict=True)}
-
-    def snapshot(self, copies: Mapping[int, Tensor]) -> None:
-        """Keep the weights for the boost, as late as possible before the step.
-
-        Args:
-            copies: Copies of weights that exist already, by `id` of the parameter.
-        """
-        masks = self.progress.masks.masks
-        if masks and self.progress.started_at is not None:
-            self._snapshot = WeightSnapshot.take(self.optimizer, self._names, masks, copies, self.host.will_log)
+        progress, self.progress = self.progress, Progress.new(self.recipe, self.progress.step, self.progress.seed)
+        try:
+            self.progress.start()
+            self.progress.note_estimate(found=False)
+            window = self.open(training_step, forward, replays=True)
+            for args in calls:
+                window.record(args, {})
+                window.end_backward()
+            window.second_pass()  # for estimates that are made of the training gradient
+            self.refresh(window)
+            self.optimizer.zero_grad()
+            masks = self.progress.masks
+        finally:
+            self.end()
+            self.progress = progress
+        if not masks.masks:
+            return f"{self.recipe.curvature!r} has no finite estimate here (SecondMoment: before the first step)."
+        return masks.table(named_parameters(self.module, self.optimizer))
 
     def _stepping(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Torch runs the hooks for a step and again for the `super().step()` inside it: only the outer one counts."""
@@ -358,8 +355,7 @@ class OptimizerStep:
         if not wanted:
             return {}
         # Lightning repeats the last value of what is not logged anew; so does a resumed run that knows them all
-        self.progress.last_logged |= {tag: torch.as_tensor(value) for tag, value in logs.items()}
-        return self.progress.last_logged
+        return self.progress.note_logged(logs)
 
     def _current_names(self) -> dict[int, str]:
         return {id(parameter): name for name, parameter in named_parameters(self.module, self.optimizer).items()}

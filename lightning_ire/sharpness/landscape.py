@@ -15,7 +15,7 @@ from lightning_ire.engine.collectives import FailedTogether, mean_over_ranks, ra
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import AttributeState, ModuleState, few_of, modules_of, weights_of
 from lightning_ire.engine.no_trace import devices_of, no_trace, without_inference_tensors
-from lightning_ire.engine.window import loss_of
+from lightning_ire.engine.replay import loss_of
 from lightning_ire.functional import (
     as_real,
     finite_difference_product,
