@@ -24,6 +24,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
     ParallelStrategy,
     SingleDeviceStrategy,
     SingleDeviceXLAStrategy,
@@ -44,6 +46,7 @@ __all__ = [
     "after_the_last_step",
     "check_strategy",
     "check_supported",
+    "data_parallel",
     "full_precision_step",
     "loaded_fit_loop",
     "logger_step",
@@ -217,7 +220,7 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradi
     Raises:
         ConfigurationError: With the remedy, in one line.
     """
-    check_strategy(trainer, "IRE")
+    check_strategy(trainer, "IRE", sharded=True)
     if replays and "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise ConfigurationError(
             f"Expected `{type(module).__name__}.training_step` to take a batch, got one that takes `dataloader_iter`: "
@@ -232,23 +235,45 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradi
         )
 
 
-def check_strategy(trainer: pl.Trainer, who: str) -> None:
-    """Refuse strategies under which a device does not hold the whole model.
+def check_strategy(trainer: pl.Trainer, who: str, sharded: bool) -> None:
+    """Refuse strategies that are not supported.
 
     Args:
         trainer: The trainer.
         who: The callback that asks.
+        sharded: Whether it supports models that are sharded by `torch.distributed.tensor`.
 
     Raises:
         ConfigurationError: With the remedy, in one line.
     """
     strategy = trainer.strategy
+    if sharded and isinstance(strategy, ModelParallelStrategy):
+        return
+    if sharded and isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise ConfigurationError(
+            f"Expected a single device, DDP or ModelParallelStrategy, got {type(strategy).__name__}, whose parts of "
+            f"parameters {who} cannot tell from whole ones: set `trainer.strategy` to ModelParallelStrategy and let "
+            f"`{type(trainer.lightning_module).__name__}.configure_model` call `fully_shard`, or use 'ddp'."
+        )
     others = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # subclasses of the two that are supported
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, others):
         raise ConfigurationError(
             f"Expected a single device or DDP, got {type(strategy).__name__}: {who} does not support sharded or other "
             "strategies yet; set `trainer.strategy` to 'auto' or 'ddp', or remove the callback."
         )
+
+
+def data_parallel(trainer: pl.Trainer) -> tuple[int, int]:
+    """Over how many devices, or groups of devices that share a batch, the data are spread, and which is this one.
+
+    Args:
+        trainer: The trainer.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        dealt = strategy.distributed_sampler_kwargs
+        return dealt["num_replicas"], dealt["rank"]
+    return trainer.world_size, trainer.global_rank
 
 
 class ConfigWins:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_ire._lightning import loss_scale, muted_logging, scaled, unsynchronized, will_log
+from lightning_ire._lightning import data_parallel, loss_scale, muted_logging, scaled, unsynchronized, will_log
 
 __all__ = ["LightningHost"]
 
@@ -29,11 +29,11 @@ class LightningHost:
 
     @property
     def rank(self) -> int:
-        return self._trainer.global_rank
+        return data_parallel(self._trainer)[1]
 
     @property
     def world_size(self) -> int:
-        return self._trainer.world_size
+        return data_parallel(self._trainer)[0]
 
     @property
     def device(self) -> torch.device:
@@ -75,4 +75,6 @@ class LightningHost:
         return muted_logging(modules)
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
-        return self._trainer.strategy.reduce(value, reduce_op="sum")
+        total = self._trainer.strategy.reduce(value, reduce_op="sum")
+        copies = self._trainer.world_size // self.world_size  # devices that share a batch (tensor parallel)
+        return total if copies == 1 else total / copies

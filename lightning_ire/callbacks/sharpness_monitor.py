@@ -200,7 +200,7 @@ class SharpnessMonitor(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what is not supported, before any compute; keep the HPARAMS tab free for the final metrics."""
         self._reset()
-        check_strategy(trainer, "SharpnessMonitor")
+        check_strategy(trainer, "SharpnessMonitor", sharded=False)
         if (missing := _loss_is_missing(pl_module)) is not None:
             raise ConfigurationError(missing)
         for other in _others(trainer, self):
@@ -274,7 +274,7 @@ class SharpnessMonitor(Callback):
         if trainer.state.fn != TrainerFn.VALIDATING or self.idle:
             return
         self._reset()
-        check_strategy(trainer, "SharpnessMonitor")
+        check_strategy(trainer, "SharpnessMonitor", sharded=False)
         if (other := next(_others(trainer, self), None)) is not None:
             raise _measured_twice(self, other)
         if (missing := _loss_is_missing(pl_module)) is not None:

@@ -81,6 +81,14 @@ class Window(Protocol):
         """Factor of each micro-batch's loss in the window's: 1 / accumulate_grad_batches."""
 
     @property
+    def gathers(self) -> bool:
+        """Whether layers compute with gathered copies of sharded parameters (FSDP2).
+
+        Then `torch.autograd.grad` finds no gradient and no error (the graph's leaves are the copies), a backward pass
+        averages the gradients over the devices, and cannot be differentiated.
+        """
+
+    @property
     def unmoved(self) -> bool:
         """Whether the training forward runs at the unmoved weights (not so under AverageSAM)."""
 
@@ -116,7 +124,10 @@ class Window(Protocol):
         """The window's unperturbed training gradients, unscaled, averaged over devices, before clipping."""
 
     def average(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Mean over devices, the same on all; ``None`` only where no device has a gradient."""
+        """Mean over devices, the same on all; ``None`` only where no device has a gradient.
+
+        Of sharded parameters' gradients each device holds its own part of the mean already.
+        """
 
     def total(self, value: Tensor) -> Tensor:
         """Sum over devices."""
@@ -141,7 +152,10 @@ class Estimate:
         """The gradients so far were zeroed (a module in manual optimization may do that at any time)."""
 
     def finish(self) -> list[Tensor | None] | None:
-        """The estimate h at the unmoved weights; ``None`` if it is not finite (the same on all devices)."""
+        """The estimate h at the unmoved weights; ``None`` if it is not finite (the same on all devices).
+
+        Of a parameter that is a DTensor it is this device's part, a plain tensor (`DTensor.to_local`).
+        """
         raise NotImplementedError
 
 
@@ -154,6 +168,11 @@ class Curvature(ABC):
 
     reruns: ClassVar[bool] = True
 
+    @property
+    def needs_whole(self) -> str:
+        """Why it cannot estimate for sharded parameters, and what to set; empty: it can."""
+        return ""
+
     @abstractmethod
     def begin(self, window: Window) -> Estimate:
         """Start an estimate on a window in which nothing has run yet."""
@@ -162,6 +181,8 @@ class Curvature(ABC):
         return f"{type(self).__name__}()"
 
 
-def finite_or_none(values: list[Tensor | None]) -> list[Tensor | None] | None:
-    """The values, or ``None`` if one of them is NaN or infinite."""
-    return values if bool(all_finite([value.detach() for value in values if value is not None])) else None
+def finite_or_none(
+    values: list[Tensor | None], parameters: Sequence[Tensor] | None = None
+) -> list[Tensor | None] | None:
+    """The values, or ``None`` if one of them is NaN or infinite, of sharded parameters on any device."""
+    return values if bool(all_finite(values, like=parameters)) else None

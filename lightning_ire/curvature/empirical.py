@@ -35,4 +35,4 @@ class _SquaredGradient(Estimate):
         self.window = window
 
     def finish(self) -> list[Tensor | None] | None:
-        return finite_or_none(fisher_diagonal(self.window.gradients()))
+        return finite_or_none(fisher_diagonal(self.window.gradients()), self.window.parameters)

@@ -17,6 +17,9 @@ from lightning_ire.functional import (
     finite_difference_product,
     gradients_by_backward,
     hessian_product,
+    is_sharded,
+    local,
+    part_of_whole,
     rademacher,
     twice_differentiable,
 )
@@ -34,7 +37,7 @@ class HutchinsonHessian(Curvature):
 
     Where the training forward pass can be differentiated twice it is used again; else (attention kernels, cuDNN,
     compiled modules) the step runs once more with the math kernel, without cuDNN, uncompiled; a loss with no second
-    derivative is measured by differences of gradients, with a warning.
+    derivative is measured by differences of gradients, with a warning; so are, without one, sharded parameters.
 
     Args:
         num_vectors: Random sign vectors per estimate, >= 1.
@@ -63,6 +66,7 @@ class _SignProducts(SharedForward):
     def __init__(self, window: Window, num_vectors: int) -> None:
         super().__init__(window, "HutchinsonHessian")
         self.num_vectors = num_vectors
+        self.sharded = any(map(is_sharded, window.parameters))
         self.sums: list[Tensor | None] = [None] * len(window.parameters)
         self.counted = torch.zeros((), dtype=torch.float64, device="cpu")
 
@@ -70,7 +74,7 @@ class _SignProducts(SharedForward):
         return nullcontext()
 
     def share(self, micro_batch: MicroBatch, loss: Tensor) -> bool:
-        if not self.window.unmoved or not loss.requires_grad:
+        if not self.window.unmoved or not loss.requires_grad or self.sharded:
             return False
         scale = self.window.scale * self.window.share
         vectors = self._signs()
@@ -80,6 +84,9 @@ class _SignProducts(SharedForward):
     def own_pass(self, micro_batch: MicroBatch) -> None:
         scale = self.window.scale * self.window.share
         vectors = self._signs()
+        if self.sharded:
+            self._add(vectors, self._differences(micro_batch, scale, vectors), 1 / scale)
+            return
         try:
             with (
                 twice_differentiable(self.window.module),
@@ -92,10 +99,7 @@ class _SignProducts(SharedForward):
                 f"gradients: {str(error).splitlines()[0]}",
                 stacklevel=2,
             )
-            products = [
-                finite_difference_product(lambda: self._gradients(micro_batch, scale), self.window.parameters, signs)
-                for signs in vectors
-            ]
+            products = self._differences(micro_batch, scale, vectors)
         self._add(vectors, products, 1 / scale)
 
     def _products(self, loss: Tensor, vectors: Sequence[Sequence[Tensor]]) -> list[list[Tensor | None]]:
@@ -112,18 +116,32 @@ class _SignProducts(SharedForward):
             products.append(product)
         return products
 
+    def _differences(
+        self, micro_batch: MicroBatch, scale: float, vectors: Sequence[Sequence[Tensor]]
+    ) -> list[list[Tensor | None]]:
+        """H v for each v from gradients at moved weights."""
+        parameters = self.window.parameters
+        return [
+            finite_difference_product(lambda: self._gradients(micro_batch, scale), parameters, signs)
+            for signs in vectors
+        ]
+
     def _gradients(self, micro_batch: MicroBatch, scale: float) -> Sequence[Tensor | None]:
         with self.window.rerun(micro_batch, nullcontext(), *micro_batch.args) as loss:
             wanted = [parameter for parameter in self.window.parameters if parameter.requires_grad]
             scaled = loss * scale
-            try:
-                own: Sequence[Tensor | None] = torch.autograd.grad(scaled, wanted, retain_graph=True, allow_unused=True)
-            except RuntimeError as error:
-                if not refused_by_checkpointing(error):
-                    raise
+            own: Sequence[Tensor | None] | None = None
+            if not self.window.gathers:
+                try:
+                    own = torch.autograd.grad(scaled, wanted, retain_graph=True, allow_unused=True)
+                except RuntimeError as error:
+                    if not refused_by_checkpointing(error):
+                        raise
+            if own is None:
                 own = gradients_by_backward([scaled], [torch.ones_like(scaled)], wanted)
             found = iter(own)
-            return [next(found) if parameter.requires_grad else None for parameter in self.window.parameters]
+            gradients = [next(found) if parameter.requires_grad else None for parameter in self.window.parameters]
+            return [local(g, parameter) for g, parameter in zip(gradients, self.window.parameters, strict=True)]
 
     def _signs(self) -> list[list[Tensor]]:
         """The vectors of this refresh: always the same ones."""
@@ -133,9 +151,8 @@ class _SignProducts(SharedForward):
                 device: torch.Generator(device).manual_seed(self.window.shared_seed + index)
                 for device in {parameter.device for parameter in self.window.parameters}
             }
-            vectors.append(
-                [rademacher(p.numel(), sources[p.device], p.dtype).view(p.shape) for p in self.window.parameters]
-            )
+            signs = (rademacher(p.numel(), sources[p.device], p.dtype).view(p.shape) for p in self.window.parameters)
+            vectors.append([part_of_whole(sign, p) for sign, p in zip(signs, self.window.parameters, strict=True)])
         return vectors
 
     def _add(
@@ -162,4 +179,4 @@ class _SignProducts(SharedForward):
         counted = float(self.window.total(self.counted)) / self.window.world_size
         if counted == 0:
             return None
-        return finite_or_none([None if total is None else total / counted for total in sums])
+        return finite_or_none([None if total is None else total / counted for total in sums], self.window.parameters)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire.curvature.base import Curvature, Estimate, Window
+from lightning_ire.functional import part_of_whole
 
 __all__ = ["RandomMask"]
 
@@ -18,7 +19,7 @@ class RandomMask(Curvature):
     If a run with it does as well as one with an estimate, flatness was not the reason. The draws are the same on all
     devices and differ between refreshes; a resumed run draws the same ones.
 
-    Cost: no pass; random numbers of the parameters' size inside the step.
+    Cost: no pass; random numbers of the parameters' size inside the step (sharded: of the largest parameter's whole).
     """
 
     reruns: ClassVar[bool] = False
@@ -39,7 +40,9 @@ class _Draw(Estimate):
             for device in {parameter.device for parameter in parameters}
         }
         return [
-            torch.rand(parameter.shape, generator=sources[parameter.device], device=parameter.device)
+            part_of_whole(
+                torch.rand(parameter.shape, generator=sources[parameter.device], device=parameter.device), parameter
+            )
             if parameter.requires_grad
             else None
             for parameter in parameters

@@ -17,7 +17,7 @@ from lightning_ire.curvature.batches import first_dimensions, part_of
 from lightning_ire.curvature.per_sample import one_by_one, squares_at_once
 from lightning_ire.curvature.shared_forward import SharedForward, refused_by_checkpointing
 from lightning_ire.curvature.tap import LossCall, LossTap, factors_in, known_losses
-from lightning_ire.functional import fisher_diagonal, gradients_by_backward, in_double, products
+from lightning_ire.functional import fisher_diagonal, gradients_by_backward, in_double, local, products
 
 __all__ = ["SampledFisher"]
 
@@ -99,6 +99,13 @@ class SampledFisher(Curvature):
         return _SampledSquare(window, self)
 
     @property
+    def needs_whole(self) -> str:
+        """See the base class."""
+        if self.form == "batch":
+            return ""
+        return "no device has a gradient of its own to square; set `curvature.form` to 'batch'"
+
+    @property
     def remedy(self) -> str:
         """What to change for whole batches to be taken; empty: they are."""
         changes = ["`fraction` to 1"] if self.fraction < 1 else []
@@ -173,14 +180,15 @@ class _SampledSquare(SharedForward):
         # without a prediction that counts anywhere (all positions ignored) 0 / 0 below, which is not finite
         world = self.window.world_size
         if self.settings.form == "batch":
-            return finite_or_none(fisher_diagonal(sums, world**2 / pieces))
+            return finite_or_none(fisher_diagonal(sums, world**2 / pieces), self.window.parameters)
         if self.settings.form == "micro_batch" and self.squared == world == 1:
             warnings.warn(
                 "SampledFisher(form='micro_batch') has one micro-batch only, which is form='batch': set "
                 "`micro_batch_size`, or `trainer.accumulate_grad_batches`.",
                 stacklevel=2,
             )
-        return finite_or_none([None if total is None else total * (world / pieces).to(total.device) for total in sums])
+        means = [None if total is None else total * (world / pieces).to(total.device) for total in sums]
+        return finite_or_none(means, self.window.parameters)
 
     def own_pass(self, micro_batch: MicroBatch) -> None:
         """With the labels that a shared pass would have drawn."""
@@ -302,14 +310,22 @@ class _SampledSquare(SharedForward):
         parameters = [self.window.parameters[index] for index in indices]
         if not parameters:  # all frozen for the time of this backward pass (`toggle_model` of another optimizer)
             return
-        if self.by_backward:
-            gradients: Sequence[Tensor | None] = gradients_by_backward(outputs, starts, parameters)
+        gradients: Sequence[Tensor | None]
+        if self.window.gathers:  # the backward pass averages over devices: this one's own factor has to be in before
+            starts = [start * factor.to(start) for start in starts]
+            factor = torch.ones_like(factor)
+            gradients = gradients_by_backward(outputs, starts, parameters, keep_graph=keep_graph)
+        elif self.by_backward:
+            gradients = gradients_by_backward(outputs, starts, parameters)
         else:
             gradients = torch.autograd.grad(outputs, parameters, starts, retain_graph=keep_graph, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             return
         seen = [index for index, gradient in zip(indices, gradients, strict=True) if gradient is not None]
-        dense = [gradient.detach().to_dense() for gradient in gradients if gradient is not None]
+        pairs = zip(gradients, parameters, strict=True)
+        dense = [
+            local(gradient, parameter).detach().to_dense() for gradient, parameter in pairs if gradient is not None
+        ]
         wide = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in dense]
         found: Sequence[Tensor | None] = products(wide, factor / scale)
         if self.settings.form != "batch":

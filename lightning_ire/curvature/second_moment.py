@@ -72,7 +72,8 @@ class _ReadMoment(Estimate):
             for decay, step in zip(decays, _numbers(steps), strict=True)
         ]
         moments = dict(zip(owners, quotients(found, corrections), strict=True))
-        return finite_or_none([moments.get(id(parameter)) for parameter in self.window.parameters])
+        parameters = self.window.parameters
+        return finite_or_none([moments.get(id(parameter)) for parameter in parameters], parameters)
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:

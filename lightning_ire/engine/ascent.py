@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
-from lightning_ire.functional import perturbed
+from lightning_ire.engine.sharding import GatheredWeights
+from lightning_ire.functional import local, perturbed
 from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.perturbation import Ascent, Perturbation
 
@@ -29,6 +30,7 @@ class WeightAscent:
         optimizer: The optimizer that is about to step.
         parameters: Its parameters.
         moving: The weights that the module itself moves.
+        gathered: Copies of whole weights in the module.
         seed: Seed of this window's draws: the same on all ranks.
 
     Attributes:
@@ -46,6 +48,7 @@ class WeightAscent:
         optimizer: Optimizer,
         parameters: Sequence[nn.Parameter],
         moving: MovingWeights,
+        gathered: GatheredWeights,
         seed: int,
     ) -> None:
         self.perturbation = perturbation
@@ -57,6 +60,7 @@ class WeightAscent:
         self._optimizer = optimizer
         self._parameters = parameters
         self._moving = moving
+        self._gathered = gathered
         self._seed = seed
         self._moved = ExitStack()
 
@@ -78,17 +82,28 @@ class WeightAscent:
             Nothing.
         """
         movable, moves, _ = self.displacement()
-        with perturbed(movable, moves):
+        with self._perturbed(movable, moves):
             del moves
             yield
-            changed = {id(p): p.detach().clone() for p in movable if self._moving.moves(p)}
+            changed = {id(p): local(p.detach()).clone() for p in movable if self._moving.moves(p)}
         if changed:
             again = self.displacement()  # which draws the same
             with torch.no_grad():
-                for parameter, move in zip(*again[:2], strict=True):
-                    if move is not None and (now := changed.get(id(parameter))) is not None:
-                        moved = parameter.detach().clone().add_(move)
-                        parameter.copy_(torch.where(moved == parameter, now, parameter + (now - moved)))
+                for weight, move in zip(*again[:2], strict=True):
+                    if move is not None and (now := changed.get(id(weight))) is not None:
+                        base = local(weight.detach())
+                        moved = base.clone().add_(local(move, weight))
+                        base.copy_(torch.where(moved == base, now, base + (now - moved)))
+
+    @contextmanager
+    def _perturbed(self, weights: Sequence[nn.Parameter], moves: Sequence[Tensor | None]) -> Iterator[list[Tensor]]:
+        """The weights are moved inside the block, and no layer computes with a gathered copy from before."""
+        try:
+            with perturbed(weights, moves) as saved:
+                self._gathered.drop()
+                yield saved
+        finally:
+            self._gathered.drop()
 
     def ascend(
         self, second_pass: Callable[[bool], Tensor | None]
@@ -100,7 +115,7 @@ class WeightAscent:
                 whether these are the step's, and not those of a further ascent.
 
         Returns:
-            The copies of the weights that this made, by `id` of the parameter; the norm of the first gradient, and the
+            The copies of the weights that this made (of sharded ones this rank's parts), by `id` of the parameter; the norm of the first gradient, and the
             loss at the last moved weights, where there is one.
         """
         moves: Sequence[Tensor | None] | None = None
@@ -110,7 +125,7 @@ class WeightAscent:
             movable, moves, norm = self.displacement(moves)
             if number == 1:
                 first_norm = norm
-            block = perturbed(movable, moves)
+            block = self._perturbed(movable, moves)
             if number == ascents:
                 moves = None  # the block frees them once the weights are moved
             saved = self._moved.enter_context(block)
@@ -143,6 +158,7 @@ class WeightAscent:
         Returns:
             The movable parameters, their displacements, and the norm to be logged.
         """
+        self._gathered.drop()  # else its parameters may be gathered copies
         movable = self.movable
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         groups_of = [groups.get(id(weight), {}) for weight in movable]

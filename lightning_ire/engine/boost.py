@@ -13,7 +13,8 @@ from lightning_ire import tags
 from lightning_ire.engine.optimizers import decay_factors, learning_rates, named_parameters, projects
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.state import Progress
-from lightning_ire.functional import boost_, copied, global_norm
+from lightning_ire.functional import boost_, copied, global_norm, local
+from lightning_ire.functional._shards import Shards
 from lightning_ire.schedule import scheduled_kappas
 
 __all__ = ["WeightSnapshot", "boost", "boost_factors", "kappas_of_groups"]
@@ -31,12 +32,14 @@ class WeightSnapshot:
         groups: Index of each one's parameter group.
         old: Their values before the step.
         masks: Their masks; ``None``: not boosted.
+        wholes: The parameters that they are parts of (blocks; of sharded ones this rank's part).
     """
 
     parameters: list[Tensor] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     old: list[Tensor] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
+    wholes: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def take(
@@ -64,7 +67,7 @@ class WeightSnapshot:
                 if (mask is None and not everything) or not parameter.requires_grad:
                     continue
                 copy = copies.get(id(parameter))
-                weight = parameter.detach()
+                weight = local(parameter).detach()
                 for part, before, flat in _blocks(weight, weight if copy is None else copy, mask):
                     if copy is None:
                         to_copy.append(len(self.old))
@@ -72,6 +75,7 @@ class WeightSnapshot:
                     self.groups.append(index)
                     self.old.append(before)
                     self.masks.append(flat)
+                    self.wholes.append(parameter)
         for place, made in zip(to_copy, copied([self.old[place] for place in to_copy]), strict=True):
             self.old[place] = made
         return self
@@ -132,18 +136,24 @@ def boost(
     logs: dict[str, Tensor | float] = {tags.KAPPA: max(kappas)}
     if with_norms:
         parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for some in _portions(weights.parameters):
+        shards = Shards(weights.wholes)
+        for some in _portions(
+            [part if own else None for part, own in zip(weights.parameters, shards.owned, strict=True)]
+        ):
             for norms, more in zip(parts, _norms(weights, some), strict=True):
                 norms.append(more)
-        logs |= {tags.STEP_NORM_FLAT: global_norm(parts[0]), tags.STEP_NORM_SHARP: global_norm(parts[1])}
+        flat, sharp = (shards.norm(norms) if shards.sharded else global_norm(norms) for norms in parts)
+        logs |= {tags.STEP_NORM_FLAT: flat, tags.STEP_NORM_SHARP: sharp}
     return logs
 
 
-def _portions(parameters: Sequence[Tensor]) -> Iterable[list[int]]:
-    """Indices of a few tensors at a time, so that the steps of few are in memory."""
+def _portions(parameters: Sequence[Tensor | None]) -> Iterable[list[int]]:
+    """Indices of a few tensors at a time, so that the steps of few are in memory; ``None`` is left out."""
     portion: list[int] = []
     size = 0
     for index, parameter in enumerate(parameters):
+        if parameter is None:
+            continue
         if portion and size + parameter.numel() > _BLOCK:
             yield portion
             portion, size = [], 0

@@ -6,16 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from lightning_ire import tags
-from lightning_ire.functional import count_true, masks_and_threshold, pack_mask, unpack_mask
+from lightning_ire._checks import ConfigurationError
+from lightning_ire.functional import (
+    count_true,
+    is_sharded,
+    masks_and_threshold,
+    pack_mask,
+    part_of_whole,
+    unpack_mask,
+    whole_of_part,
+)
+from lightning_ire.functional._shards import Shards
 
 __all__ = ["FlatMasks"]
 
 
 class FlatMasks:
-    """One boolean tensor per parameter that takes part; 1 = flat.
+    """One boolean tensor per parameter that takes part; 1 = flat. Of a sharded parameter: of this rank's part.
 
     Args:
         gamma: Fraction of coordinates called flat.
@@ -41,16 +51,20 @@ class FlatMasks:
         self.average: dict[str, Tensor] = {}
         self.average_weight = 0.0
         self.logs: dict[str, Tensor] = {}
+        self._parameters: dict[str, Tensor] = {}
         self._new = False
 
-    def refresh(self, names: Sequence[str], values: Sequence[Tensor | None]) -> None:
+    def refresh(self, names: Sequence[str], values: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
         """Make all masks anew from finite estimates h; parameters without one (``None``) get none.
 
         Args:
             names: Parameter names.
             values: Estimates, in the same order.
+            parameters: The parameters; of sharded ones all ranks have an estimate, maybe an empty one.
         """
-        present = {name: h for name, h in zip(names, values, strict=True) if h is not None and h.numel()}
+        self._parameters = dict(zip(names, parameters, strict=True))
+        named = zip(names, values, strict=True)
+        present = {name: h for name, h in named if h is not None and self._parameters[name].numel()}
         if self.beta:
             self.average_weight = self.beta * self.average_weight + (1 - self.beta)
             present = {name: self._averaged(name, h) for name, h in present.items()}
@@ -60,13 +74,16 @@ class FlatMasks:
         for group in [list(present)] if self.scope == "global" else [[name] for name in present]:
             if not group:
                 continue
-            values_of_group = [present[name] for name in group]
             made, threshold = masks_and_threshold(
-                values_of_group, self.gamma, exclude_zero=self.exclude_zero, finite=True
+                [present[name] for name in group],
+                self.gamma,
+                exclude_zero=self.exclude_zero,
+                finite=True,
+                like=[self._parameters[name] for name in group],
             )
             thresholds.append(threshold / self.average_weight if self.beta else threshold)
             masks |= dict(zip(group, made, strict=True))
-        self.logs = _statistics(self.masks, masks, thresholds)
+        self.logs = _statistics(self.masks, masks, thresholds, self._parameters)
         self.masks = masks
         self._new = True
 
@@ -81,23 +98,36 @@ class FlatMasks:
             return h * self.average_weight
         return before.to(h).lerp(h, 1 - self.beta)
 
+    def flat_counts(self) -> dict[str, int]:
+        """How many coordinates of each parameter are flat; sharded: on all ranks, which all have to call."""
+        if not self.masks:
+            return {}
+        masks = list(self.masks.values())
+        shards = Shards(masks, [self._parameters.get(name, mask) for name, mask in self.masks.items()])
+        own = [
+            mask.sum() if owned else mask.new_zeros((), dtype=torch.int64)
+            for mask, owned in zip(masks, shards.owned, strict=True)
+        ]
+        counts = shards.sum(torch.stack([count.to(masks[0].device) for count in own]))
+        return dict(zip(self.masks, map(int, counts.tolist()), strict=True))
+
     def table(self, parameters: Mapping[str, Tensor]) -> str:
         """How many coordinates of each parameter are flat, one line each, and in the last line of all.
 
         Args:
             parameters: The optimizer's parameters by name; those without a mask are shown as taking no part.
         """
+        counts = self.flat_counts()
         rows = [("parameter", "shape", "coordinates", "flat", "share")]
         total = flat = 0
         for name, parameter in parameters.items():
             shape = " x ".join(map(str, parameter.shape)) or "scalar"
-            mask = self.masks.get(name)
-            if mask is None:
-                rows.append((name, shape, f"{parameter.numel():,}", "-", "takes no part"))
+            size, count = parameter.numel(), counts.get(name)
+            if count is None:
+                rows.append((name, shape, f"{size:,}", "-", "takes no part"))
                 continue
-            count = int(mask.sum())
-            total, flat = total + mask.numel(), flat + count
-            rows.append((name, shape, f"{mask.numel():,}", f"{count:,}", f"{100 * count / max(mask.numel(), 1):.1f} %"))
+            total, flat = total + size, flat + count
+            rows.append((name, shape, f"{size:,}", f"{count:,}", f"{100 * count / max(size, 1):.1f} %"))
         rows.append(("all that take part", "", f"{total:,}", f"{flat:,}", f"{100 * flat / max(total, 1):.1f} %"))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
@@ -107,14 +137,32 @@ class FlatMasks:
         return "\n".join(line.rstrip() for line in lines)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks as bits with their shapes, and the moving average, on the CPU."""
-        return {
-            "masks": {name: pack_mask(mask) for name, mask in self.masks.items()},
-            "shapes": {name: list(mask.shape) for name, mask in self.masks.items()},
-            "average": {name: h.cpu() for name, h in self.average.items()},
+        """Masks as bits with their shapes, and the moving average, on the CPU.
+
+        Of sharded parameters the whole, one after the other: all ranks have to call, and the first one has them.
+        """
+        state: dict[str, Any] = {
+            "masks": {},
+            "shapes": {name: list(self._whole(name, mask).shape) for name, mask in self.masks.items()},
+            "average": {},
             "average_weight": self.average_weight,
             "logs": {tag: value.cpu() for tag, value in self.logs.items()},
         }
+        first = True
+        for name, mask in self.masks.items():
+            parameter = self._whole(name, mask)
+            first = not is_sharded(parameter) or distributed.get_rank() == 0
+            whole = whole_of_part(mask, parameter)
+            average = whole_of_part(self.average[name], parameter) if name in self.average else None
+            if first:
+                state["masks"][name] = pack_mask(whole)
+                state["average"] |= {} if average is None else {name: average.cpu()}
+        return state if first else state | {"of_rank": distributed.get_rank()}
+
+    def _whole(self, name: str, mask: Tensor) -> Tensor:
+        """The parameter of a mask, where it is known that it is more than the mask."""
+        parameter = self._parameters.get(name)
+        return parameter if is_sharded(parameter) else mask
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list[str]:
         """Put saved masks on the parameters' devices.
@@ -125,8 +173,17 @@ class FlatMasks:
 
         Returns:
             Names in the state that fit no parameter; their masks are dropped.
+
+        Raises:
+            ConfigurationError: If it is the state that a rank other than the first has of sharded parameters.
         """
+        if "of_rank" in state:
+            raise ConfigurationError(
+                f"Expected the state of IRE that rank 0 has, which holds the masks of sharded parameters, got that of "
+                f"rank {state['of_rank']}: save what `state_dict()` returned on rank 0 (all ranks have to call it)."
+            )
         misfits = []
+        self._parameters = dict(parameters)
         packed, shapes = state.get("masks", {}), state.get("shapes", {})
         average = state.get("average", {})
         self.masks, self.average = {}, {}
@@ -135,9 +192,9 @@ class FlatMasks:
             if parameter is None or not _fits(parameter, shapes.get(name), average.get(name)):
                 misfits.append(name)
                 continue
-            self.masks[name] = unpack_mask(bits, parameter.shape).to(parameter.device)
+            self.masks[name] = part_of_whole(unpack_mask(bits, parameter.shape), parameter).to(parameter.device)
             if self.beta and name in average:
-                self.average[name] = average[name].to(parameter.device)
+                self.average[name] = part_of_whole(average[name], parameter).to(parameter.device)
         # in the state of an older release the average starts at the first estimate, and its weights add up to 1
         self.average_weight = state.get("average_weight", 1.0 if average else 0.0)
         self.logs = dict(state.get("logs", {}))
@@ -152,24 +209,36 @@ def _fits(parameter: Tensor, shape: Sequence[int] | None, average: Tensor | None
 
 
 def _statistics(
-    old: Mapping[str, Tensor], new: Mapping[str, Tensor], thresholds: Sequence[Tensor]
+    old: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+    thresholds: Sequence[Tensor],
+    parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Values for the log: sums of booleans, no copy to the host."""
+    """Values for the log: sums of booleans over all ranks that hold a part, no copy to the host."""
     if not new:
         return {}
-    masks = list(new.values())
-    flat = count_true(masks)
-    logs: dict[str, Tensor] = {
-        tags.FLAT_FRACTION: flat.float() / sum(mask.numel() for mask in masks),
-        tags.THRESHOLD: torch.stack([threshold.to(flat.device) for threshold in thresholds]).amax(),
-    }
+    shards = Shards(list(new.values()), [parameters[name] for name in new])
     shared = [name for name in new if name in old and old[name].shape == new[name].shape]
+    mine = dict(zip(new, shards.owned, strict=True))
+    own = [name for name in shared if mine[name]]
+    before, now = [old[name] for name in own], [new[name] for name in own]
+    device = next(iter(new.values())).device
+    none = torch.zeros((), dtype=torch.int64, device=device)
+    counts = [count_true(shards.mine(list(new.values()))) if any(shards.owned) else none]
+    if own:
+        all_now = counts[0] if len(own) == len(new) else count_true(now)
+        counts += [count_true(before), all_now, count_true(before, now)]
+    else:
+        counts += [none] * 3
+    flat, flat_before, flat_now, flat_either = shards.sum(torch.stack([count.to(device) for count in counts]))
+    logs: dict[str, Tensor] = {
+        tags.FLAT_FRACTION: flat.float() / sum(shards.sizes),
+        tags.THRESHOLD: torch.stack([threshold.to(device) for threshold in thresholds]).amax(),
+    }
     if shared:
-        before, now = [old[name] for name in shared], [new[name] for name in shared]
-        size = sum(mask.numel() for mask in now)
-        sharp_old = (size - count_true(before)).float()
-        sharp_new = (size - (flat if len(shared) == len(new) else count_true(now))).float()
-        both = (size - count_true(before, now)).float()
+        size = sum(parameters[name].numel() for name in shared)
+        sharp_old, sharp_new = (size - flat_before).float(), (size - flat_now).float()
+        both = (size - flat_either).float()
         either = sharp_old + sharp_new - both
         logs[tags.MASK_IOU] = torch.where(either > 0, both / either.clamp(min=1), 1.0)
         share = sharp_old / size * (sharp_new / size)

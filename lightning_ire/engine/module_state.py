@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_ire.engine._torch import change_marks, own_parameters, registered, uncounted_changes
-from lightning_ire.functional import BufferState, in_double
+from lightning_ire.functional import BufferState, in_double, is_sharded, local
 from lightning_ire.functional.state import overwrite_, rewound
 
 __all__ = [
@@ -147,9 +147,9 @@ class MovingWeights:
         Yields:
             Nothing.
         """
-        before, contents = change_marks(parameters), self._contents(parameters)
+        before, contents = change_marks(map(local, parameters)), self._contents(parameters)
         yield
-        now = zip(change_marks(parameters), self._contents(parameters), strict=True)
+        now = zip(change_marks(map(local, parameters)), self._contents(parameters), strict=True)
         then = zip(before, contents, strict=True)
         self._seen |= {id(p) for p, old, new in zip(parameters, then, now, strict=True) if old != new}
         self._looks = max(self._looks - 1, 0)
@@ -158,7 +158,7 @@ class MovingWeights:
         """Sums that show what is written through `tensor.data`, at the first few looks (a teacher starts as a copy)."""
         if not self._looks:
             return [0.0] * len(parameters)
-        return [0.0 if p.is_complex() else float(in_double(p.detach()).sum()) for p in parameters]
+        return [0.0 if p.is_complex() else float(in_double(local(p.detach())).sum()) for p in parameters]
 
 
 class ModuleState:
@@ -173,11 +173,17 @@ class ModuleState:
     def __init__(
         self, modules: Collection[nn.Module], parameters: Iterable[nn.Parameter] = (), offload: bool = False
     ) -> None:
-        self._registered = [(now, dict(now) if now else _NOTHING) for one in modules for now in registered(one)]
+        # FSDP2 lets its modules hold shards or gathered copies in turn, and knows which
+        self._registered = [
+            (now, dict(now) if now else _NOTHING)
+            for one in modules
+            for now in registered(one)
+            if now is not one._parameters or not any(map(is_sharded, now.values()))
+        ]
         self._buffers = BufferState.capture(modules)
         self._parameters = [
-            (parameter, parameter.detach().to("cpu" if offload else parameter.device, copy=True))
-            for parameter in parameters
+            (part, part.to("cpu" if offload else part.device, copy=True))
+            for part in (local(parameter.detach()) for parameter in parameters)
         ]
 
     def restore(self, for_the_graph: bool = False) -> None:

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from lightning_ire._checks import ConfigurationError, check_number
 from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.sharding import GatheredWeights
+from lightning_ire.functional import is_sharded
 from lightning_ire.perturbation import GROUP_RADIUS
 
 __all__ = [
@@ -46,10 +48,13 @@ def trainable_parameters(optimizer: Optimizer) -> list[nn.Parameter]:
 def named_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
     """The module's parameters and those that only the optimizer has.
 
+    Gathered copies of sharded ones are dropped: not to be called between a forward pass and its backward pass.
+
     Args:
         module: The module being trained.
         optimizer: Its optimizer.
     """
+    GatheredWeights(module).drop()
     named = dict(module.named_parameters())
     known = {id(parameter) for parameter in named.values()}
     strangers = [p for p in trainable_parameters(optimizer) if id(p) not in known]
@@ -117,10 +122,27 @@ def check_optimizers(recipe: Recipe, module: nn.Module, optimizers: Sequence[Opt
         check_groups(optimizer, with_lrs=recipe.kappa > 0 and recipe.kappa_schedule == "lr")
         if masks:
             _refuse_complex(module, optimizer)
+        if any(map(is_sharded, trainable_parameters(optimizer))):
+            _refuse_for_shards(recipe, masks)
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     for pattern in recipe.exclude:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             warn_on_rank_zero(f"`exclude`: the pattern {pattern!r} fits no parameter of {type(module).__name__}.")
+
+
+def _refuse_for_shards(recipe: Recipe, masks: bool) -> None:
+    """What needs a device's own gradient of whole weights: gradients of sharded weights come averaged."""
+    perturbation = recipe.perturbation
+    if perturbation is not None and perturbation.uses_gradient and not perturbation.sync:
+        raise ConfigurationError(
+            f"Expected a perturbation with sync=True for sharded parameters, got {perturbation!r}: no device holds the "
+            "weights that it could move by its own gradient; set `perturbation.sync` to true."
+        )
+    if masks and recipe.curvature.needs_whole:
+        raise ConfigurationError(
+            f"Expected a curvature estimate that works with sharded parameters, got {recipe.curvature!r}: "
+            f"{recipe.curvature.needs_whole}."
+        )
 
 
 def _refuse_complex(module: nn.Module, optimizer: Optimizer) -> None:

@@ -15,6 +15,8 @@ from lightning_ire.engine.ascent import WeightAscent
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import ModuleState, MovingWeights, modules_of, weights_of
 from lightning_ire.engine.no_trace import Replay, no_trace, no_trace_on_the_graph
+from lightning_ire.engine.sharding import GatheredWeights
+from lightning_ire.functional import local
 
 __all__ = ["ExtraPasses", "loss_of"]
 
@@ -30,6 +32,7 @@ class ExtraPasses:
         parameters: The optimizer's parameters.
         devices: Devices that hold a parameter of the module.
         moving: The weights that the module itself moves.
+        gathered: Copies of whole weights in the module.
         ascent: What moves the weights for this window's gradient; ``None``: nothing does.
         expected: Whether extra passes may be asked for, so that what a pass starts from has to be kept.
     """
@@ -43,6 +46,7 @@ class ExtraPasses:
         parameters: Sequence[nn.Parameter],
         devices: Collection[torch.device],
         moving: MovingWeights,
+        gathered: GatheredWeights,
         ascent: WeightAscent | None,
         expected: bool,
     ) -> None:
@@ -53,11 +57,12 @@ class ExtraPasses:
         self._parameters = parameters
         self._devices = devices
         self._moving = moving
+        self._gathered = gathered
         self._ascent = ascent
         self._expected = expected
         self._start: ModuleState | None = None
         self._known_modules: list[nn.Module] | None = None
-        self._known_weights: list[nn.Parameter] = []
+        self._known_weights: list[nn.Parameter] | None = None
         self._weights_at_start: list[tuple[nn.Parameter, Tensor]] = []
         self._gradients_before: dict[int, Tensor] = {}
 
@@ -76,7 +81,8 @@ class ExtraPasses:
         others = self._moving.parameters(self._weights, trained=False)
         self._start = ModuleState(self._modules, others, self._moving.offload)
         self._weights_at_start = [  # those of which it is not known yet only in the first few passes of a run
-            (p, p.detach().to(p.device if self._moving.moves(p) else "cpu", copy=True)) for p in self._moving.trained()
+            (p, local(p.detach()).to(p.device if self._moving.moves(p) else "cpu", copy=True))
+            for p in self._moving.trained()
         ]
 
     @torch.no_grad()
@@ -92,22 +98,25 @@ class ExtraPasses:
         bases: Mapping[int, Tensor] = {} if self._ascent is None else self._ascent.base
         for parameter, start in self._weights_at_start:
             if self._moving.moves(parameter):
-                before = start.to(parameter.device)
-                base = bases.get(id(parameter), parameter.detach())
-                parameter.copy_(torch.where(parameter == base, before, before + (parameter - base)))
+                now = local(parameter.detach())
+                before = start.to(now.device)
+                base = bases.get(id(parameter), now)
+                now.copy_(torch.where(now == base, before, before + (now - base)))
 
     @property
     def _modules(self) -> list[nn.Module]:
         """The module's modules, looked for anew after each training pass, which may make some."""
         if self._known_modules is None:
             self._known_modules = modules_of(self._module)
-            self._known_weights = weights_of(self._known_modules)
         return self._known_modules
 
     @property
     def _weights(self) -> list[nn.Parameter]:
-        """Their parameters."""
-        return self._known_weights if self._modules else []
+        """Their parameters; not to be asked for between a forward pass and its backward pass."""
+        if self._known_weights is None:
+            self._gathered.drop()
+            self._known_weights = weights_of(self._modules)
+        return self._known_weights
 
     def replay(self) -> Replay:
         """What the pass that comes now starts from."""
@@ -123,12 +132,13 @@ class ExtraPasses:
         watch = self._expected or (self._ascent is not None and self._ascent.before)
         with self._moving.watched(self._weights) if watch else nullcontext():
             yield
-        self._known_modules = None
+        self._known_modules = self._known_weights = None
 
     # What they do not leave behind
 
     def no_trace(self) -> AbstractContextManager[None]:
         """An extra pass of the module inside the block leaves none."""
+        self._gathered.drop()
         weights = self._moving.parameters(self._weights)
         return no_trace(self._modules, self._host, self._devices, weights, self._moving.offload)
 

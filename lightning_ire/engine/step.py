@@ -21,6 +21,7 @@ from lightning_ire.engine.no_trace import devices_of
 from lightning_ire.engine.optimizers import named_parameters, parameters_that_fit, trainable_parameters
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.replay import loss_of
+from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.engine.state import Progress
 from lightning_ire.engine.window import AccumulationWindow
 from lightning_ire.functional.seeds import mixed_seed
@@ -45,6 +46,7 @@ class OptimizerStep:
     Attributes:
         devices: Devices that hold a parameter of the module.
         moving: The weights that the module itself moves.
+        gathered: Copies of whole weights in the module.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class OptimizerStep:
         self.first_step = first_step
         self.devices = devices_of(module)
         self.moving = MovingWeights(optimizers)
+        self.gathered = GatheredWeights(module)
         self.logs: dict[str, Tensor | float] = {}
         self._names = self._current_names()
         self.window: AccumulationWindow | None = None
@@ -137,6 +140,7 @@ class OptimizerStep:
             The window.
         """
         recipe, progress = self.recipe, self.progress
+        self.gathered.drop()
         self.window = AccumulationWindow(
             self.host,
             self.module,
@@ -148,6 +152,7 @@ class OptimizerStep:
             step=progress.step,
             seed=mixed_seed(progress.seed, progress.step),
             moving=self.moving,
+            gathered=self.gathered,
             replays=replays,
             curvature=recipe.curvature if self.refreshes else None,
             perturbation=recipe.perturbation if recipe.should_perturb(progress.step) else None,
@@ -244,7 +249,7 @@ class OptimizerStep:
         excluded = parameters_that_fit(self.module, self.recipe.exclude)
         names = [self._names[id(parameter)] for parameter in window.parameters]
         taking_part = [None if id(p) in excluded else h for p, h in zip(window.parameters, values, strict=True)]
-        self.progress.masks.refresh(names, taking_part)
+        self.progress.masks.refresh(names, taking_part, window.parameters)
 
     def finish_gradient(self, second_pass: Callable[[bool], Tensor | None] | None) -> None:
         """What comes between the gradients at theta_t and the optimizer's step, in this order.
@@ -274,6 +279,7 @@ class OptimizerStep:
                 loss = window.mean_loss()
             if loss is not None:
                 self.logs[tags.PERTURBED_LOSS] = loss
+        self.gathered.drop()
         masks = self.progress.masks.masks
         if masks and self.progress.started_at is not None:  # as late as possible before the step
             self._snapshot = WeightSnapshot.take(self.optimizer, self._names, masks, copies, self.host.will_log)
@@ -358,4 +364,5 @@ class OptimizerStep:
         return self.progress.note_logged(logs)
 
     def _current_names(self) -> dict[int, str]:
+        self.gathered.drop()
         return {id(parameter): name for name, parameter in named_parameters(self.module, self.optimizer).items()}

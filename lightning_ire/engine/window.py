@@ -16,6 +16,8 @@ from lightning_ire.engine.ascent import WeightAscent, unscaled
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
 from lightning_ire.engine.replay import ExtraPasses
+from lightning_ire.engine.sharding import GatheredWeights
+from lightning_ire.functional import is_sharded, local
 from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.perturbation import Perturbation
 
@@ -38,6 +40,7 @@ class AccumulationWindow:
         step: Its real steps so far.
         seed: Seed of this window's draws: the same on all ranks.
         moving: The weights that the module itself moves.
+        gathered: Copies of whole weights in the module.
         replays: Whether the step will be run again for other reasons than the estimate and the perturbation.
         curvature: What estimates the curvature for a mask; ``None``: no mask is to be made.
         perturbation: How this step's gradient is perturbed; ``None``: not at all.
@@ -47,6 +50,7 @@ class AccumulationWindow:
         ascent: What moves the weights; ``None``: nothing does.
         unmoved: Whether the training's own forward passes run at the unmoved weights.
         synchronized: Whether the training's own backward passes leave averaged gradients on all devices.
+        gathers: See :class:`~lightning_ire.curvature.Window`.
         micro_batches: The calls so far.
         estimate: The curvature estimate that watches this window, until it is finished.
         finished: Whether its gradients are complete, so that the next thing is the optimizer's step.
@@ -65,6 +69,7 @@ class AccumulationWindow:
         step: int,
         seed: int,
         moving: MovingWeights,
+        gathered: GatheredWeights,
         replays: bool,
         curvature: Curvature | None,
         perturbation: Perturbation | None,
@@ -79,15 +84,26 @@ class AccumulationWindow:
         self.ascent = (
             None
             if perturbation is None
-            else WeightAscent(perturbation, host, module, optimizer, parameters, moving, seed)
+            else WeightAscent(perturbation, host, module, optimizer, parameters, moving, gathered, seed)
         )
         self.unmoved = self.ascent is None or not self.ascent.before
         self.synchronized = self.ascent is None or self.ascent.synchronized
         reruns = curvature is not None and curvature.reruns
         second = self.ascent is not None and self.unmoved
         self.passes = ExtraPasses(
-            host, module, training_step, forward, parameters, devices, moving, self.ascent, replays or reruns or second
+            host,
+            module,
+            training_step,
+            forward,
+            parameters,
+            devices,
+            moving,
+            gathered,
+            self.ascent,
+            expected=replays or reruns or second,
         )
+        self.gathers = bool(gathered)
+        self._sharded = any(map(is_sharded, parameters))
         self.micro_batches: list[MicroBatch] = []
         self.finished = False
         self._seed = seed
@@ -238,15 +254,13 @@ class AccumulationWindow:
 
     def gradients(self) -> list[Tensor | None]:
         """See :class:`~lightning_ire.curvature.Window`."""
-        dense = [
-            None if parameter.grad is None else parameter.grad.detach().to_dense() for parameter in self.parameters
-        ]
+        dense = [None if p.grad is None else local(p.grad.detach(), p).to_dense() for p in self.parameters]
         own = unscaled(dense, self.scale)
         return own if self.synchronized else self.average(own)
 
     def average(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """See :class:`~lightning_ire.curvature.Window`. Ranks agree beforehand on which parameters have one."""
-        if self.world_size == 1:
+        if self.world_size == 1 or self._sharded:
             return list(gradients)
         device = self.host.device
         seen = self.total(torch.tensor([gradient is not None for gradient in gradients], dtype=torch.float32))

@@ -28,6 +28,7 @@ For SAM put `with perturbed(weights, sam_displacement(weights, gradients, rho=0.
 """
 
 from lightning_ire.functional._foreach import all_finite, copied, products, quotients
+from lightning_ire.functional._shards import is_sharded, local, part_of_whole, whole_of_part
 from lightning_ire.functional.averages import (
     MeanEstimate,
     adaptive_mean,
@@ -111,10 +112,13 @@ __all__ = [
     "hessian_product",
     "hutchinson_trace",
     "in_double",
+    "is_sharded",
     "kept_buffers",
+    "local",
     "mask_below",
     "masks_and_threshold",
     "pack_mask",
+    "part_of_whole",
     "per_sample_squares",
     "perturbed",
     "products",
@@ -139,5 +143,6 @@ __all__ = [
     "stability_edge",
     "twice_differentiable",
     "unpack_mask",
+    "whole_of_part",
     "widest_dtype",
 ]

@@ -1,0 +1,290 @@
+"""Run by test_sharded.py: trains sharded models in several processes (gloo) and saves what each rank has.
+
+Usage: python sharded_script.py FOLDER PROCESSES CELLS...
+
+The processes are forked, so that everything is imported once, and one process group serves all cells: with these
+variables set Lightning launches nothing itself.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import cases
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_ire import (
+    IRE,
+    SAM,
+    AdversarialModelPerturbation,
+    AverageSAM,
+    EmpiricalFisher,
+    HutchinsonHessian,
+    RandomMask,
+    SampledFisher,
+    SecondMoment,
+)
+from lightning_ire.functional import sampled_losses
+from lightning_ire.models import LanguageModel, Llama
+
+STEPS, BATCH, TOKENS = 10, 12, 11
+
+
+def likeliest(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """In place of labels that are drawn: with it estimates of several processes and of one are the same number."""
+    return logits.detach().flip(-1).argmax(-1)
+
+
+class Sharded(pl.LightningModule):
+    """A module of a user's, who shards it in `configure_model`."""
+
+    def __init__(self, net: nn.Module, optimizer: Any, how: str = "layers", batch: int = BATCH) -> None:
+        super().__init__()
+        self.net = net.to(torch.float64)
+        self.make_optimizer, self.how, self.batch = optimizer, how, batch
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        if mesh is None or isinstance(self.net, FSDPModule) or self.how == "whole":
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.net, mesh["tensor_parallel"], plan)
+        if mesh["data_parallel"].size() > 1:
+            if self.how != "root":
+                for layer in self.net.children():
+                    if any(True for _ in layer.parameters()):
+                        fully_shard(layer, mesh=mesh["data_parallel"])
+            fully_shard(self.net, mesh=mesh["data_parallel"])
+            if self.how == "kept":
+                self.net.set_reshard_after_backward(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        return F.cross_entropy(self.net(x).flatten(0, -2), y.flatten())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val", F.cross_entropy(self.net(x).flatten(0, -2), y.flatten()), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self)
+
+    def train_dataloader(self) -> DataLoader:
+        strategy = self.trainer.strategy
+        dealt = {"num_replicas": 1, "rank": 0}
+        if isinstance(strategy, ModelParallelStrategy):
+            dealt = strategy.distributed_sampler_kwargs
+        data, size = data_of(self.net), self.batch // self.trainer.accumulate_grad_batches // dealt["num_replicas"]
+        return DataLoader(data, size, sampler=DistributedSampler(data, shuffle=False, **dealt))
+
+    val_dataloader = train_dataloader
+
+
+def data_of(net: nn.Module) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    if isinstance(net, nn.Sequential):
+        x = torch.randn(STEPS * BATCH, 5, generator=generator, dtype=torch.float64)
+        return TensorDataset(x, torch.randint(3, (STEPS * BATCH,), generator=generator))
+    tokens = torch.randint(TOKENS, (STEPS * BATCH, 7), generator=generator)
+    return TensorDataset(tokens[:, :-1], tokens[:, 1:])
+
+
+def mlp(*sizes: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(before, after), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def even() -> nn.Module:
+    return mlp(5, 7, 7, 3)
+
+
+def with_empty() -> nn.Module:
+    """On the third of three ranks one layer has no row, and another one."""
+    return mlp(5, 2, 7, 3)
+
+
+def for_tensor_parallel() -> nn.Module:
+    return mlp(5, 8, 6, 3)
+
+
+def llama() -> nn.Module:
+    return Llama(TOKENS, width=12, num_layers=2, num_heads=2, feed_forward=18, context_length=8)
+
+
+def adamw(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def groups(module: nn.Module) -> torch.optim.Optimizer:
+    first, *rest = module.parameters()
+    return torch.optim.SGD([{"params": [first], "sam_rho": 0.3, "lr": 0.05}, {"params": rest}], lr=0.1, momentum=0.9)
+
+
+def partly_frozen(module: nn.Module) -> torch.optim.Optimizer:
+    first, *rest = module.parameters()
+    first.requires_grad_(False)
+    return torch.optim.AdamW(rest, lr=1e-2)
+
+
+BOOST: dict[str, Any] = {"kappa": 2.0, "gamma": 0.8, "interval": 2}
+SYNC = {"perturbation": SAM(0.1, sync=True)}
+CELLS: dict[str, dict[str, Any]] = {
+    "plain": {"ire": {"kappa": 0.0}},
+    "sampled": {"ire": BOOST},
+    "sam-sampled": {"ire": BOOST | SYNC},
+    "empirical": {"ire": BOOST | {"curvature": EmpiricalFisher()}},
+    "second-moment": {"ire": BOOST | {"curvature": SecondMoment()}},
+    "random": {"ire": BOOST | {"curvature": RandomMask()}},
+    "hessian": {"ire": BOOST | {"curvature": HutchinsonHessian(2)}, "tolerance": 1e-6},
+    "fraction": {"ire": BOOST | {"curvature": SampledFisher(fraction=0.5)}},
+    "sam": {"ire": {"kappa": 0.0} | SYNC},
+    "asam": {"ire": {"kappa": 0.0, "perturbation": SAM(0.5, adaptive=True, sync=True, eta=0.01)}},
+    "sam-on": {"ire": BOOST | {"perturbation": SAM(0.5, parameters="norm", sync=True)}, "net": llama},
+    "average-sam": {"ire": {"kappa": 0.0, "perturbation": AverageSAM(0.1)}},
+    "average-sam-sampled": {"ire": BOOST | {"perturbation": AverageSAM(0.1)}},
+    "ball": {"ire": BOOST | {"perturbation": AdversarialModelPerturbation(0.2, 0.5, 2, sync=True)}},
+    "sam-sampled-accumulated": {"ire": BOOST | SYNC, "accumulate": 2},
+    "sam-second-moment-accumulated-clipped": {
+        "ire": BOOST | SYNC | {"curvature": SecondMoment()},
+        "accumulate": 2,
+        "clip": 0.05,
+    },
+    "tensor-scope": {"ire": BOOST | {"scope": "tensor", "curvature": EmpiricalFisher()}},
+    "excluded": {"ire": BOOST | {"exclude": "*.bias", "exclude_zero_curvature": True}},
+    "scheduled": {"ire": BOOST | {"kappa_schedule": "lr", "beta": 0.5, "scale_weight_decay": False}},
+    "groups": {"ire": BOOST | SYNC, "optimizer": groups},
+    "frozen": {"ire": BOOST | SYNC, "optimizer": partly_frozen},
+    "validated-average-sam": {
+        "ire": BOOST | {"perturbation": AverageSAM(0.1), "curvature": EmpiricalFisher()},
+        "how": "root",
+        "validate": 2,
+    },
+    "validated-sam": {"ire": BOOST | SYNC, "how": "root", "validate": 2},
+    "kept-after-backward": {"ire": BOOST | SYNC, "how": "kept"},
+    "llama": {"ire": BOOST | SYNC, "net": llama},
+}
+FAST = ("plain", "sam-sampled", "empirical", "average-sam-sampled", "validated-sam", "sam-sampled-accumulated")
+
+
+class Steps(pl.Callback):
+    """All weights after every batch, put together."""
+
+    def __init__(self) -> None:
+        self.weights: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        for module in pl_module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        self.weights.append(torch.cat([whole(p).reshape(-1) for p in pl_module.parameters()]))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def run(name: str, processes: int, mesh: tuple[int, int] | None = None, net: Any = None, **more: Any) -> dict[str, Any]:
+    """Train one cell; with one process unsharded, on the joined batch."""
+    cell = CELLS[name] | more
+    torch.manual_seed(11)
+    module = Sharded((net or cell.get("net", even))(), cell.get("optimizer", adamw), cell.get("how", "layers"))
+    ire, steps = IRE(**cell["ire"]), Steps()
+    options: dict[str, Any] = {}
+    if processes > 1:
+        sizes = mesh or (processes, 1)
+        options = {"strategy": ModelParallelStrategy(*sizes, process_group_backend="gloo"), "devices": processes}
+    if "validate" in cell:
+        options |= {"val_check_interval": cell["validate"], "num_sanity_val_steps": 1}
+    else:
+        options |= {"limit_val_batches": 0}
+    trainer = cases.trainer(
+        [ire, steps, *cell.get("callbacks", [])],
+        max_epochs=cell.get("epochs", 1),
+        accumulate_grad_batches=cell.get("accumulate", 1),
+        gradient_clip_val=cell.get("clip"),
+        use_distributed_sampler=False,
+        **{"enable_checkpointing": "callbacks" in cell} | options,
+    )
+    draw = sampled_losses.sample_labels
+    sampled_losses.sample_labels = likeliest
+    try:
+        trainer.fit(module, ckpt_path=cell.get("ckpt_path"))
+    finally:
+        sampled_losses.sample_labels = draw
+    state = ire.state_dict()
+    flat = state["optimizers"][0]["flat"] if state else {}
+    return {
+        "weights": torch.stack(steps.weights),
+        "masks": dict(flat.get("masks", {})),
+        "logs": {tag: float(value) for tag, value in ire._progress.last_logged.items()},
+    }
+
+
+def train(rank: int, processes: int, port: int, folder: Path, names: list[str]) -> None:
+    os.environ |= {
+        "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(processes), "RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    results: dict[str, Any] = {}
+    for name in names:
+        cell, _, variant = name.partition("@")
+        results[name] = VARIANTS[variant](cell, processes)
+    torch.save(results, folder / f"rank{rank}.pt")
+    cases.leave_together()
+
+
+VARIANTS: dict[str, Any] = {
+    "": run,
+    "empty": lambda cell, processes: run(cell, processes, net=with_empty),
+    "tp": lambda cell, processes: run(cell, processes, mesh=(1, processes), net=for_tensor_parallel),
+    "2d": lambda cell, processes: run(cell, processes, mesh=(2, processes // 2), net=for_tensor_parallel),
+}
+
+
+def main(folder: Path, processes: int, names: list[str]) -> int:
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            try:
+                train(rank, processes, port, folder, names)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    worst = 0
+    for _ in children:
+        _, status = os.wait()
+        if status and not worst:
+            worst = 1
+            for child in children:  # the others wait for the one that is gone
+                try:
+                    os.kill(child, 15)
+                except ProcessLookupError:
+                    pass
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
