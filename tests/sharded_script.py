@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -57,7 +59,10 @@ class Sharded(pl.LightningModule):
 
     def configure_model(self) -> None:
         mesh = self.device_mesh
-        if mesh is None or isinstance(self.net, FSDPModule) or self.how == "whole":
+        if mesh is None or isinstance(self.net, FSDPModule):
+            return
+        if self.how == "hybrid":  # replicas of sharded models: a mesh of the user's own
+            fully_shard(self.net, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
             return
         if mesh["tensor_parallel"].size() > 1:
             plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -206,8 +211,11 @@ def run(name: str, processes: int, mesh: tuple[int, int] | None = None, net: Any
     ire, steps = IRE(**cell["ire"]), Steps()
     options: dict[str, Any] = {}
     if processes > 1:
-        sizes = mesh or (processes, 1)
-        options = {"strategy": ModelParallelStrategy(*sizes, process_group_backend="gloo"), "devices": processes}
+        sizes, one_file = mesh or (processes, 1), cell.get("one_file", False)
+        strategy = ModelParallelStrategy(
+            *sizes, save_distributed_checkpoint=not one_file, process_group_backend="gloo"
+        )
+        options = {"strategy": strategy, "devices": processes}
     if "validate" in cell:
         options |= {"val_check_interval": cell["validate"], "num_sanity_val_steps": 1}
     else:
@@ -243,16 +251,33 @@ def train(rank: int, processes: int, port: int, folder: Path, names: list[str]) 
     results: dict[str, Any] = {}
     for name in names:
         cell, _, variant = name.partition("@")
-        results[name] = VARIANTS[variant](cell, processes)
+        results[name] = VARIANTS[variant](cell, processes, folder)
     torch.save(results, folder / f"rank{rank}.pt")
     cases.leave_together()
 
 
+def saved(cell: str, processes: int, folder: Path, one_file: bool) -> dict[str, Any]:
+    """One epoch, whose end is saved."""
+    keep = ModelCheckpoint(folder, filename="one" if one_file else "parts", every_n_epochs=1)
+    return run(cell, processes, callbacks=[keep], one_file=one_file)
+
+
+def resumed(cell: str, processes: int, folder: Path, one_file: bool) -> dict[str, Any]:
+    """A second epoch after it, perhaps in more or fewer processes."""
+    path = folder / ("one.ckpt" if one_file else "parts.ckpt")
+    return run(cell, processes, epochs=2, ckpt_path=path, one_file=one_file)
+
+
 VARIANTS: dict[str, Any] = {
-    "": run,
-    "empty": lambda cell, processes: run(cell, processes, net=with_empty),
-    "tp": lambda cell, processes: run(cell, processes, mesh=(1, processes), net=for_tensor_parallel),
-    "2d": lambda cell, processes: run(cell, processes, mesh=(2, processes // 2), net=for_tensor_parallel),
+    "": lambda cell, processes, folder: run(cell, processes),
+    "empty": lambda cell, processes, folder: run(cell, processes, net=with_empty),
+    "tp": lambda cell, processes, folder: run(cell, processes, mesh=(1, processes), net=for_tensor_parallel),
+    "2d": lambda cell, processes, folder: run(cell, processes, mesh=(2, processes // 2), net=for_tensor_parallel),
+    "hybrid": lambda cell, processes, folder: run(cell, processes, how="hybrid"),
+    "saved-parts": partial(saved, one_file=False),
+    "saved-file": partial(saved, one_file=True),
+    "resumed-parts": partial(resumed, one_file=False),
+    "resumed-file": partial(resumed, one_file=True),
 }
 
 

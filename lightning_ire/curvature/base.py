@@ -185,4 +185,8 @@ def finite_or_none(
     values: list[Tensor | None], parameters: Sequence[Tensor] | None = None
 ) -> list[Tensor | None] | None:
     """The values, or ``None`` if one of them is NaN or infinite, of sharded parameters on any device."""
-    return values if bool(all_finite(values, like=parameters)) else None
+    if parameters is None:
+        return values if bool(all_finite([value for value in values if value is not None])) else None
+    pairs = [(value, p) for value, p in zip(values, parameters, strict=True) if value is not None]
+    finite = all_finite([value for value, _ in pairs], like=[parameter for _, parameter in pairs])
+    return values if bool(finite) else None

@@ -161,7 +161,7 @@ class FlatMasks:
 
     def _whole(self, name: str, mask: Tensor) -> Tensor:
         """The parameter of a mask, where it is known that it is more than the mask."""
-        parameter = self._parameters.get(name)
+        parameter = self._parameters.get(name, mask)
         return parameter if is_sharded(parameter) else mask
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list[str]:
