@@ -165,8 +165,8 @@ def script_environment() -> dict[str, str]:
     return environment | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
 
 
-def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Run a script of this folder, which trains in two processes, and return what each rank has saved in `folder`."""
+def two_processes(script: str, folder: Path, *arguments: str, processes: int = 2) -> list[dict[str, Any]]:
+    """Run a script of this folder, which trains in two (or so many) processes; what each rank saved in `folder`."""
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).parent / script), str(folder), *arguments],
         env=script_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -177,7 +177,7 @@ def two_processes(script: str, folder: Path, *arguments: str) -> list[dict[str, 
         os.killpg(process.pid, signal.SIGKILL)
         raise
     assert process.returncode == 0, errors[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 @contextmanager

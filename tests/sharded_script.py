@@ -6,7 +6,11 @@ The processes are forked, so that everything is imported once, and one process g
 variables set Lightning launches nothing itself.
 """
 
+import contextlib
+import io
+import itertools
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -34,14 +38,18 @@ from lightning_ire import (
     AverageSAM,
     EmpiricalFisher,
     HutchinsonHessian,
+    IREStep,
     RandomMask,
     SampledFisher,
     SecondMoment,
+    SharpnessMonitor,
+    tags,
 )
+from lightning_ire._checks import ConfigurationError
 from lightning_ire.functional import sampled_losses
-from lightning_ire.models import LanguageModel, Llama
+from lightning_ire.models import Llama
 
-STEPS, BATCH, TOKENS = 10, 12, 11
+STEPS, BATCH, TOKENS = 10, 24, 11
 
 
 def likeliest(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -98,6 +106,25 @@ class Sharded(pl.LightningModule):
     val_dataloader = train_dataloader
 
 
+class ByHand(Sharded):
+    """The same steps in manual optimization."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+
+
 def data_of(net: nn.Module) -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
     if isinstance(net, nn.Sequential):
@@ -109,7 +136,7 @@ def data_of(net: nn.Module) -> TensorDataset:
 
 def mlp(*sizes: int) -> nn.Module:
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -182,6 +209,8 @@ CELLS: dict[str, dict[str, Any]] = {
     "validated-sam": {"ire": BOOST | SYNC, "how": "root", "validate": 2},
     "kept-after-backward": {"ire": BOOST | SYNC, "how": "kept"},
     "llama": {"ire": BOOST | SYNC, "net": llama},
+    "by-hand": {"ire": BOOST | SYNC, "module": ByHand},
+    "start-loss": {"ire": BOOST | {"start_loss": 100.0}, "epochs": 2},
 }
 FAST = ("plain", "sam-sampled", "empirical", "average-sam-sampled", "validated-sam", "sam-sampled-accumulated")
 
@@ -207,14 +236,14 @@ def run(name: str, processes: int, mesh: tuple[int, int] | None = None, net: Any
     """Train one cell; with one process unsharded, on the joined batch."""
     cell = CELLS[name] | more
     torch.manual_seed(11)
-    module = Sharded((net or cell.get("net", even))(), cell.get("optimizer", adamw), cell.get("how", "layers"))
+    module = cell.get("module", Sharded)(
+        (net or cell.get("net", even))(), cell.get("optimizer", adamw), cell.get("how", "layers")
+    )
     ire, steps = IRE(**cell["ire"]), Steps()
     options: dict[str, Any] = {}
     if processes > 1:
         sizes, one_file = mesh or (processes, 1), cell.get("one_file", False)
-        strategy = ModelParallelStrategy(
-            *sizes, save_distributed_checkpoint=not one_file, process_group_backend="gloo"
-        )
+        strategy = ModelParallelStrategy(*sizes, save_distributed_checkpoint=not one_file, process_group_backend="gloo")
         options = {"strategy": strategy, "devices": processes}
     if "validate" in cell:
         options |= {"val_check_interval": cell["validate"], "num_sanity_val_steps": 1}
@@ -236,11 +265,77 @@ def run(name: str, processes: int, mesh: tuple[int, int] | None = None, net: Any
         sampled_losses.sample_labels = draw
     state = ire.state_dict()
     flat = state["optimizers"][0]["flat"] if state else {}
+    logs = ire._progress.last_logged
     return {
         "weights": torch.stack(steps.weights),
         "masks": dict(flat.get("masks", {})),
-        "logs": {tag: float(value) for tag, value in ire._progress.last_logged.items()},
+        "of_rank": flat.get("of_rank", 0),
+        "logs": {tag: float(value) for tag, value in logs.items() if tag != tags.PERTURBED_LOSS},  # a device's own
+        "started_at": ire.started_at,
+        "table": ire.flat_table(module),
     }
+
+
+def dry_run(processes: int) -> str:
+    """The table of the first mask."""
+    torch.manual_seed(11)
+    module = Sharded(even(), adamw)
+    strategy = ModelParallelStrategy(processes, 1, process_group_backend="gloo")
+    before = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    options = {"strategy": strategy, "devices": processes} if processes > 1 else {}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        cases.trainer(
+            [IRE(**BOOST, curvature=EmpiricalFisher(), dry_run=True)], use_distributed_sampler=False, **options
+        ).fit(module)
+    assert torch.equal(before, torch.cat([whole(p).reshape(-1) for p in module.parameters()]))
+    return said.getvalue()
+
+
+def plain_loop(processes: int, net: Any = even) -> dict[str, Any]:
+    """`IREStep` with `fully_shard`, without Lightning."""
+    torch.manual_seed(11)
+    model = net().to(torch.float64)
+    if processes > 1:
+        for layer in model.children():
+            if any(True for _ in layer.parameters()):
+                fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    step = IREStep(model, optimizer, **BOOST, **SYNC)
+    rank = torch.distributed.get_rank() if processes > 1 else 0
+    x, y = data_of(model).tensors
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return F.cross_entropy(model(x[rows]), y[rows])
+
+    draw, sampled_losses.sample_labels = sampled_losses.sample_labels, likeliest
+    weights = []
+    try:
+        for index in range(STEPS):
+            rows = torch.arange(BATCH * index, BATCH * (index + 1))[rank::processes]
+            step(loss_of, *rows.split(len(rows) // 2))
+            weights.append(torch.cat([whole(p).reshape(-1) for p in model.parameters()]))
+    finally:
+        sampled_losses.sample_labels = draw
+    flat = step.state_dict()["optimizers"][0]["flat"]
+    return {"weights": torch.stack(weights), "masks": flat["masks"]}
+
+
+def refusals(processes: int) -> dict[str, str]:
+    """Messages of what does not run."""
+    found = {}
+    for name, callback in (
+        ("m-sharpness", IRE(kappa=0.0, perturbation=SAM(0.1))),
+        ("form", IRE(curvature=SampledFisher(form="micro_batch"))),
+        ("monitor", SharpnessMonitor()),
+    ):
+        strategy = ModelParallelStrategy(processes, 1, process_group_backend="gloo")
+        try:
+            cases.trainer([callback], strategy=strategy, devices=processes, max_epochs=1).fit(Sharded(even(), adamw))
+        except ConfigurationError as error:
+            found[name] = str(error)
+    return found
 
 
 def train(rank: int, processes: int, port: int, folder: Path, names: list[str]) -> None:
@@ -274,6 +369,9 @@ VARIANTS: dict[str, Any] = {
     "tp": lambda cell, processes, folder: run(cell, processes, mesh=(1, processes), net=for_tensor_parallel),
     "2d": lambda cell, processes, folder: run(cell, processes, mesh=(2, processes // 2), net=for_tensor_parallel),
     "hybrid": lambda cell, processes, folder: run(cell, processes, how="hybrid"),
+    "dry-run": lambda cell, processes, folder: dry_run(processes),
+    "plain-loop": lambda cell, processes, folder: plain_loop(processes),
+    "refusals": lambda cell, processes, folder: refusals(processes),
     "saved-parts": partial(saved, one_file=False),
     "saved-file": partial(saved, one_file=True),
     "resumed-parts": partial(resumed, one_file=False),
@@ -304,10 +402,8 @@ def main(folder: Path, processes: int, names: list[str]) -> int:
         if status and not worst:
             worst = 1
             for child in children:  # the others wait for the one that is gone
-                try:
-                    os.kill(child, 15)
-                except ProcessLookupError:
-                    pass
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGTERM)
     return worst
 
 

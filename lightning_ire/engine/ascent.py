@@ -115,8 +115,8 @@ class WeightAscent:
                 whether these are the step's, and not those of a further ascent.
 
         Returns:
-            The copies of the weights that this made (of sharded ones this rank's parts), by `id` of the parameter; the norm of the first gradient, and the
-            loss at the last moved weights, where there is one.
+            The copies of the weights that this made, by `id` of the parameter (of sharded ones: of this rank's parts);
+            the norm of the first gradient, and the loss at the last moved weights, where there is one.
         """
         moves: Sequence[Tensor | None] | None = None
         first_norm = loss = None

@@ -1,0 +1,164 @@
+"""Sharded models (FSDP2, tensor parallel, both) on the CPU: equal to one process on the joined batch."""
+
+from pathlib import Path
+from typing import Any
+
+import cases
+import pytest
+import sharded_script as script
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+
+from lightning_ire._checks import ConfigurationError
+from lightning_ire._lightning import check_strategy
+from lightning_ire.engine.masks import FlatMasks
+
+FAST = [*script.FAST, "@plain-loop", "@dry-run", "@refusals"]
+TWO = [name for name in script.CELLS if name not in script.FAST]
+TWO += ["sampled@tp", "sam-sampled@tp", "empirical@tp", "hessian@tp"]
+SAVED = ["scheduled@saved-parts", "scheduled@saved-file"]
+RESUMED = ["scheduled@resumed-parts", "scheduled@resumed-file"]
+THREE = ["sampled", "sam-sampled", "second-moment", "random", "excluded", "tensor-scope", "scheduled", "hessian"]
+THREE = [f"{name}@empty" for name in THREE]
+FOUR = ["sampled@2d", "sam-sampled@2d", "second-moment@2d", "hessian@2d", "sam-sampled@hybrid", "sampled@hybrid"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Any:
+    """What each rank has; a group of cells is run in one launch, when the first of them is asked for."""
+    known: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    launches = [(2, FAST), (2, TWO + SAVED), (2, RESUMED), (3, THREE), (3, RESUMED), (4, FOUR)]
+
+    def ask(processes: int, name: str) -> list[Any]:
+        if (processes, name) not in known:
+            if name in RESUMED:
+                ask(2, SAVED[0])
+            (names,) = [names for count, names in launches if count == processes and name in names]
+            found = cases.two_processes("sharded_script.py", folder, str(processes), *names, processes=processes)
+            known.update({(processes, one): [rank[one] for rank in found] for one in names})
+        return known[processes, name]
+
+    return ask
+
+
+def alone(name: str, **more: Any) -> dict[str, Any]:
+    cell, _, variant = name.partition("@")
+    net = {"empty": script.with_empty, "tp": script.for_tensor_parallel, "2d": script.for_tensor_parallel}.get(variant)
+    return script.run(cell, 1, net=net, **more)
+
+
+def cells() -> list[Any]:
+    return [
+        pytest.param(processes, name, marks=[] if name in script.FAST else [pytest.mark.slow])
+        for processes, names in ((2, script.FAST), (2, TWO), (3, THREE), (4, FOUR))
+        for name in names
+    ]
+
+
+def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], kappa: float) -> None:
+    for rank in ranks:
+        assert cases.same_bits(rank["weights"], ranks[0]["weights"])
+        assert rank["logs"] == ranks[0]["logs"]
+        assert rank["table"] == expected["table"]
+        assert rank["started_at"] == expected["started_at"]
+    count = len(ranks[0]["weights"])
+    torch.testing.assert_close(ranks[0]["weights"], expected["weights"][-count:], rtol=1e-11, atol=1e-12)
+    assert ranks[0]["masks"].keys() == expected["masks"].keys()
+    assert bool(expected["masks"]) == (kappa > 0)
+    for key, mask in expected["masks"].items():
+        assert torch.equal(ranks[0]["masks"][key], mask)
+    assert ranks[0]["logs"].keys() == expected["logs"].keys()
+    for tag, value in expected["logs"].items():
+        assert ranks[0]["logs"][tag] == pytest.approx(value, rel=1e-8, abs=1e-12), tag
+
+
+@pytest.mark.parametrize(("processes", "name"), cells())
+def test_equals_one_process_on_the_joined_batch(ranks: Any, processes: int, name: str) -> None:
+    """To the rounding of float64; masks to the bit, and the gathered weights of all ranks."""
+    more = {"how": "layers"} if name.endswith("@hybrid") else {}
+    compare(ranks(processes, name), alone(name, **more), script.CELLS[name.partition("@")[0]]["ire"]["kappa"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("processes", [2, 3])
+def test_resumes_at_any_world_size(ranks: Any, processes: int, name: str) -> None:
+    """A folder of parts, or one file, that two processes have saved."""
+    compare(ranks(processes, name), alone("scheduled", epochs=2), 2.0)
+
+
+@pytest.mark.slow
+def test_one_process_resumes_what_two_have_saved_in_one_file(ranks: Any, folder: Path) -> None:
+    ranks(2, SAVED[0])
+    found = alone("scheduled", epochs=2, ckpt_path=folder / "one.ckpt")
+    compare([found], alone("scheduled", epochs=2), 2.0)
+
+
+@pytest.mark.slow
+def test_the_file_holds_the_masks_that_one_process_saves(ranks: Any, folder: Path, tmp_path: Path) -> None:
+    ranks(2, SAVED[0])
+    script.saved("scheduled", 1, tmp_path, one_file=True)
+    ours, theirs = (torch.load(path / "one.ckpt", weights_only=True)["callbacks"]["IRE"] for path in (folder, tmp_path))
+    assert ours.keys() == theirs.keys()
+    (ours,), (theirs,) = ours["optimizers"], theirs["optimizers"]
+    assert ours.keys() == theirs.keys()
+    assert ours["flat"].keys() == theirs["flat"].keys()
+    assert ours["flat"]["shapes"] == theirs["flat"]["shapes"]
+    for key, mask in theirs["flat"]["masks"].items():
+        assert torch.equal(ours["flat"]["masks"][key], mask)
+        torch.testing.assert_close(ours["flat"]["average"][key], theirs["flat"]["average"][key])
+
+
+def test_only_the_first_rank_holds_whole_masks(ranks: Any) -> None:
+    """Host memory does not grow with the number of ranks; the state of another one is refused."""
+    first, second = ranks(2, "sam-sampled")
+    assert (first["of_rank"], second["of_rank"]) == (0, 1)
+    assert first["masks"]
+    assert not second["masks"]
+    with pytest.raises(ConfigurationError, match="Expected the state of IRE that rank 0 has"):
+        FlatMasks(0.5, "global", False, 0.0).load_state_dict({"masks": {}, "of_rank": 1}, {})
+
+
+def test_a_plain_loop_with_fully_shard(ranks: Any) -> None:
+    first, second = ranks(2, "@plain-loop")
+    assert cases.same_bits(first["weights"], second["weights"])
+    expected = script.plain_loop(1)
+    torch.testing.assert_close(first["weights"], expected["weights"], rtol=1e-11, atol=1e-12)
+    assert expected["masks"]
+    for key, mask in expected["masks"].items():
+        assert torch.equal(first["masks"][key], mask)
+
+
+def test_a_dry_run_shows_the_table_of_the_whole(ranks: Any) -> None:
+    shown = ranks(2, "@dry-run")
+    assert shown[0] == script.dry_run(1)
+    assert "all that take part" in shown[0]
+    assert shown[1] == ""
+
+
+def test_what_does_not_run_says_so(ranks: Any) -> None:
+    messages, others = ranks(2, "@refusals")
+    assert messages == others
+    assert messages["m-sharpness"] == (
+        "Expected a perturbation with sync=True for sharded parameters, got SAM(rho=0.1): no device holds the weights "
+        "that it could move by its own gradient; set `perturbation.sync` to true."
+    )
+    assert messages["form"] == (
+        "Expected a curvature estimate that works with sharded parameters, got SampledFisher(form='micro_batch'): no "
+        "device has a gradient of its own to square; set `curvature.form` to 'batch'."
+    )
+    assert messages["monitor"].startswith("Expected a single device or DDP, got ModelParallelStrategy")
+
+
+def test_fsdp1_is_refused_with_the_remedy() -> None:
+    """Its parts of parameters are plain tensors, so that every norm would be silently local."""
+    trainer = cases.trainer()
+    trainer.strategy.connect(script.Sharded(script.even(), script.adamw))
+    trainer.strategy.__class__ = type("Fsdp", (FSDPStrategy,), {})
+    with pytest.raises(ConfigurationError, match=r"got Fsdp.*set `trainer.strategy` to ModelParallelStrategy and let"):
+        check_strategy(trainer, "IRE", sharded=True)
