@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "step_cost.png"
 STEPS, SIZES = RESULTS / "step_cost.json", RESULTS / "optimizer_step.json"
+SHARDED = RESULTS / "sharded.json"
 ROWS = {  # of the table: the run whose memory belongs to it
     "off": "off",
     "IRE, K=10": "IRE",
@@ -158,13 +159,49 @@ def spread(values: list[float]) -> str:
     return " to ".join(map(str, ends))
 
 
+def traffic_table(content: Mapping[str, Any]) -> str:
+    """Collectives of a step under FSDP2, with the bytes that a rank puts in, beyond those of plain training."""
+    plain, kinds = content["traffic"]["plain"][2], ("all_gather", "reduce_scatter", "all_reduce")
+
+    def cell(step: Mapping[str, Any], kind: str) -> str:
+        calls, sent = step["calls"].get(kind, 0), step["bytes"].get(kind, 0)
+        return f"{calls} ({sent / 1e3:,.1f} kB)" if calls else "0"
+
+    lines = []
+    for name, steps in content["traffic"].items():
+        step = steps[2]
+        what = "plain training" if name == "plain" else f"{name}, a {'step' if 'SAM' in name else 'refresh'}"
+        lines.append([what, *(cell(step, kind) for kind in kinds)])
+    assert content["traffic"]["SampledFisher"][3]["calls"] == plain["calls"]
+    lines.insert(
+        1,
+        [
+            "IRE, a step between two refreshes",
+            *(cell(plain, kind) for kind in ("all_gather", "reduce_scatter", "all_reduce")),
+        ],
+    )
+    return table(["", "all-gather", "reduce-scatter", "all-reduce"], lines)
+
+
+def ranking_table(content: Mapping[str, Any]) -> str:
+    """Seconds to rank a rank's part of the estimate."""
+    found: dict[int, list[float]] = {}
+    for one in content["threshold"]:
+        found.setdefault(one["elements"], []).append(one["seconds"])
+    lines = [
+        [f"{count / 1e6:,.0f} M", f"{min(seconds):.2f}", f"{min(seconds) / count * 1e9:.1f}"]
+        for count, seconds in sorted(found.items())
+    ]
+    return table(["values on a rank", "seconds", "ns per value"], lines)
+
+
 def load(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
 def blocks() -> dict[Path, dict[str, str]]:
     """For each file, what stands between its markers."""
-    steps, sizes = load(STEPS), load(SIZES)
+    steps, sizes, sharded = load(STEPS), load(SIZES), load(SHARDED)
     gpu = []
     for path in sorted((RESULTS / "gpu").glob("*.json")):
         content = load(path)
@@ -178,8 +215,11 @@ def blocks() -> dict[Path, dict[str, str]]:
             "memory": memory_table(steps),
             "sizes": f"{where(sizes)}\n\n{size_table(sizes)}",
             "targets": target_table(steps, sizes),
+            "traffic": traffic_table(sharded),
+            "ranking": f"{where(sharded)}\n\n{ranking_table(sharded)}",
             "gpu": "\n\n".join(gpu) or "None yet: no session has had such a machine.",
         },
+        ROOT / "docs" / "sharded.md": {"traffic": traffic_table(sharded)},
         ROOT / "README.md": {"cost": f"{cost_table(steps)}\n\n*{where(steps)}*"},
     }
 

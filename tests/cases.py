@@ -162,7 +162,8 @@ def script_environment() -> dict[str, str]:
     """The environment of a script of this folder in a process of its own: one thread, nothing of pytest's run."""
     here = Path(__file__).parent
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PL_"))}
-    return environment | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
+    paths = [str(here), str(here.parent), str(here.parent / "benchmarks")]
+    return environment | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 def two_processes(script: str, folder: Path, *arguments: str, processes: int = 2) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import cases
 import lightning.pytorch as pl
+import sharded  # of benchmarks/
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -39,6 +40,7 @@ from lightning_ire import (
     EmpiricalFisher,
     HutchinsonHessian,
     IREStep,
+    LocalHost,
     RandomMask,
     SampledFisher,
     SecondMoment,
@@ -292,18 +294,22 @@ def dry_run(processes: int) -> str:
     return said.getvalue()
 
 
-def plain_loop(processes: int, net: Any = even) -> dict[str, Any]:
-    """`IREStep` with `fully_shard`, without Lightning."""
+def plain_loop(processes: int, tensor_parallel: bool = False) -> dict[str, Any]:
+    """`IREStep` with `fully_shard`, or in tensor parallelism, without Lightning."""
     torch.manual_seed(11)
-    model = net().to(torch.float64)
-    if processes > 1:
+    model = (for_tensor_parallel if tensor_parallel else even)().to(torch.float64)
+    host, dealt = LocalHost(), processes
+    if processes > 1 and tensor_parallel:
+        mesh = init_device_mesh("cpu", (1, processes), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        host, dealt = LocalHost(data_parallel=mesh["data"]), 1
+    elif processes > 1:
         for layer in model.children():
             if any(True for _ in layer.parameters()):
                 fully_shard(layer)
         fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    step = IREStep(model, optimizer, **BOOST, **SYNC)
-    rank = torch.distributed.get_rank() if processes > 1 else 0
+    step = IREStep(model, optimizer, host=host, **BOOST, **SYNC)
     x, y = data_of(model).tensors
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -313,13 +319,83 @@ def plain_loop(processes: int, net: Any = even) -> dict[str, Any]:
     weights = []
     try:
         for index in range(STEPS):
-            rows = torch.arange(BATCH * index, BATCH * (index + 1))[rank::processes]
+            rows = torch.arange(BATCH * index, BATCH * (index + 1))[host.rank :: dealt]
             step(loss_of, *rows.split(len(rows) // 2))
             weights.append(torch.cat([whole(p).reshape(-1) for p in model.parameters()]))
     finally:
         sampled_losses.sample_labels = draw
     flat = step.state_dict()["optimizers"][0]["flat"]
     return {"weights": torch.stack(weights), "masks": flat["masks"]}
+
+
+class Asked(pl.Callback):
+    """Counts how often its state is asked for."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        self.times += 1
+        return {}
+
+
+def contract(folder: Path) -> dict[str, bool]:
+    """What the engine counts on of torch's FSDP2 and of Lightning's ModelParallelStrategy."""
+    torch.manual_seed(11)
+    model = even().to(torch.float64)
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    fully_shard(model)
+    shards = list(model.parameters())
+    x, y = (part[:BATCH] for part in data_of(model).tensors)
+
+    def loss_of() -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    found = {}
+    found["autograd.grad finds nothing"] = all(
+        g is None for g in torch.autograd.grad(loss_of(), shards, allow_unused=True)
+    )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    loss = loss_of()
+    gradients = []
+    for keep in (True, False):
+        torch.autograd.backward(loss, retain_graph=keep)
+        gradients.append([p.grad.full_tensor() for p in shards])
+        model.zero_grad()
+    found["two backward passes on one graph are equal"] = all(
+        torch.allclose(one, other, rtol=0, atol=1e-15) for one, other in zip(*gradients, strict=True)
+    )
+    loss_of().backward(create_graph=True)
+    found["a backward pass with create_graph has no graph"] = not any(p.grad.requires_grad for p in shards)
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        part = shards[0].to_local()
+        part += 1
+        found["a local part shares memory"] = bool((shards[0].to_local() == part).all())
+        before = shards[0]._version
+        part -= 1
+        found["its changes are counted"] = shards[0]._version > before
+        loss_of()
+    last = [p for p in model.parameters() if not isinstance(p, DTensor)]
+    found["a pass without gradients leaves the root gathered"] = len(last) == 2
+    with torch.no_grad():
+        stale = loss_of()
+        shards[-1].to_local().add_(torch.arange(len(shards[-1].to_local())) + 1.0)
+        found["gathered copies do not see that shards move"] = bool(loss_of() == stale)
+        model.reshard()
+        found["they do when resharded"] = bool(loss_of() != stale)
+    model.reshard()
+    found["resharding brings the shards back"] = all(
+        now is before for now, before in zip(model.parameters(), shards, strict=True)
+    )
+    asked = Asked()
+    keep = ModelCheckpoint(folder, filename="asked", every_n_epochs=1)
+    run("plain", torch.distributed.get_world_size(), callbacks=[asked, keep])
+    found["every rank's callbacks are asked for their state"] = asked.times == 1
+    return found
 
 
 def refusals(processes: int) -> dict[str, str]:
@@ -371,6 +447,9 @@ VARIANTS: dict[str, Any] = {
     "hybrid": lambda cell, processes, folder: run(cell, processes, how="hybrid"),
     "dry-run": lambda cell, processes, folder: dry_run(processes),
     "plain-loop": lambda cell, processes, folder: plain_loop(processes),
+    "plain-loop-tp": lambda cell, processes, folder: plain_loop(processes, tensor_parallel=True),
+    "traffic": lambda cell, processes, folder: sharded.traffic(),
+    "contract": lambda cell, processes, folder: contract(folder),
     "refusals": lambda cell, processes, folder: refusals(processes),
     "saved-parts": partial(saved, one_file=False),
     "saved-file": partial(saved, one_file=True),

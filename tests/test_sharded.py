@@ -5,6 +5,8 @@ from typing import Any
 
 import cases
 import pytest
+import report
+import sharded
 import sharded_script as script
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
@@ -13,7 +15,7 @@ from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import check_strategy
 from lightning_ire.engine.masks import FlatMasks
 
-FAST = [*script.FAST, "@plain-loop", "@dry-run", "@refusals"]
+FAST = [*script.FAST, "@contract", "@plain-loop", "@plain-loop-tp", "@dry-run", "@refusals", "@traffic"]
 TWO = [name for name in script.CELLS if name not in script.FAST]
 TWO += ["sampled@tp", "sam-sampled@tp", "empirical@tp", "hessian@tp"]
 SAVED = ["scheduled@saved-parts", "scheduled@saved-file"]
@@ -21,6 +23,18 @@ RESUMED = ["scheduled@resumed-parts", "scheduled@resumed-file"]
 THREE = ["sampled", "sam-sampled", "second-moment", "random", "excluded", "tensor-scope", "scheduled", "hessian"]
 THREE = [f"{name}@empty" for name in THREE]
 FOUR = ["sampled@2d", "sam-sampled@2d", "second-moment@2d", "hessian@2d", "sam-sampled@hybrid", "sampled@hybrid"]
+
+
+# passes more than those of plain training, as collectives of so many groups of layers, and sums over all ranks
+EXTRA: dict[str, tuple[Any, int]] = {
+    "plain": (lambda layers: {"all_gather": 0, "reduce_scatter": 0}, 0),
+    "SampledFisher": (lambda layers: {"all_gather": layers, "reduce_scatter": layers}, 5),
+    "EmpiricalFisher": (lambda layers: {"all_gather": 0, "reduce_scatter": 0}, 4),
+    "SecondMoment": (lambda layers: {"all_gather": 0, "reduce_scatter": 0}, 4),
+    "HutchinsonHessian": (lambda layers: {"all_gather": 2 * (2 * layers - 1), "reduce_scatter": 2 * layers}, 8),
+    "SAM(sync=True)": (lambda layers: {"all_gather": 2 * layers - 1, "reduce_scatter": layers}, 1),
+    "AverageSAM": (lambda layers: {"all_gather": 0, "reduce_scatter": 0}, 0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +138,18 @@ def test_only_the_first_rank_holds_whole_masks(ranks: Any) -> None:
         FlatMasks(0.5, "global", False, 0.0).load_state_dict({"masks": {}, "of_rank": 1}, {})
 
 
-def test_a_plain_loop_with_fully_shard(ranks: Any) -> None:
-    first, second = ranks(2, "@plain-loop")
+def test_what_is_built_on_holds_in_this_release_of_torch(ranks: Any) -> None:
+    for found in ranks(2, "@contract"):
+        assert [name for name, holds in found.items() if not holds] == []
+        assert len(found) == 10
+
+
+@pytest.mark.parametrize("tensor_parallel", [False, True])
+def test_a_plain_loop(ranks: Any, tensor_parallel: bool) -> None:
+    """`IREStep` with `fully_shard`, and with `parallelize_module`, in two micro-batches."""
+    first, second = ranks(2, "@plain-loop-tp" if tensor_parallel else "@plain-loop")
     assert cases.same_bits(first["weights"], second["weights"])
-    expected = script.plain_loop(1)
+    expected = script.plain_loop(1, tensor_parallel)
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=1e-11, atol=1e-12)
     assert expected["masks"]
     for key, mask in expected["masks"].items():
@@ -139,6 +161,27 @@ def test_a_dry_run_shows_the_table_of_the_whole(ranks: Any) -> None:
     assert shown[0] == script.dry_run(1)
     assert "all that take part" in shown[0]
     assert shown[1] == ""
+
+
+def test_what_a_step_sends_is_what_the_tables_say(ranks: Any) -> None:
+    """benchmarks/RESULTS.md and docs/sharded.md: counts of collectives and bytes, here of both ranks."""
+    for found in ranks(2, "@traffic"):
+        assert found == report.load(report.SHARDED)["traffic"]
+        gathered, scattered = (found["plain"][2]["calls"][kind] for kind in ("all_gather", "reduce_scatter"))
+        layers = sharded.BLOCKS + 1
+        assert (gathered, scattered) == (2 * layers - 1, layers)  # the root stays gathered until its backward pass
+        for name, steps in found.items():
+            more = [
+                {kind: count - found["plain"][2]["calls"].get(kind, 0) for kind, count in step["calls"].items()}
+                for step in steps
+            ]
+            passes, summed = EXTRA[name]
+            assert more[2] == passes(layers) | ({"all_reduce": summed} if summed else {}), name
+            if "SAM" not in name:
+                assert not any(more[3].values()), name
+        histograms = 2 * (1 << 16) * 8
+        assert histograms <= found["EmpiricalFisher"][2]["bytes"]["all_reduce"] < histograms + 100
+        assert found["SampledFisher"][3]["mask bytes per own parameter"] == 1
 
 
 def test_what_does_not_run_says_so(ranks: Any) -> None:

@@ -19,11 +19,11 @@ class Host(Protocol):
 
     @property
     def rank(self) -> int:
-        """Number of this process among those that train together."""
+        """Which part of each batch this process has; processes that hold one replica together have the same."""
 
     @property
     def world_size(self) -> int:
-        """How many processes train together."""
+        """Into how many parts a batch is dealt."""
 
     @property
     def device(self) -> torch.device:
@@ -62,26 +62,32 @@ class Host(Protocol):
         """Nothing that the modules log inside the block arrives anywhere."""
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """Sum over the processes of a tensor on :attr:`device`, which may be overwritten."""
+        """Sum over the parts of a batch of a tensor on :attr:`device`, which may be overwritten; same on all ranks."""
 
 
 class LocalHost:
     """How a plain PyTorch loop goes backward, steps and talks to other processes (see `lightning_ire.engine.host`).
 
     Other processes are those of `torch.distributed`, where it is initialized; the model is then expected in
-    `DistributedDataParallel`. What the loss function itself needs (autocast, moving the batch) is its own business.
+    `DistributedDataParallel`, or sharded (`fully_shard`, `parallelize_module`). What the loss function itself needs
+    (autocast, moving the batch) is its own business.
 
     Args:
         scaler: The GradScaler of fp16 training; ``None``: none. It is asked to unscale before `clip`, to step and to
             update its scale; steps that it skips are neither counted nor boosted.
+        data_parallel: Mesh over which batches are dealt; ``None``: every process has its own part. Under tensor
+            parallelism give the data-parallel dimension of the mesh, as processes of a group have the same batch.
 
     Example:
         >>> LocalHost().world_size
         1
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
+    def __init__(
+        self, scaler: torch.amp.GradScaler | None = None, data_parallel: distributed.DeviceMesh | None = None
+    ) -> None:
         self.scaler = scaler
+        self.data_parallel = data_parallel
         self.micro_batches = 1
         self.epoch = 0
         self.will_log = True
@@ -101,12 +107,16 @@ class LocalHost:
 
     @property
     def rank(self) -> int:
-        """Number of this process."""
+        """Which part of each batch this process has."""
+        if self.data_parallel is not None:
+            return self.data_parallel.get_local_rank()
         return distributed.get_rank() if _is_distributed() else 0
 
     @property
     def world_size(self) -> int:
-        """How many processes train together."""
+        """Into how many parts a batch is dealt."""
+        if self.data_parallel is not None:
+            return self.data_parallel.size()
         return distributed.get_world_size() if _is_distributed() else 1
 
     @property
@@ -151,13 +161,14 @@ class LocalHost:
         return nullcontext()
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
-        """Sum over the processes.
+        """Sum over the parts of a batch.
 
         Args:
             value: A tensor; overwritten.
         """
         distributed.all_reduce(value)
-        return value
+        copies = distributed.get_world_size() // self.world_size
+        return value if copies == 1 else value / copies
 
     def step(self, optimizer: Optimizer, clip: Callable[[], Any] | None) -> None:
         """Clip and step.

@@ -64,10 +64,11 @@ def finite_difference_product(
 
     Returns:
         H v, one tensor per parameter (of a DTensor this rank's part); ``None``: zero. The error is of order `step`
-        squared plus precision / `step`. In float32 with the default step it is about 1e-4 of H v for smooth losses and rarely more than 1e-2 (random
-        signs and leading eigenvectors, 3e2 to 2e5 weights of norm 1 to 20); more where weights are huge or the loss
-        is nearly 0. Gradients that jump (ReLU) are another matter: each jump on the way counts as curvature, divided
-        by `step`, and the result can be anywhere from near to H v, which leaves jumps out, to many times as large.
+        squared plus precision / `step`. In float32 with the default step it is about 1e-4 of H v for smooth losses and
+        rarely more than 1e-2 (random signs and leading eigenvectors, 3e2 to 2e5 weights of norm 1 to 20); more where
+        weights are huge or the loss is nearly 0. Gradients that jump (ReLU) are another matter: each jump on the way
+        counts as curvature, divided by `step`, and the result can be anywhere from near to H v, which leaves jumps out,
+        to many times as large.
 
     Cost: two calls of `gradient`, one copy of the weights and two of the gradient.
 

@@ -3,9 +3,7 @@
 import functools
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,6 @@ import pytest
 import shards_script
 import torch
 from torch import Tensor
-
-from lightning_ire.functional import all_finite, count_true, flat_mask, flat_masks, global_norm, masks_and_threshold
-from lightning_ire.functional._shards import Shards, local, part_of_whole, reshard, whole_of_part
 
 DTYPES = shards_script.DTYPES
 CELLS = [
