@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_ire.functional._shards import Shards, local
+
 __all__ = [
     "add_",
     "all_finite",
@@ -76,15 +78,17 @@ def parts_of(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def copied(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A copy of each tensor, with its strides."""
+    """A copy of each tensor, with its strides; of a DTensor, of this rank's part."""
+    tensors = [local(tensor) for tensor in tensors]
     copies = [torch.empty_like(tensor) for tensor in tensors]
-    copy_(copies, list(tensors))
+    copy_(copies, tensors)
     return copies
 
 
 @torch.no_grad()
 def copy_(tensors: list[Tensor], sources: list[Tensor]) -> None:
-    """Overwrite each tensor."""
+    """Overwrite each tensor; of a DTensor, this rank's part."""
+    tensors, sources = [local(tensor) for tensor in tensors], [local(source) for source in sources]
     for members in _alike(tensors):
         torch._foreach_copy_([tensors[index] for index in members], [sources[index] for index in members])
 
@@ -105,7 +109,7 @@ def subtract_(tensors: list[Tensor], others: list[Tensor], factor: float) -> Non
 
 @torch.no_grad()
 def products(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
-    """Each tensor times a scalar tensor."""
+    """Each tensor (of a DTensor this rank's part) times a scalar tensor."""
     return _of_each(tensors, lambda some: torch._foreach_mul(some, factor.to(some[0])))
 
 
@@ -117,7 +121,8 @@ def squares(tensors: list[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def quotients(tensors: Sequence[Tensor], divisors: Sequence[float]) -> list[Tensor]:
-    """Each tensor in at least float32, divided by a number of its own; always copies."""
+    """Each tensor (of a DTensor this rank's part) in at least float32, divided by a number of its own; copies."""
+    tensors = [local(tensor) for tensor in tensors]
     found = [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
     for divisor in set(divisors):
         members = [index for index, one in enumerate(divisors) if one == divisor]
@@ -144,15 +149,22 @@ def norms(tensors: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether no element is NaN or infinite: a boolean scalar on the first tensor's device; of nothing, true."""
-    present = [tensor for tensor in tensors if tensor.numel()]
+def all_finite(tensors: Sequence[Tensor], *, like: Sequence[Tensor] | None = None) -> Tensor:
+    """Whether no element is NaN or infinite: a boolean scalar on the first tensor's device; of nothing, true.
+
+    Args:
+        tensors: Any number of tensors.
+        like: The parameters they belong to, if tensors may be parts of sharded ones: then on no rank.
+    """
+    shards = Shards(tensors, like)
+    present = [tensor for tensor in shards.parts if tensor is not None and tensor.numel()]
     ends = [
         end  # NaN wins in both
         for group in groups_of(present)
         for end in torch.aminmax(joined([present[index] for index in group]))
     ]
-    return torch.stack([torch.isfinite(end).to(ends[0].device) for end in ends]).all() if ends else torch.tensor(True)
+    finite = torch.stack([torch.isfinite(end).to(ends[0].device) for end in ends]).all() if ends else torch.tensor(True)
+    return shards.every(finite)
 
 
 @torch.no_grad()
@@ -179,6 +191,7 @@ def _alike(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
 
 def _of_each(tensors: list[Tensor], function: Callable[[list[Tensor]], Sequence[Tensor]]) -> list[Tensor]:
     """What a function of tensors of one kind returns, in the order of the tensors."""
+    tensors = [local(tensor) for tensor in tensors]
     found: dict[int, Tensor] = {}
     for members in _alike(tensors):
         found.update(zip(members, function([tensors[index] for index in members]), strict=True))

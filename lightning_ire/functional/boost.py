@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire.functional._foreach import groups_of, joined, masked_, parts_of, subtract_
+from lightning_ire.functional._shards import local
 
 __all__ = ["boost_"]
 
@@ -32,7 +33,8 @@ def boost_(
     Coordinates with mask 0 keep their bits (a NaN stays a NaN). The optimizer's state never sees the boost.
 
     Args:
-        parameters: Weights after the base step; changed in place.
+        parameters: Weights after the base step; changed in place. Of a DTensor this rank's part is, and what stands
+            beside it in the other lists may be parts as well.
         old_parameters: Weights before the base step, same shapes; not changed.
         masks: Boolean tensors, 1 = flat; ``None`` leaves that parameter alone.
         kappa: Strength >= 0, one for all or one per parameter.
@@ -65,13 +67,14 @@ def boost_(
         for index in range(count)
         if masks[index] is not None and kappas[index] != 0 and not (decay_only and not decays[index])
     ]
+    parameters = [local(parameter) for parameter in parameters]
     keys = [(kappas[index], decays[index]) for index in chosen]
     for group in groups_of([parameters[index] for index in chosen], keys):
         members = [chosen[position] for position in group]
         strength, shrunk = keys[group[0]]
         weights = [parameters[index] for index in members]
-        olds = [old_parameters[index] for index in members]
-        flat: list[Tensor] = [masks[index] for index in members]  # type: ignore[misc]
+        olds = [local(old_parameters[index]) for index in members]
+        flat: list[Tensor] = [local(masks[index]) for index in members]  # type: ignore[misc]
         if len(members) == 1:
             for weight, old, mask in _pieces(weights[0], olds[0], flat[0]):
                 weight.sub_(_way_back(weight, old, mask, shrunk, decay_only), alpha=strength)

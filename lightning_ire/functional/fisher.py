@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire.functional._foreach import multiply_, squares
+from lightning_ire.functional._shards import local
 
 __all__ = ["fisher_diagonal", "per_sample_squares"]
 
@@ -18,18 +19,19 @@ def fisher_diagonal(gradients: Sequence[Tensor | None], batch: float | Tensor = 
 
     Args:
         gradients: Gradient G, one tensor per parameter, ``None`` where there is none: of the mean loss against drawn
-            labels, with B their number; or of a sampled loss's `score`, which has B in it.
+            labels, with B their number; or of a sampled loss's `score`, which has B in it. DTensors hold the gradient
+            of all ranks together.
         batch: B.
 
     Returns:
-        h, in at least float32 (squares of half types would underflow).
+        h, in at least float32 (squares of half types would underflow); for a DTensor this rank's part of it.
 
     Example:
         >>> fisher_diagonal([torch.tensor([0.5, -2.0]), None], batch=8)
         [tensor([ 2., 32.]), None]
     """
     present = [index for index, gradient in enumerate(gradients) if gradient is not None]
-    wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients if g is not None]
+    wide = [local(g).to(torch.promote_types(g.dtype, torch.float32)) for g in gradients if g is not None]
     found = squares(wide)
     multiply_(found, batch)
     diagonal: list[Tensor | None] = [None] * len(gradients)

@@ -1,4 +1,7 @@
-"""From curvature estimates to the 0/1 projection on the flat coordinates (eq. 5), and its storage as bits."""
+"""From curvature estimates to the 0/1 projection on the flat coordinates (eq. 5), and its storage as bits.
+
+The mask of a parameter that is a DTensor is a plain tensor with the shape of this rank's part.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire.functional._foreach import groups_of, joined, parts_of
+from lightning_ire.functional._shards import Shards, local
 from lightning_ire.functional.threshold import threshold_of_vectors
 
 __all__ = ["count_true", "flat_masks", "mask_below", "masks_and_threshold", "pack_mask", "unpack_mask"]
@@ -22,6 +26,7 @@ def flat_masks(
     *,
     scope: Literal["global", "tensor"] = "global",
     exclude_zero: bool = False,
+    like: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
     r"""The flat coordinates: 1 where \|h_i\| is at most the max(1, int(p * gamma))-th smallest of \|h\|.
 
@@ -33,9 +38,12 @@ def flat_masks(
         gamma: Fraction of coordinates called flat, in (0, 1].
         scope: Rank over all tensors at once ("global", the paper) or in each tensor by itself ("tensor").
         exclude_zero: Leave coordinates with h = 0 out of the ranking; their mask is 0.
+        like: The parameters that the values belong to, if they may be parts of sharded ones: p and the ranking are
+            then those of the whole, and all ranks have to call (with a value for the same parameters).
 
     Returns:
-        One boolean tensor per value, of its shape; ``None`` where the value was ``None``.
+        One boolean tensor per value, of its shape (of a DTensor: of this rank's part); ``None`` where the value was
+        ``None``.
 
     Raises:
         ValueError: If `gamma` or `scope` is out of range, nothing is left to rank, or a value is NaN or infinite.
@@ -48,13 +56,16 @@ def flat_masks(
         raise ValueError(f"Expected `scope` to be 'global' or 'tensor', got {scope!r}.")
     present = [index for index, value in enumerate(values) if value is not None]
     chosen: list[Tensor] = [values[index] for index in present]  # type: ignore[misc]
-    if scope == "global" or not any(value.numel() for value in chosen):
-        found, _ = masks_and_threshold(chosen, gamma, exclude_zero=exclude_zero)
+    wholes: list[Tensor] = chosen if like is None else [like[index] for index in present]  # type: ignore[misc]
+    if scope == "global" or not any(whole.numel() for whole in wholes):
+        found, _ = masks_and_threshold(chosen, gamma, exclude_zero=exclude_zero, like=wholes)
     else:
         found = []
-        for value in chosen:
-            some = value.numel() > 0
-            found += masks_and_threshold([value], gamma, exclude_zero=exclude_zero)[0] if some else [value.bool()]
+        for value, whole in zip(chosen, wholes, strict=True):
+            if whole.numel():
+                found += masks_and_threshold([value], gamma, exclude_zero=exclude_zero, like=[whole])[0]
+            else:
+                found.append(local(value).bool())
     masks: list[Tensor | None] = [None] * len(values)
     for index, mask in zip(present, found, strict=True):
         masks[index] = mask
@@ -63,7 +74,12 @@ def flat_masks(
 
 @torch.no_grad()
 def masks_and_threshold(
-    values: Sequence[Tensor], gamma: float, *, exclude_zero: bool = False, finite: bool = False
+    values: Sequence[Tensor],
+    gamma: float,
+    *,
+    exclude_zero: bool = False,
+    finite: bool = False,
+    like: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """The masks of :func:`flat_masks` over all values at once, and the threshold that made them.
 
@@ -72,6 +88,7 @@ def masks_and_threshold(
         gamma: As there.
         exclude_zero: As there.
         finite: The values are known to be finite: then the host does not wait for a GPU to look.
+        like: As there.
 
     Returns:
         One boolean tensor per value (those of small values are parts of one tensor), and the scalar of
@@ -82,15 +99,20 @@ def masks_and_threshold(
 
     Cost: that of :func:`flat_threshold` and one byte per value; for little data and ties one more read of the values.
     """
-    groups = groups_of(values)
-    flat = [joined([values[index] for index in group]) for group in groups]
+    shards = Shards(values, like)
+    parts = shards.parts
+    groups = groups_of(parts, shards.owned)
+    flat = [joined([parts[index] for index in group]) for group in groups]
     found = [torch.empty_like(vector, dtype=torch.bool) for vector in flat]
-    threshold, filled = threshold_of_vectors(flat, gamma, exclude_zero=exclude_zero, masks=found, finite=finite)
-    masks: list[Tensor] = [threshold] * len(values)
+    owned = [shards.owned[group[0]] for group in groups]
+    threshold, filled = threshold_of_vectors(
+        flat, gamma, shards, owned, exclude_zero=exclude_zero, masks=found, finite=finite
+    )
+    masks: list[Tensor] = [threshold] * len(parts)
     for group, vector, mask in zip(groups, flat, found, strict=True):
         if not filled:
             mask = mask_below(vector, threshold, exclude_zero=exclude_zero)
-        for index, part in zip(group, parts_of(mask, [values[index] for index in group]), strict=True):
+        for index, part in zip(group, parts_of(mask, [parts[index] for index in group]), strict=True):
             masks[index] = part
     return masks, threshold
 
@@ -99,24 +121,27 @@ def mask_below(value: Tensor, threshold: Tensor, *, exclude_zero: bool = False) 
     r"""Boolean tensor: \|value\| <= threshold (and not exactly zero, with `exclude_zero`).
 
     Args:
-        value: Curvature estimates, any shape.
+        value: Curvature estimates, any shape; of a DTensor this rank's part is compared.
         threshold: Scalar tensor from :func:`flat_threshold`, on any device.
         exclude_zero: Whether zeros get mask 0.
 
     Returns:
         A boolean tensor of the shape and on the device of `value`.
     """
+    value = local(value)
     # a scalar tensor would be rounded to the other's dtype
     size = value.detach().abs().to(torch.promote_types(value.dtype, threshold.dtype))
     mask = size <= threshold.to(size)
     return mask & (size > 0) if exclude_zero else mask
 
 
-def count_true(*masks: Sequence[Tensor]) -> Tensor:
+def count_true(*masks: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> Tensor:
     """At how many places one mask, or at least one of several, is true; no copy to the host.
 
     Args:
         masks: Lists of boolean tensors, the first tensors of all lists of one shape, and so on; at least one.
+        like: The parameters that they belong to, if those may be sharded: the count is then that of the whole, and
+            all ranks have to call.
 
     Returns:
         Scalar int64 tensor on the first tensor's device.
@@ -125,18 +150,21 @@ def count_true(*masks: Sequence[Tensor]) -> Tensor:
         >>> count_true([torch.tensor([True, False, False])], [torch.tensor([True, True, False])])
         tensor(2)
     """
-    counts = []
-    for group in groups_of(masks[0]):
+    shards = Shards(masks[0], like)
+    counts = [torch.zeros((), dtype=torch.int64)] if shards.sharded else []
+    for group in groups_of(masks[0], shards.owned):
+        if not shards.owned[group[0]]:
+            continue
         either = [joined([tensors[index] for index in group]) for tensors in masks]
         counts.append(functools.reduce(torch.logical_or, either).count_nonzero())
-    return torch.stack([count.to(masks[0][0].device) for count in counts]).sum()
+    return shards.sum(torch.stack([count.to(masks[0][0].device) for count in counts]).sum())
 
 
 def pack_mask(mask: Tensor) -> Tensor:
     """Eight booleans to a byte (lowest bit first), for checkpoints.
 
     Args:
-        mask: Boolean tensor, any shape.
+        mask: Boolean tensor, any shape. What is packed of a sharded parameter's mask is this rank's part.
 
     Returns:
         uint8 tensor of shape [ceil(n / 8)] on the CPU.

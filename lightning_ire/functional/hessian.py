@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_ire.functional._shards import Shards, local
 from lightning_ire.functional.perturbation import global_norm, perturbed
 
 __all__ = ["finite_difference_product", "gradients_by_backward", "hessian_product", "twice_differentiable"]
@@ -54,14 +55,15 @@ def finite_difference_product(
     """H v as (g(theta + e v) - g(theta - e v)) / 2e: for losses that cannot be differentiated twice.
 
     Args:
-        gradient: Returns the gradient at the weights as they are when it is called.
+        gradient: Returns the gradient at the weights as they are when it is called (of FSDP2 modules it has to drop
+            gathered copies of the weights first, see :func:`~lightning_ire.functional.perturbed`).
         parameters: The weights; moved in the meantime and put back bit for bit.
-        vector: v, one tensor per parameter.
+        vector: v, one tensor per parameter; for a DTensor this rank's part will do.
         step: Length of e v in weight units. Default, with the cube root r of the weights' precision (float32: 0.005):
             so long that the weight that moves most moves by r / 25, but at most 0.6 r times the norm of the weights.
 
     Returns:
-        H v, one tensor per parameter; ``None``: zero. The error is of order `step` squared plus precision / `step`.
+        H v, one tensor per parameter (of a DTensor this rank's part); ``None``: zero. The error is of order `step` squared plus precision / `step`.
         In float32 with the default step it is about 1e-4 of H v for smooth losses and rarely more than 1e-2 (random
         signs and leading eigenvectors, 3e2 to 2e5 weights of norm 1 to 20); more where weights are huge or the loss
         is nearly 0. Gradients that jump (ReLU) are another matter: each jump on the way counts as curvature, divided
@@ -75,7 +77,8 @@ def finite_difference_product(
         >>> [round(number, 6) for number in product.tolist()]
         [6.0, 12.0]
     """
-    length = float(global_norm(vector))
+    length = float(global_norm(vector, like=parameters))
+    vector = [local(piece, parameter) for piece, parameter in zip(vector, parameters, strict=True)]
     if length == 0:
         return [None] * len(parameters)
     scale = _default_scale(parameters, vector, length) if step is None else step / length
@@ -83,7 +86,8 @@ def finite_difference_product(
     sides = []
     for sign in (1, -1):
         with perturbed(parameters, [sign * scale * piece for piece in wide]):
-            sides.append([None if g is None else g.detach().clone() for g in gradient()])
+            found = zip(gradient(), parameters, strict=True)
+            sides.append([None if g is None else local(g, parameter).detach().clone() for g, parameter in found])
     return [
         None if plus is None or minus is None else (plus - minus) / (2 * scale)
         for plus, minus in zip(*sides, strict=True)
@@ -97,7 +101,8 @@ def _default_scale(parameters: Sequence[Tensor], vector: Sequence[Tensor], lengt
     near the best step for directions spread over all weights, whose best step is long, and for concentrated ones.
     """
     coarse = max(torch.finfo(parameter.dtype).eps for parameter in parameters) ** (1 / 3)
-    largest = max(float(torch.linalg.vector_norm(piece, torch.inf)) for piece in vector if piece.numel())
+    sizes = [torch.linalg.vector_norm(piece, torch.inf).double().cpu() for piece in vector if piece.numel()]
+    largest = float(Shards(parameters).largest(torch.stack([torch.zeros(()), *sizes]).amax()))
     weights = float(global_norm(parameters))
     scale = 0.04 * coarse / largest
     return min(scale, 0.6 * coarse * weights / length) if weights > 0 else scale
@@ -118,14 +123,14 @@ def gradients_by_backward(
         keep_graph: Whether the graph stays alive.
 
     Returns:
-        One gradient per parameter; ``None`` where it is unused.
+        One gradient per parameter (for a DTensor this rank's part of that of all ranks); ``None`` where it is unused.
     """
     kept = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.grad = None
         torch.autograd.backward(list(outputs), list(starts), retain_graph=keep_graph)
-        return [parameter.grad for parameter in parameters]
+        return [local(parameter.grad, parameter) for parameter in parameters]
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient

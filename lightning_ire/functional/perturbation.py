@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from lightning_ire.functional._foreach import add_, copied, copy_, masked_, norms, products
+from lightning_ire.functional._shards import Shards, local, part_of_whole
 
 __all__ = ["ascent_in_ball", "average_sam_displacement", "global_norm", "perturbed", "sam_displacement"]
 
 
 @torch.no_grad()
-def global_norm(tensors: Sequence[Tensor | None]) -> Tensor:
+def global_norm(tensors: Sequence[Tensor | None], *, like: Sequence[Tensor] | None = None) -> Tensor:
     """L2 norm over all tensors together, as a scalar of at least float32 (float64 for float64 tensors).
 
     Args:
-        tensors: Dense or sparse tensors of any shapes and devices; ``None`` entries are skipped.
+        tensors: Dense or sparse tensors of any shapes and devices; ``None`` entries are skipped. Of DTensors each
+            element counts once, and all ranks have to call.
+        like: The parameters that they belong to, if tensors may be parts of sharded ones (as a displacement is).
 
     Returns:
         Scalar tensor on the first tensor's device; 0 on the CPU if there is no tensor.
@@ -28,11 +31,15 @@ def global_norm(tensors: Sequence[Tensor | None]) -> Tensor:
         >>> global_norm([torch.tensor([3.0]), None, torch.tensor(4.0)])
         tensor(5.)
     """
-    dense = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors if tensor is not None]
-    if not dense:
+    shards = Shards(tensors, like)
+    dense = [part.coalesce().values() if part.is_sparse else part for part in shards.parts if part is not None]
+    if not dense and not shards.sharded:
         return torch.zeros(())
     found = norms(dense)
     widest = torch.float64 if any(norm.dtype == torch.float64 for norm in found) else torch.float32
+    if shards.sharded:
+        owned = [own for part, own in zip(shards.parts, shards.owned, strict=True) if part is not None]
+        return shards.norm([norm for norm, own in zip(found, owned, strict=True) if own]).to(widest)
     return torch.linalg.vector_norm(torch.stack([norm.to(found[0].device, widest) for norm in found]))
 
 
@@ -52,15 +59,16 @@ def sam_displacement(
 
     Args:
         parameters: Weights theta.
-        gradients: Gradients g of the same shapes (dense or sparse); ``None`` where a parameter has none.
+        gradients: Gradients g of the same shapes (dense or sparse); ``None`` where a parameter has none. For a
+            parameter that is a DTensor: its gradient, a DTensor, or this rank's part of it.
         rho: Radius >= 0 in weight units (adaptive: in units relative to the weights), one for all or one for each
             parameter; the norm is that over all of them either way.
         adaptive: Whether the radius adapts to the size of each weight; or a truth for each parameter (T = 1 where not).
         eta: Added to the size of weights.
 
     Returns:
-        The displacements (``None`` where there is no gradient) and the norm that divided them. A norm that is zero,
-        NaN, infinite or too small to divide by gives zero displacements.
+        The displacements (``None`` where there is no gradient; for a DTensor this rank's part) and the norm that
+        divided them. A norm that is zero, NaN, infinite or too small to divide by gives zero displacements.
 
     Cost: parameter-sized displacements; no gradient pass.
 
@@ -69,27 +77,27 @@ def sam_displacement(
         >>> moves, norm
         ([tensor([0.3000, 0.4000])], tensor(5.))
     """
-    present = [index for index, gradient in enumerate(gradients) if gradient is not None]
     adapting = [adaptive] * len(parameters) if isinstance(adaptive, bool) else adaptive
-    scaled = [
-        _times_size(weight, gradient.to_dense().to(_accumulation_dtype(gradient.dtype)), adapts, eta)
-        for weight, gradient, adapts in zip(parameters, gradients, adapting, strict=True)
-        if gradient is not None
-    ]
-    norm = global_norm(scaled)
+    weights = [local(parameter) for parameter in parameters]
+    scaled: dict[int, Tensor] = {}
+    for index, (parameter, gradient, adapts) in enumerate(zip(parameters, gradients, adapting, strict=True)):
+        if gradient is not None:
+            dense = local(gradient, parameter).to_dense().to(_accumulation_dtype(gradient.dtype))
+            scaled[index] = _times_size(weights[index], dense, adapts, eta)
+    norm = global_norm([scaled.get(index) for index in range(len(weights))], like=parameters)
     radii = _each(rho, parameters)
     alike: dict[tuple[float, torch.device], list[int]] = {}  # usually one
-    for place, (index, gradient) in enumerate(zip(present, scaled, strict=True)):
-        alike.setdefault((radii[index], gradient.device), []).append(place)
+    for index, gradient in scaled.items():
+        alike.setdefault((radii[index], gradient.device), []).append(index)
     moves: list[Tensor | None] = [None] * len(parameters)
-    for (radius, device), places in alike.items():
+    for (radius, device), members in alike.items():
         factor = radius / norm.to(device)
         usable = torch.isfinite(norm).to(device) & torch.isfinite(factor)  # the second not for a norm near 0
-        for place in places:
-            scaled[place] = _times_size(parameters[present[place]], scaled[place], adapting[present[place]], eta)
-        found = _zero_unless(usable, products([scaled[place] for place in places], factor))
-        for place, move in zip(places, found, strict=True):
-            moves[present[place]] = move.to(parameters[present[place]].dtype)
+        for index in members:
+            scaled[index] = _times_size(weights[index], scaled[index], adapting[index], eta)
+        found = _zero_unless(usable, products([scaled[index] for index in members], factor))
+        for index, move in zip(members, found, strict=True):
+            moves[index] = move.to(weights[index].dtype)
     return moves, norm
 
 
@@ -107,10 +115,12 @@ def average_sam_displacement(
     Args:
         parameters: Weights, for their shapes, dtypes and devices.
         rho: Length >= 0 in weight units, over all parameters together; or a number for each parameter in its place.
-        generators: One random generator per parameter, on its device; ``None``: torch's global ones.
+        generators: One random generator per parameter, on its device; ``None``: torch's global ones. For DTensors
+            all ranks draw the whole and keep their part, so they need generators in the same state, and what comes
+            out is what one process would draw.
 
     Returns:
-        One displacement per parameter.
+        One displacement per parameter; for a DTensor this rank's part.
 
     Example:
         >>> moves = average_sam_displacement([torch.zeros(3), torch.zeros(2, 2)], rho=0.1)
@@ -118,11 +128,13 @@ def average_sam_displacement(
         0.1
     """
     sources = generators if generators is not None else [None] * len(parameters)
-    noise = [
-        torch.randn(weight.shape, generator=source, dtype=_accumulation_dtype(weight.dtype), device=weight.device)
-        for weight, source in zip(parameters, sources, strict=True)
-    ]
-    norm = global_norm(noise)
+    noise, lengths = [], []
+    for weight, source in zip(parameters, sources, strict=True):  # one whole at a time
+        dtype = _accumulation_dtype(weight.dtype)
+        whole = torch.randn(weight.shape, generator=source, dtype=dtype, device=weight.device)
+        lengths += norms([whole])
+        noise.append(part_of_whole(whole, weight))
+    norm = global_norm(lengths)
     return [
         (draw * (radius / norm).to(draw.device)).to(weight.dtype)
         for weight, draw, radius in zip(parameters, noise, _each(rho, parameters), strict=True)
@@ -145,35 +157,37 @@ def ascent_in_ball(
 
     Args:
         parameters: Weights, for their dtypes.
-        gradients: Gradients at the weights moved by `before` (dense or sparse); ``None`` where there is none.
+        gradients: Gradients at the weights moved by `before` (dense or sparse); ``None`` where there is none. For a
+            parameter that is a DTensor: its gradient, a DTensor, or this rank's part of it.
         before: The displacements so far; ``None``: zero.
         step: Step size zeta > 0.
         radius: Largest length epsilon >= 0 of the displacement, in weight units.
         scope: Whether that is the length over each tensor by itself ("tensor") or over all together ("global").
 
     Returns:
-        The displacements (``None`` where there is neither a gradient nor a displacement so far) and the norm of the
-        gradients. A norm that is not finite gives zero displacements.
+        The displacements (``None`` where there is neither a gradient nor a displacement so far; for a DTensor this
+        rank's part) and the norm of the gradients. A norm that is not finite gives zero displacements.
 
     Example:
         >>> ascent_in_ball([torch.zeros(2)], [torch.tensor([3.0, 4.0])], None, step=1.0, radius=2.5)
         ([tensor([1.5000, 2.0000])], tensor(5.))
     """
-    norm = global_norm(gradients)
+    gradients = [local(gradient, weight) for gradient, weight in zip(gradients, parameters, strict=True)]
+    norm = global_norm(gradients, like=parameters)
     longer: list[Tensor | None] = []
-    for gradient, move in zip(gradients, before or [None] * len(gradients), strict=True):
+    for gradient, move in zip(gradients, map(local, before or [None] * len(gradients)), strict=True):
         if gradient is None:
             longer.append(move)
             continue
         ahead = gradient.to_dense().to(_accumulation_dtype(gradient.dtype)) * step
         longer.append(ahead if move is None else ahead + move)
-    together = global_norm(longer) if scope == "global" else None
+    together = global_norm(longer, like=parameters) if scope == "global" else None
     moves: list[Tensor | None] = []
     for weight, move in zip(parameters, longer, strict=True):
         if move is None:
             moves.append(None)
             continue
-        length = (global_norm([move]) if together is None else together).to(move.device)
+        length = (global_norm([move], like=[weight]) if together is None else together).to(move.device)
         shortened = torch.where(length > radius, move * (radius / length), move)
         usable = torch.isfinite(norm.to(move.device)) & torch.isfinite(length)
         moves.append(_zero_unless(usable, [shortened])[0].to(weight.dtype))
@@ -192,11 +206,14 @@ def perturbed(parameters: Sequence[Tensor], displacements: Sequence[Tensor | Non
     coordinates.
 
     Args:
-        parameters: Weights, moved in place.
-        displacements: What is added to each; ``None`` leaves that weight alone.
+        parameters: Weights, moved in place. Of a DTensor this rank's part is; copies of the whole that FSDP2 modules
+            hold do not follow (see `FSDPModule.reshard`): resharding them, inside the block and after it, is the
+            caller's.
+        displacements: What is added to each; ``None`` leaves that weight alone. For a DTensor this rank's part.
 
     Yields:
-        The saved weights, one tensor per parameter (a parameter that is not moved is saved too).
+        The saved weights, one tensor per parameter (a parameter that is not moved is saved too); of a DTensor this
+        rank's part.
 
     Cost: one copy of the weights, alive inside the block.
 
@@ -208,8 +225,10 @@ def perturbed(parameters: Sequence[Tensor], displacements: Sequence[Tensor | Non
         >>> weight
         tensor([1.])
     """
+    displacements = [local(move, weight) for move, weight in zip(displacements, parameters, strict=True)]
+    parameters = [local(parameter) for parameter in parameters]
     saved = copied(parameters)
-    moved = [index for index, (_, move) in enumerate(zip(parameters, displacements, strict=True)) if move is not None]
+    moved = [index for index, move in enumerate(displacements) if move is not None]
     moves = [move for move in displacements if move is not None]
     try:
         try:

@@ -3,7 +3,7 @@
 The bits of a non-negative IEEE float order like integers. So a histogram of the upper 16 bits finds the bucket that
 holds the k-th value, and a histogram of the next 16 bits inside that bucket finds it exactly: one pass over the data
 for 16-bit types, two for float32, four for float64. Nothing is sorted, no copy of the whole is made, the counts of
-several tensors (or devices) simply add up, and no shape depends on the data, so that nobody waits for a GPU.
+several tensors (devices, ranks) simply add up, and no shape depends on the data, so that nobody waits for a GPU.
 
 Much data on a CPU is ranked faster: a sorted sample says between which two values the k-th lies, nearly for certain.
 One pass counts what is not above the lower one and collects the few between the two, among which the k-th is found
@@ -13,12 +13,13 @@ followed), the bits are counted after all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lightning_ire.functional._foreach import groups_of, joined
+from lightning_ire.functional._shards import Shards
 from lightning_ire.functional.vectors import in_double
 
 __all__ = ["flat_threshold"]
@@ -36,7 +37,13 @@ _CHUNK_ON_DEVICE = 1 << 22  # some 30 bytes each while digits are counted
 _LITTLE = 1 << 17  # elements that are counted by their bits straight away
 
 
-def flat_threshold(values: Sequence[Tensor | None], gamma: float, *, exclude_zero: bool = False) -> Tensor:
+def flat_threshold(
+    values: Sequence[Tensor | None],
+    gamma: float,
+    *,
+    exclude_zero: bool = False,
+    like: Sequence[Tensor | None] | None = None,
+) -> Tensor:
     r"""Largest curvature still called flat: the max(1, int(p * gamma))-th smallest of \|values\| over all tensors.
 
     This is the threshold of eq. 5 of Wang et al., "Improving Generalization and Convergence by Enhancing Implicit
@@ -47,6 +54,8 @@ def flat_threshold(values: Sequence[Tensor | None], gamma: float, *, exclude_zer
             on any devices. ``None`` entries (parameters without a gradient) take no part.
         gamma: Fraction of coordinates called flat, in (0, 1].
         exclude_zero: Leave values that are exactly zero out of p and of the ranking.
+        like: The parameters that the values belong to, if they may be parts of sharded ones (as an estimate of the
+            curvature is). The threshold is then that of the whole, the same on all ranks, which all have to call.
 
     Returns:
         A scalar tensor on the first tensor's device, in the common floating dtype of the values. With `exclude_zero`
@@ -58,21 +67,28 @@ def flat_threshold(values: Sequence[Tensor | None], gamma: float, *, exclude_zer
 
     Cost: one read of the data; one per 16 bits of the dtype on a GPU and where the sample misleads, and there the host
     waits once, to look for values that are not finite. Temporary memory of about a twentieth of the values (a quarter
-    at most) and 2^18 elements (2^22 of some 30 bytes on a GPU), and a copy of the small tensors.
+    at most) and 2^18 elements (2^22 of some 30 bytes on a GPU), and a copy of the small tensors. Sharded: 512 KB are
+    summed over all ranks per 16 bits of the dtype.
 
     Example:
         >>> values = [torch.tensor([3.0, -1.0]), torch.tensor(2.0), None, torch.tensor([0.5])]
         >>> flat_threshold(values, gamma=0.75)
         tensor(2.)
     """
-    tensors = [value.detach() for value in values if value is not None]
-    vectors = [joined([tensors[index] for index in group]) for group in groups_of(tensors)]
-    return threshold_of_vectors(vectors, gamma, exclude_zero=exclude_zero)[0]
+    present = [index for index, value in enumerate(values) if value is not None]
+    shards = Shards([values[index] for index in present], None if like is None else [like[index] for index in present])
+    tensors = [part.detach() for part in shards.parts]
+    groups = groups_of(tensors, shards.owned)
+    vectors = [joined([tensors[index] for index in group]) for group in groups]
+    owned = [shards.owned[group[0]] for group in groups]
+    return threshold_of_vectors(vectors, gamma, shards, owned, exclude_zero=exclude_zero)[0]
 
 
 def threshold_of_vectors(
     values: Sequence[Tensor],
     gamma: float,
+    shards: Shards,
+    owned: Sequence[bool],
     *,
     exclude_zero: bool = False,
     masks: Sequence[Tensor] = (),
@@ -83,6 +99,9 @@ def threshold_of_vectors(
     Args:
         values: Vectors, as those of :func:`flat_threshold`.
         gamma: As there.
+        shards: What the vectors were joined from. If it is sharded, nothing that differs between ranks decides what
+            is summed over them next.
+        owned: Whether this rank counts the vector, for each.
         exclude_zero: As there.
         masks: Boolean vectors of the same lengths, for \|values\| <= threshold (and not 0, with `exclude_zero`).
         finite: The values are known to be finite: then nobody waits for a GPU to look.
@@ -96,22 +115,23 @@ def threshold_of_vectors(
     """
     if not 0 < gamma <= 1:
         raise ValueError(f"Expected `gamma` to be a number in (0, 1], got {gamma!r}.")
-    values = [value for value in values if value.numel()]
-    if not values:
+    present = [part for part, size in zip(shards.parts, shards.sizes, strict=True) if size]  # the same on all ranks
+    if not present:
         raise ValueError("Expected at least one value to rank, got none (no tensors, or only empty ones).")
-    total = sum(value.numel() for value in values)
-    dtype = _common_dtype(values)
-    device = values[0].device
+    total = sum(shards.sizes)
+    dtype = _common_dtype(present)
+    device = present[0].device
+    values = [value for value, own in zip(values, owned, strict=True) if own and value.numel()]
     zeros = torch.zeros((), dtype=torch.int64, device=device)
     if exclude_zero:
-        zeros = torch.stack([(value == 0).sum().to(device) for value in values]).sum()
+        zeros = shards.sum(torch.stack([zeros, *[(value == 0).sum().to(device) for value in values]]).sum())
     rank = zeros + (in_double(total - zeros) * gamma).long().clamp(min=1).to(device)
     rank = rank.clamp(max=total)  # nothing but zeros: the largest is one
-    if total >= _LITTLE and all(value.is_cpu for value in values):
+    if not shards.sharded and total >= _LITTLE and all(value.is_cpu for value in values):
         found = _by_sample(values, int(rank), total, dtype, exclude_zero, [mask for mask in masks if mask.numel()])
         if found is not None:
             return found, True
-    pattern, bad = _kth_pattern(values, rank, dtype)
+    pattern, bad = _kth_pattern(values, rank, dtype, shards.sum)
     if not finite and (count := int(bad)):
         raise ValueError(f"Expected finite values to rank, got {count} that are NaN or infinite.")
     return pattern.to(_BITS[dtype]).view(dtype), False
@@ -198,10 +218,13 @@ def _count(chosen: Tensor) -> Tensor:
     return chosen.view(torch.int64).view(-1, 32, 32).sum(1).view(torch.uint8).sum()
 
 
-def _kth_pattern(values: Sequence[Tensor], rank: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _kth_pattern(
+    values: Sequence[Tensor], rank: Tensor, dtype: torch.dtype, add: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Bit pattern of the `rank`-th smallest (from 1) absolute value, and how many are NaN or infinite.
 
-    The most significant digit first. Shapes do not depend on the data: the host never waits for a GPU.
+    The most significant digit first. Shapes do not depend on the data: the host never waits for a GPU. `add` sums
+    counts over ranks.
     """
     device = rank.device
     first_shift = torch.finfo(dtype).bits - _DIGIT
@@ -217,6 +240,7 @@ def _kth_pattern(values: Sequence[Tensor], rank: Tensor, dtype: torch.dtype) -> 
             )
             here = torch.zeros(1 << _DIGIT, dtype=torch.int64, device=bits.device)
             counts += here.index_add_(0, digits & ((1 << _DIGIT) - 1), fits).to(device)
+        counts = add(counts)
         up_to = counts.cumsum(0)  # [i]: digits of at most i
         if shift == first_shift:
             infinity = _INFINITY[dtype] >> shift  # and what is larger is NaN

@@ -13,6 +13,7 @@ from lightning_ire.functional import (
     pack_mask,
     unpack_mask,
 )
+from lightning_ire.functional._shards import Shards
 from lightning_ire.functional.threshold import threshold_of_vectors
 
 VALUES = [torch.tensor([[1.0, -8.0], [3.0, 2.0]]), None, torch.tensor([-50.0, 40.0]), torch.tensor(7.0)]
@@ -183,7 +184,7 @@ def test_masks_are_filled_where_the_sample_leads_to_the_threshold(kind: str, fil
     value = torch.randn(100 if kind == "little" else 300_000, generator=torch.Generator().manual_seed(0))
     value = value.sign() if kind == "tied" else value
     mask = torch.empty_like(value, dtype=torch.bool)
-    threshold, found = threshold_of_vectors([value], 0.8, masks=[mask])
+    threshold, found = threshold_of_vectors([value], 0.8, Shards([value]), [True], masks=[mask])
     assert found is filled
     if filled:
         assert mask.equal(value.abs() <= threshold)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from lightning_ire import functional
+from lightning_ire.functional._shards import Shards
 from lightning_ire.functional.threshold import threshold_of_vectors
 
 MATRIX = torch.randn(12, 12, generator=torch.Generator().manual_seed(0))
@@ -172,5 +173,7 @@ def test_the_threshold_needs_no_value_of_the_device(exclude_zero: bool) -> None:
     """With tensors that have none, where the host is not to wait; with no zeros left out, nothing is read at all."""
     with FakeTensorMode():
         values = [torch.empty(30, device=MPS), torch.empty(10, device=MPS)]
-        threshold, _ = threshold_of_vectors(values, 0.9, exclude_zero=exclude_zero, finite=True)
+        threshold, _ = threshold_of_vectors(
+            values, 0.9, Shards(values), [True, True], exclude_zero=exclude_zero, finite=True
+        )
         assert (threshold.device, threshold.dtype, threshold.shape) == (MPS, torch.float32, ())
