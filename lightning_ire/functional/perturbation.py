@@ -36,11 +36,18 @@ def global_norm(tensors: Sequence[Tensor | None], *, like: Sequence[Tensor] | No
     if not dense and not shards.sharded:
         return torch.zeros(())
     found = norms(dense)
-    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in found) else torch.float32
-    if shards.sharded:
-        owned = [own for part, own in zip(shards.parts, shards.owned, strict=True) if part is not None]
-        return shards.norm([norm for norm, own in zip(found, owned, strict=True) if own]).to(widest)
-    return torch.linalg.vector_norm(torch.stack([norm.to(found[0].device, widest) for norm in found]))
+    if not shards.sharded:
+        return _norm_of_norms(found)
+    owned = [own for part, own in zip(shards.parts, shards.owned, strict=True) if part is not None]
+    return shards.norm([norm for norm, own in zip(found, owned, strict=True) if own]).to(_widest(found))
+
+
+def _norm_of_norms(found: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([norm.to(found[0].device, _widest(found)) for norm in found]))
+
+
+def _widest(found: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(norm.dtype == torch.float64 for norm in found) else torch.float32
 
 
 @torch.no_grad()
@@ -134,7 +141,7 @@ def average_sam_displacement(
         whole = torch.randn(weight.shape, generator=source, dtype=dtype, device=weight.device)
         lengths += norms([whole])
         noise.append(part_of_whole(whole, weight))
-    norm = global_norm(lengths)
+    norm = _norm_of_norms(lengths) if lengths else torch.zeros(())
     return [
         (draw * (radius / norm).to(draw.device)).to(weight.dtype)
         for weight, draw, radius in zip(parameters, noise, _each(rho, parameters), strict=True)
