@@ -119,7 +119,9 @@ def everything(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) ->
 
     def drawn(scale: float = 1.0) -> list[Tensor]:
         wholes = [scale * torch.randn(w.shape, dtype=torch.float64, generator=source) for w in weights]
-        return [part_of_whole(whole, weight) for whole, weight in zip(wholes, weights, strict=True)]
+        parts = [part_of_whole(whole, weight) for whole, weight in zip(wholes, weights, strict=True)]
+        assert all(part.untyped_storage().nbytes() == 8 * part.numel() for part in parts), "keeps the whole in memory"
+        return parts
 
     def whole(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
         assert all(part is None or (type(part) is Tensor and not part.requires_grad) for part in parts)

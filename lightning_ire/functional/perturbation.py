@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire.functional._foreach import add_, copied, copy_, masked_, norms, products
-from lightning_ire.functional._shards import Shards, local, part_of_whole
+from lightning_ire.functional._shards import Shards, is_sharded, local, part_of_whole
 
 __all__ = ["ascent_in_ball", "average_sam_displacement", "global_norm", "perturbed", "sam_displacement"]
 
@@ -43,7 +43,8 @@ def global_norm(tensors: Sequence[Tensor | None], *, like: Sequence[Tensor] | No
 
 
 def _norm_of_norms(found: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([norm.to(found[0].device, _widest(found)) for norm in found]))
+    widest = _widest(found)
+    return torch.linalg.vector_norm(torch.stack([norm.to(found[0].device, widest) for norm in found]))
 
 
 def _widest(found: Sequence[Tensor]) -> torch.dtype:
@@ -135,13 +136,16 @@ def average_sam_displacement(
         0.1
     """
     sources = generators if generators is not None else [None] * len(parameters)
+    sharded = any(map(is_sharded, parameters))
     noise, lengths = [], []
-    for weight, source in zip(parameters, sources, strict=True):  # one whole at a time
+    for weight, source in zip(parameters, sources, strict=True):
         dtype = _accumulation_dtype(weight.dtype)
-        whole = torch.randn(weight.shape, generator=source, dtype=dtype, device=weight.device)
-        lengths += norms([whole])
-        noise.append(part_of_whole(whole, weight))
-    norm = _norm_of_norms(lengths) if lengths else torch.zeros(())
+        draw = torch.randn(weight.shape, generator=source, dtype=dtype, device=weight.device)
+        if sharded:  # one whole at a time is in memory
+            lengths += norms([draw])
+            draw = part_of_whole(draw, weight)
+        noise.append(draw)
+    norm = _norm_of_norms(lengths) if sharded else global_norm(noise)
     return [
         (draw * (radius / norm).to(draw.device)).to(weight.dtype)
         for weight, draw, radius in zip(parameters, noise, _each(rho, parameters), strict=True)
