@@ -35,7 +35,7 @@ class Norm(nn.LayerNorm):
 
 
 def network(layout: str) -> nn.Module:
-    """One whose rows are uneven over two and three ranks, fewer than three in one layer; even for tensor parallelism."""
+    """One with rows that are uneven over the ranks, two in one layer; for tensor parallelism they have to be even."""
     torch.manual_seed(3)
     if "tensor-parallel" not in layout:
         return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2), nn.Tanh(), nn.Linear(2, 3)).double()
@@ -47,7 +47,7 @@ def gradients_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor | None]]:
     """All ranks have the same batch: the mean over them is the gradient of one process."""
     x = torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     model(x).square().mean().backward()
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     return parameters, [parameter.grad for parameter in parameters]
 
 
@@ -108,7 +108,7 @@ def sharded(layout: str, ranks: int) -> tuple[list[Tensor], list[Tensor | None]]
         return one if how is None else distribute_tensor(one, where, how)
 
     weights, gradients = plain(layout)
-    return [spread(*pair) for pair in enumerate(weights)], [spread(*pair) for pair in enumerate(gradients)]  # type: ignore[misc]
+    return [spread(*pair) for pair in enumerate(weights)], [spread(*pair) for pair in enumerate(gradients)]
 
 
 @torch.no_grad()
@@ -119,7 +119,9 @@ def everything(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) ->
 
     def drawn(scale: float = 1.0) -> list[Tensor]:
         wholes = [scale * torch.randn(w.shape, dtype=torch.float64, generator=source) for w in weights]
-        return [part_of_whole(whole, weight) for whole, weight in zip(wholes, weights, strict=True)]
+        parts = [part_of_whole(whole, weight) for whole, weight in zip(wholes, weights, strict=True)]
+        assert all(part.untyped_storage().nbytes() == 8 * part.numel() for part in parts), "keeps the whole in memory"
+        return parts
 
     def whole(parts: Sequence[Tensor | None]) -> list[Tensor | None]:
         assert all(part is None or (type(part) is Tensor and not part.requires_grad) for part in parts)
@@ -147,8 +149,8 @@ def everything(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) ->
     generators = [torch.Generator().manual_seed(index) for index in range(len(weights))]
     found["average-sam"] = whole(f.average_sam_displacement(weights, 0.1, generators=generators))
     for scope in ("global", "tensor"):
-        moves, _ = f.ascent_in_ball(weights, gradients, None, step=0.3, radius=0.5, scope=scope)  # type: ignore[arg-type]
-        again, norm = f.ascent_in_ball(weights, gradients, moves, step=2.0, radius=0.5, scope=scope)  # type: ignore[arg-type]
+        moves, _ = f.ascent_in_ball(weights, gradients, None, step=0.3, radius=0.5, scope=scope)
+        again, norm = f.ascent_in_ball(weights, gradients, moves, step=2.0, radius=0.5, scope=scope)
         found[f"ball-{scope}"] = [*whole(moves), *whole(again), norm]
 
     h = [(8 * one).round() / 8 for one in drawn()]  # ties and zeros
@@ -176,10 +178,9 @@ def everything(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) ->
 
     found["errors"] = []
     bad = [one.clone() for one in h]
-    last = torch.zeros(h_shape := weights[0].shape, dtype=torch.bool)
+    last = torch.zeros(weights[0].shape, dtype=torch.bool)
     last.view(-1)[-1] = True
-    bad[0][part_of_whole(last, weights[0])] = torch.nan
-    assert h_shape == weights[0].shape
+    bad[0][part_of_whole(last, weights[0])] = torch.nan  # on one rank only
     found["finite"] = [f.all_finite(h, like=weights), f.all_finite(bad, like=weights)]
     for call in (
         lambda: f.flat_threshold(bad, GAMMA, like=weights),
@@ -196,7 +197,18 @@ def everything(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) ->
     return found
 
 
-def gathered_copies(ranks: int) -> dict[str, Any]:
+def kinds(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[str]:
+    """What occurs on this rank, of what is hard."""
+    placements = [placement for one in [*weights, *gradients] for placement in getattr(one, "placements", ())]
+    return sorted({
+        *[type(placement).__name__ for placement in placements],
+        *["empty" for weight in weights if not local(weight).numel()],
+        *["plain" for weight in weights if not _shards.is_sharded(weight)],
+        *[f"{weight.device_mesh.ndim}-D" for weight in weights if _shards.is_sharded(weight)],  # type: ignore[attr-defined]
+    })  # fmt: skip
+
+
+def gathered_copies() -> dict[str, Any]:
     """What FSDP2 leaves after a forward pass without gradients, and what `reshard` makes of it."""
     from torch.distributed.fsdp import fully_shard
 
@@ -225,14 +237,20 @@ def main(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     file = Path(folder) / f"rendezvous{ranks}"
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
-    results = {name: everything(*sharded(name, ranks)) for name, sizes in LAYOUTS.items() if ranks in sizes}
-    results["gathered-copies"] = gathered_copies(ranks)
+    results = {}
+    for name in [name for name, sizes in LAYOUTS.items() if ranks in sizes]:
+        weights, gradients = sharded(name, ranks)
+        results[name] = everything(weights, gradients) | {"kinds": kinds(weights, gradients)}
+    results["gathered-copies"] = gathered_copies()
     torch.save(results, Path(folder) / f"{ranks}-{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    everything(*plain("rows"))
+    assert "torch.distributed.tensor" not in sys.modules, "loading it takes seconds"
+    import torch._dynamo  # each rank would at its first operation
     import torch.distributed.fsdp
     import torch.distributed.tensor.parallel
     from torch import multiprocessing

@@ -10,6 +10,7 @@ DTensor it belongs to in later calls. Functions that sum over parts are given th
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -33,14 +34,19 @@ def is_sharded(tensor: object) -> bool:
 
 
 @torch.no_grad()
-def _part(tensor: Any, like: object) -> Tensor:
-    from torch.distributed.tensor import Replicate
-
-    given = like.placements if is_sharded(like) else tensor.placements  # type: ignore[attr-defined]
-    wanted = tuple(Replicate() if placement.is_partial() else placement for placement in given)
-    if wanted != tuple(tensor.placements):
+def _part(tensor: Any, like: Any) -> Tensor:
+    wanted = _summed((like if is_sharded(like) else tensor).placements)
+    if wanted != tensor.placements:
         tensor = tensor.redistribute(tensor.device_mesh, wanted)
     return tensor.to_local().detach()
+
+
+@functools.cache
+def _summed(placements: Any) -> Any:
+    """With `Replicate` in place of `Partial`."""
+    from torch.distributed.tensor import Replicate
+
+    return tuple(Replicate() if placement.is_partial() else placement for placement in placements)
 
 
 def local(tensor: _TensorOrNone, like: Tensor | None = None) -> _TensorOrNone:
@@ -77,7 +83,7 @@ def whole_of_part(part: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def part_of_whole(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that all ranks have whole, a copy; nothing is communicated.
+    """This rank's part of a tensor that all ranks have whole, a copy if it is less; nothing is communicated.
 
     Args:
         whole: A tensor of any dtype with the shape of `like`.
@@ -89,8 +95,7 @@ def part_of_whole(whole: Tensor, like: Tensor) -> Tensor:
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    part = same.redistribute(mesh, placements).to_local()
-    return part.to(whole.device).clone(memory_format=torch.contiguous_format)  # a view would keep the whole in memory
+    return same.redistribute(mesh, placements).to_local().to(whole.device).contiguous()
 
 
 def reshard(module: nn.Module) -> None:
@@ -207,9 +212,12 @@ def _is_owner(tensor: Any) -> bool:
     """See :class:`Shards`."""
     if not is_sharded(tensor):
         return torch.distributed.get_rank() == 0
-    mesh = tensor.device_mesh
+    return _owns(tensor.device_mesh, _summed(tensor.placements))
+
+
+@functools.cache  # the ranks of a mesh take a third of a millisecond
+def _owns(mesh: Any, placements: Any) -> bool:
     coordinate = mesh.get_coordinate()
     if coordinate is None or not bool((mesh.mesh == 0).any()):
         return False
-    copies = [placement.is_replicate() or placement.is_partial() for placement in tensor.placements]
-    return all(place == 0 for place, copy in zip(coordinate, copies, strict=True) if copy)
+    return all(place == 0 for place, how in zip(coordinate, placements, strict=True) if how.is_replicate())

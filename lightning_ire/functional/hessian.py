@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_ire.functional._shards import Shards, local
 from lightning_ire.functional.perturbation import global_norm, perturbed
+from lightning_ire.functional.vectors import in_double
 
 __all__ = ["finite_difference_product", "gradients_by_backward", "hessian_product", "twice_differentiable"]
 
@@ -64,11 +65,11 @@ def finite_difference_product(
 
     Returns:
         H v, one tensor per parameter (of a DTensor this rank's part); ``None``: zero. The error is of order `step`
-        squared plus precision / `step`. In float32 with the default step it is about 1e-4 of H v for smooth losses and
-        rarely more than 1e-2 (random signs and leading eigenvectors, 3e2 to 2e5 weights of norm 1 to 20); more where
-        weights are huge or the loss is nearly 0. Gradients that jump (ReLU) are another matter: each jump on the way
-        counts as curvature, divided by `step`, and the result can be anywhere from near to H v, which leaves jumps out,
-        to many times as large.
+        squared plus precision / `step`.
+        In float32 with the default step it is about 1e-4 of H v for smooth losses and rarely more than 1e-2 (random
+        signs and leading eigenvectors, 3e2 to 2e5 weights of norm 1 to 20); more where weights are huge or the loss
+        is nearly 0. Gradients that jump (ReLU) are another matter: each jump on the way counts as curvature, divided
+        by `step`, and the result can be anywhere from near to H v, which leaves jumps out, to many times as large.
 
     Cost: two calls of `gradient`, one copy of the weights and two of the gradient.
 
@@ -102,8 +103,8 @@ def _default_scale(parameters: Sequence[Tensor], vector: Sequence[Tensor], lengt
     near the best step for directions spread over all weights, whose best step is long, and for concentrated ones.
     """
     coarse = max(torch.finfo(parameter.dtype).eps for parameter in parameters) ** (1 / 3)
-    sizes = [torch.linalg.vector_norm(piece, torch.inf).double().cpu() for piece in vector if piece.numel()]
-    largest = float(Shards(parameters).largest(torch.stack([torch.zeros(()), *sizes]).amax()))
+    largest = max((float(torch.linalg.vector_norm(piece, torch.inf)) for piece in vector if piece.numel()), default=0.0)
+    largest = float(Shards(parameters).largest(in_double(largest)))
     weights = float(global_norm(parameters))
     scale = 0.04 * coarse / largest
     return min(scale, 0.6 * coarse * weights / length) if weights > 0 else scale

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire.functional._foreach import add_, copied, copy_, masked_, norms, products
-from lightning_ire.functional._shards import Shards, local, part_of_whole
+from lightning_ire.functional._shards import Shards, is_sharded, local, part_of_whole
 
 __all__ = ["ascent_in_ball", "average_sam_displacement", "global_norm", "perturbed", "sam_displacement"]
 
@@ -36,11 +36,19 @@ def global_norm(tensors: Sequence[Tensor | None], *, like: Sequence[Tensor] | No
     if not dense and not shards.sharded:
         return torch.zeros(())
     found = norms(dense)
-    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in found) else torch.float32
-    if shards.sharded:
-        owned = [own for part, own in zip(shards.parts, shards.owned, strict=True) if part is not None]
-        return shards.norm([norm for norm, own in zip(found, owned, strict=True) if own]).to(widest)
+    if not shards.sharded:
+        return _norm_of_norms(found)
+    owned = [own for part, own in zip(shards.parts, shards.owned, strict=True) if part is not None]
+    return shards.norm([norm for norm, own in zip(found, owned, strict=True) if own]).to(_widest(found))
+
+
+def _norm_of_norms(found: Sequence[Tensor]) -> Tensor:
+    widest = _widest(found)
     return torch.linalg.vector_norm(torch.stack([norm.to(found[0].device, widest) for norm in found]))
+
+
+def _widest(found: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(norm.dtype == torch.float64 for norm in found) else torch.float32
 
 
 @torch.no_grad()
@@ -128,13 +136,16 @@ def average_sam_displacement(
         0.1
     """
     sources = generators if generators is not None else [None] * len(parameters)
+    sharded = any(map(is_sharded, parameters))
     noise, lengths = [], []
-    for weight, source in zip(parameters, sources, strict=True):  # one whole at a time
+    for weight, source in zip(parameters, sources, strict=True):
         dtype = _accumulation_dtype(weight.dtype)
-        whole = torch.randn(weight.shape, generator=source, dtype=dtype, device=weight.device)
-        lengths += norms([whole])
-        noise.append(part_of_whole(whole, weight))
-    norm = global_norm(lengths)
+        draw = torch.randn(weight.shape, generator=source, dtype=dtype, device=weight.device)
+        if sharded:  # one whole at a time is in memory
+            lengths += norms([draw])
+            draw = part_of_whole(draw, weight)
+        noise.append(draw)
+    norm = _norm_of_norms(lengths) if sharded else global_norm(noise)
     return [
         (draw * (radius / norm).to(draw.device)).to(weight.dtype)
         for weight, draw, radius in zip(parameters, noise, _each(rho, parameters), strict=True)
