@@ -30,12 +30,7 @@ def in_order(values: tuple[str, ...]) -> list[str]:
 
 
 class Trial(dict[str, str]):
-    """One run of the grid: keys and values as typed.
-
-    Args:
-        values: The values by key.
-        prefix: What its folder's name begins with.
-    """
+    """One run of the grid: values by key, as typed; `prefix` is what its folder's name begins with."""
 
     def __init__(self, values: Mapping[str, str], prefix: str = "") -> None:
         super().__init__(values)
@@ -57,12 +52,7 @@ class Trial(dict[str, str]):
 
 
 class Grid:
-    """All combinations of the values of some keys.
-
-    Args:
-        values: The values of each key, as typed.
-        prefix: What the names of the trials begin with.
-    """
+    """All combinations of the values of some keys; `prefix` is what the names of the trials begin with."""
 
     def __init__(self, values: Mapping[str, tuple[str, ...]], prefix: str = "") -> None:
         self.values = dict(values)

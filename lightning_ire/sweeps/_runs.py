@@ -27,12 +27,7 @@ _PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" el
 
 
 class Run:
-    """The run of a trial.
-
-    Args:
-        options: Those of the sweep.
-        trial: What is to run.
-    """
+    """The run of a trial."""
 
     def __init__(self, options: Options, trial: Trial) -> None:
         self.options, self.trial = options, trial
@@ -97,24 +92,13 @@ class Run:
 def run_process(arguments: list[str], log: Path) -> int:
     """Run a command line to its end; Ctrl-C reaches it too, and its end is waited for.
 
-    Where this process is killed, the other one gets SIGTERM (on Linux): it would train beside its own repetition.
-
-    Args:
-        arguments: The command line.
-        log: File to append stdout and stderr to.
-
-    Returns:
-        The exit code; negative: the signal that ended it.
+    Its output is appended to `log`; a negative exit code is the signal that ended it. Where this process is killed, the
+    other one gets SIGTERM (on Linux): it would train beside its own repetition.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent if _PRCTL else None,
-        )
+        files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(arguments, **files, preexec_fn=_die_with_parent if _PRCTL else None)
         try:
             return process.wait()
         except BaseException:

@@ -80,8 +80,8 @@ class Study(Generic[TrialT]):
         ...     with study.claim() as attempt:
         ...         if attempt is not None:
         ...             attempt.complete(attempt.trial["lr"], seconds=3)
-        >>> study.results()
-        [{'values': {'lr': 0.1}, 'seconds': 3}, {'values': {'lr': 0.5}, 'seconds': 3}]
+        >>> study.results() == [{"values": trial, "seconds": 3} for trial in study.trials]
+        True
     """
 
     def __init__(

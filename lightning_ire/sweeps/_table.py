@@ -78,19 +78,9 @@ def table(
     baseline: Results | None,
     flags: Sequence[str] = (),
 ) -> str:
-    """Return the table of one metric in Markdown.
+    """Return the table of `metric` in Markdown: a heading with the flags that all runs had, the grid, and the summary.
 
-    Args:
-        config: Name of the config, to find the paper's results.
-        metric: The tag to show.
-        chosen_by: The tag that decides which cell is the best.
-        mode: "max" or "min", for `chosen_by`.
-        results: Of the grid.
-        baseline: Of the base optimizer, if it ran too.
-        flags: Where the runs differ from the config, beside the grid; they stand above the numbers.
-
-    Returns:
-        A heading, the grid, and the summary with baseline, best cell and the paper's numbers.
+    The best cell is that with the best mean (`mode`: "max" or "min") of the metric `chosen_by`.
     """
     groups = averages(results, metric)
     runs = [logged for part in (results, baseline) if part for logged in part.metrics]

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 __all__ = ["PAPER", "PaperResult", "PaperRow"]
 
 
-@dataclass(frozen=True)
-class PaperRow:
-    """One number of the paper.
+class PaperRow(NamedTuple):
+    """A result of the paper."""
 
-    Args:
-        method: As the paper calls it.
-        percent: By the tag of our metric.
-        trial: Our grid's values where the paper gives a result for them; empty for the best of the paper's grid.
-    """
-
-    method: str
-    percent: Mapping[str, float]
-    trial: Mapping[str, float] = field(default_factory=dict)
+    method: str  # as the paper calls it
+    percent: Mapping[str, float]  # by the tag of our metric
+    trial: Mapping[str, float]  # our grid's values that it is for; empty: the best of the paper's grid
 
 
-@dataclass(frozen=True)
-class PaperResult:
-    """What the paper reports for a config.
-
-    Args:
-        table: Which table.
-        baseline: Without IRE.
-        rows: With IRE.
-    """
+class PaperResult(NamedTuple):
+    """What the paper reports for a config."""
 
     table: str
-    baseline: PaperRow
-    rows: tuple[PaperRow, ...]
+    baseline: PaperRow  # without IRE
+    rows: tuple[PaperRow, ...]  # with IRE
 
 
 def _result(table: str, *rows: PaperRow) -> PaperResult:

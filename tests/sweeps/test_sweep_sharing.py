@@ -42,6 +42,12 @@ def make_old() -> None:
         database.execute("update trial_heartbeats set heartbeat = datetime('now', '-1 hour')")
 
 
+def is_old() -> bool:
+    with sqlite3.connect("s.db") as database:
+        recent = "select count(*) from trial_heartbeats where heartbeat > datetime('now', '-1 minute')"
+        return database.execute(recent).fetchone() == (0,)
+
+
 def _share(barrier) -> None:
     class SlowRuns(StubRuns):
         def __call__(self, arguments, log):
@@ -158,7 +164,7 @@ def test_a_process_that_was_killed_before_its_first_sign_of_life(study, monkeypa
 
 
 def test_what_others_and_earlier_versions_left_in_the_study_is_no_hindrance(study):
-    """Attempts at trials that are not ours; ones that wait, or have not said their trial, were written until 2026."""
+    """Attempts at trials that are not ours; sweeps at first wrote ones that wait or say no trial."""
     known = optuna.load_study(study_name="s", storage="sqlite:///s.db")
     ranges = dict.fromkeys(("ire.kappa", "ire.gamma"), optuna.distributions.FloatDistribution(-1e300, 1e300))
     for state, params in (
@@ -179,7 +185,7 @@ def test_what_others_and_earlier_versions_left_in_the_study_is_no_hindrance(stud
 
 
 def test_a_study_of_an_earlier_version_is_read(monkeypatch, capsys):
-    """Made with Optuna's own `optimize`, as sweeps were until 2026."""
+    """Made with Optuna's own `optimize`, as sweeps were at first."""
     Path("c.yaml").write_text(CONFIG)
     fingerprint = read_options(["--config", "c.yaml", "--grid", "ire.kappa", "1"]).fingerprint
     Path("sweeps").mkdir()
@@ -225,9 +231,8 @@ def test_a_running_trial_gives_signs_of_life(study, monkeypatch):
     with study.claim():
         make_old()
         deadline = time.monotonic() + 20
-        while study.running() != [TRIALS[0]] and time.monotonic() < deadline:
+        while is_old() and time.monotonic() < deadline:
             time.sleep(0.02)
-            assert "FAIL" not in states()
         assert study.running() == [TRIALS[0]]
 
 
