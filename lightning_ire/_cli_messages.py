@@ -1,4 +1,7 @@
-"""What the command line says about a wrong key or value: one line with the full key, made from longer messages."""
+"""What the command line says about a wrong key or value: one line with the full key, made from longer messages.
+
+The patterns are jsonargparse's wording and one is torch's; `tests/test_cli_messages.py` provokes each of them.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ __all__ = ["one_line", "with_full_key"]
 
 _KEY = re.compile(r'^([ -]*)Parser key "([^"]+)":', re.MULTILINE)
 _GIVEN = re.compile(r"Given value: ([^\n({\[]+)$", re.MULTILINE)
-_BESIDE_THE_POINT = re.compile(
-    r"Problem with given|Does not validate|Subtypes: |Errors:|Given value|Expected a path but|Not a valid subclass|"
-    r"Expected a <class 'NoneType'>|Subclass types expect|a class path|a dict with"
+_NO_SUCH_KEY = re.compile(r"Option '(\w+)' is not accepted")
+_BESIDE_THE_POINT = (
+    *("Problem with given", "Does not validate", "Subtypes: ", "Errors:", "Given value", "Expected a path but"),
+    *("Not a valid subclass", "Expected a <class 'NoneType'>", "Subclass types expect", "a class path", "a dict with"),
 )
+"""What lines begin with that are left out."""
 _OTHER_CLASS = re.compile(r"Import path \S+ does not correspond to a subclass of")
 """What the other classes say where an argument takes several: only worth telling if it is all there is."""
 _WORKER = re.compile(r"^Caught \w+ in DataLoader worker.*\n(?:\w+\.)*\w+: ", re.DOTALL)
@@ -51,13 +56,13 @@ def one_line(message: str) -> str:
             keys.append(key)
             depth = len(indent)
     lines = [line.strip(" -") for line in message.splitlines()]
-    lines = [_plainer(line) for line in lines if not _BESIDE_THE_POINT.match(line)]
+    lines = [_plainer(line) for line in lines if not line.startswith(_BESIDE_THE_POINT)]
     lines = [line for line in lines if not _OTHER_CLASS.match(line)] or lines
     text, key = "; ".join(dict.fromkeys(filter(None, lines))), ".".join(keys)
     given = _GIVEN.search(message)
     if given and "got " not in text:
         text += f", got {given[1]}"
-    text = re.sub(r"Option '(\w+)' is not accepted", rf"no such key: {key}.\1", text)
+    text = _NO_SUCH_KEY.sub(rf"no such key: {key}.\1", text)
     return text if key in text else f"{key}: {text}"
 
 

@@ -20,7 +20,6 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_ire import IRE, SAM, ConfigurationError, sweeps, tags
-from lightning_ire._cli_messages import one_line, with_full_key
 from lightning_ire.cli import IRECLI, main
 from lightning_ire.data import Digits
 from lightning_ire.models import ImageClassifier
@@ -223,40 +222,6 @@ def test_debugging_keeps_the_traceback(monkeypatch):
         main([*DRY, "--ire.gamma", "1.5"])
     with pytest.raises(ValueError, match=r"Expected `model\.optimizer` to have values in range"):
         main([*DRY, "--model.optimizer.lr", "-1"])
-
-
-class Broken(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        raise ConfigurationError("Expected an image, got a.JPEG (OSError: half\n of it): copy it.")
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_errors_of_processes_that_load_data_are_one_line(workers):
-    with pytest.raises(ConfigurationError) as caught:
-        list(torch.utils.data.DataLoader(Broken(), num_workers=workers))
-    assert one_line(str(caught.value)) == "Expected an image, got a.JPEG (OSError: half; of it): copy it."
-
-
-def test_messages_that_are_not_understood_are_kept():
-    assert one_line("first\n  second\n") == "first; second"
-    other = "Import path a.B does not correspond to a subclass of C"  # of an argument that takes several classes
-    assert one_line(f"first\n  - {other}\n") == "first"
-    assert one_line(other) == other
-    assert with_full_key("no name here", {"ire": {"gamma": 1.5}}) == "no name here"
-    assert (
-        with_full_key("Expected `delta` to be 1, got 2.", {"ire": {"gamma": 1.5}}) == "Expected `delta` to be 1, got 2."
-    )
-
-
-def test_full_key_is_the_one_with_the_value():
-    settings = {"data": {"seed": 1}, "list": [{"init_args": {"seed": -1}}]}
-    assert (
-        with_full_key("Expected `seed` to be >= 0, got -1.", settings) == "Expected `list.0.seed` to be >= 0, got -1."
-    )
-    assert with_full_key("Expected `seed` to be odd.", settings) == "Expected `data.seed` to be odd."
 
 
 # -------------------------------------------------------------------------------- the top-level keys

@@ -7,14 +7,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from lightning_ire._checks import ConfigurationError, check_choice
-from lightning_ire.sweeps._grid import Grid, code
+from lightning_ire.sweeps._grid import Grid
+from lightning_ire.sweeps._study import code
 
 __all__ = ["Options", "content", "pairs", "read_options"]
 
@@ -28,17 +28,16 @@ Several machines share it with --storage postgresql+psycopg://USER:PASSWORD@HOST
 exit codes: 0; 1: runs failed; 2: a wrong key or value; 130: Ctrl-C"""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for; the fields are the flags of the same names."""
+class Options(argparse.Namespace):
+    """What the user asked for: the flags of the same names, and those behind `--`."""
 
     config: Path
     grid: Grid
-    flags: tuple[str, ...]
+    flags: list[str]
     baseline: bool
     metric: str
     mode: str
-    also: tuple[str, ...]
+    also: list[str]
     name: str
     folder: Path
     storage: str
@@ -70,42 +69,27 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_options(args: list[str]) -> Options:
-    """Read the command line.
-
-    Args:
-        args: What follows `sweep`.
-
-    Returns:
-        The options.
-
-    Raises:
-        ConfigurationError: If something is wrong with it.
-    """
-    ours, flags = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+    """Read what follows `sweep`; a `ConfigurationError` says what is wrong with it."""
+    split = args.index("--") if "--" in args else len(args)
     # a number behind a space is no flag to argparse, which knows -1 and -0.1 and not -1e-3
-    given = _parser().parse_args([f" {word}" if re.match(r"-(\d|\.|inf|nan)", word) else word for word in ours])
-    if given.config is None or not given.config.is_file():
-        raise ConfigurationError(f"Expected `--config` to be a file, got {str(given.config or 'none')!r}.")
-    _check_flags(flags, grid := _check_grid(given.grid))
-    name = given.name or given.config.stem
-    if not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
-        raise ConfigurationError(f"Expected `--name` to be of letters, digits and ._+-, got {name!r}.")
-    mode = given.mode or ("max" if "accuracy" in given.metric else "min")
-    if not given.table:
-        _check_test_after_fit(given.config, flags, grid, [given.metric, *given.also])
-    return Options(
-        config=given.config,
-        grid=Grid(grid),
-        flags=tuple(flags),
-        baseline=given.baseline,
-        metric=given.metric,
-        mode=check_choice("--mode", mode, ("max", "min")),
-        also=tuple(given.also),
-        name=name,
-        folder=given.folder,
-        storage=given.storage or f"sqlite:///{given.folder / name}.db",
-        table=given.table,
-    )
+    ours = [f" {word}" if re.match(r"-(\d|\.|inf|nan)", word) else word for word in args[:split]]
+    options = _parser().parse_args(ours, Options(flags=args[split + 1 :]))
+    if options.config is None or not options.config.is_file():
+        raise ConfigurationError(f"Expected `--config` to be a file, got {str(options.config or 'none')!r}.")
+    grid = _check_grid(vars(options)["grid"])
+    for key, _ in pairs(options.flags):
+        _check_key(key)
+        if key in grid:
+            raise ConfigurationError(f"Expected `{key}` to be set in one place, got it in --grid and behind `--`.")
+    options.grid, options.name = Grid(grid), options.name or options.config.stem
+    if not re.fullmatch(r"[\w.+-]+", options.name) or not options.name.strip("."):
+        raise ConfigurationError(f"Expected `--name` to be of letters, digits and ._+-, got {options.name!r}.")
+    if not options.table:
+        _check_test_after_fit(options)
+    mode = options.mode or ("max" if "accuracy" in options.metric else "min")
+    options.storage = options.storage or f"sqlite:///{options.folder / options.name}.db"
+    options.mode = check_choice("--mode", mode, ("max", "min"))
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,18 +101,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, stripped = parser.add_argument, {"type": str.strip}  # see `read_options`
     add("--config", type=Path, metavar="FILE", help="config of all runs")
-    strip: Any = str.strip  # see `read_options`
-    add(
-        "--grid",
-        nargs="*",
-        action="append",
-        default=[],
-        type=strip,
-        metavar="KEY VALUE",
-        help="a key and its values; repeat",
-    )
+    grid: dict[str, Any] = {"nargs": "*", "action": "append", "default": [], **stripped}
+    add("--grid", **grid, metavar="KEY VALUE", help="a key and its values; repeat")
     add("--baseline", action="store_true", help="also run with ire.kappa 0, once per combination of the other keys")
     add("--metric", default="test/accuracy", metavar="TAG", help="logged value to compare (default: test/accuracy)")
     add("--mode", metavar="max|min", help="whether more is better (default: max for an accuracy, else min)")
@@ -156,18 +132,29 @@ def _check_grid(grid: list[list[str]]) -> dict[str, tuple[str, ...]]:
     return checked
 
 
-def _check_flags(flags: list[str], grid: dict[str, tuple[str, ...]]) -> None:
-    for key, _ in pairs(flags):
-        _check_key(key)
-        if key in grid:
-            raise ConfigurationError(f"Expected `{key}` to be set in one place, got it in --grid and behind `--`.")
+def _check_key(key: str) -> None:
+    if key in ("c", "config", "ckpt_path", "trainer.logger") or key.startswith("trainer.logger."):
+        raise ConfigurationError(f"Expected `{key}` to be left to the sweep, got it in --grid or behind `--`.")
+
+
+def _check_test_after_fit(options: Options) -> None:
+    """Refuse a sweep whose runs would train to the end and then lack the metric."""
+    given = content(options.config)
+    tests = [metric for metric in (options.metric, *options.also) if metric.startswith("test/")]
+    if isinstance(given, str) or not tests:
+        return  # of what is no YAML the first run says what is wrong with it
+    key, wanted = "test_after_fit", f"Expected `test_after_fit` to be true for `{tests[0]}`"
+    typed = [value for name, value in pairs(options.flags) if name == key][-1:] or options.grid.values.get(key, ())
+    for value in typed:
+        if _value(value) is not True:
+            raise ConfigurationError(f"{wanted}, got {value or 'nothing'}.")
+    if not typed and not (isinstance(given, dict) and given.get(key) is True):
+        where = f"neither in {options.config} nor behind `--`: add -- --test_after_fit true"
+        raise ConfigurationError(f"{wanted}, got it {where}.")
 
 
 def pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the keys and values of a command line, in its order.
-
-    Args:
-        flags: As typed, `--key value` or `--key=value`; `+=` adds to a list.
+    """Yield the keys and values of a command line, in its order, of `--key value`, `--key=value` and `--key+=value`.
 
     Example:
         >>> list(pairs(["--model.lr=0.1", "--seed", "-1", "--quiet", "--trainer.callbacks+=A"]))
@@ -181,37 +168,8 @@ def pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield key.removesuffix("+"), value
 
 
-def _check_key(key: str) -> None:
-    if key in ("c", "config", "ckpt_path", "trainer.logger") or key.startswith("trainer.logger."):
-        raise ConfigurationError(f"Expected `{key}` to be left to the sweep, got it in --grid or behind `--`.")
-
-
-def _check_test_after_fit(config: Path, flags: list[str], grid: dict[str, tuple[str, ...]], metrics: list[str]) -> None:
-    """Refuse a sweep whose runs would train to the end and then lack the metric."""
-    given = content(config)
-    if isinstance(given, str):
-        return  # the first run says what is wrong with it
-    tests = [metric for metric in metrics if metric.startswith("test/")]
-    typed = [value for key, value in pairs(flags) if key == "test_after_fit"][-1:] or grid.get("test_after_fit", ())
-    wrong = [value for value in typed if _value(value) is not True]
-    if tests and wrong:
-        raise ConfigurationError(f"Expected `test_after_fit` to be true for `{tests[0]}`, got {wrong[0] or 'nothing'}.")
-    if tests and not typed and not (isinstance(given, dict) and given.get("test_after_fit") is True):
-        raise ConfigurationError(
-            f"Expected `test_after_fit` to be true for `{tests[0]}`, got it neither in {config} nor behind `--`: add "
-            "-- --test_after_fit true."
-        )
-
-
 def content(config: Path) -> Any:
-    """Return what a config holds.
-
-    Args:
-        config: The file.
-
-    Returns:
-        Dictionaries, lists and values; of what is no YAML the text.
-    """
+    """Return the dictionaries, lists and values that a config holds; of what is no YAML the text."""
     return _value(config.read_text(errors="replace"))
 
 

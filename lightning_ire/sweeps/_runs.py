@@ -1,84 +1,113 @@
-"""One run of a sweep: its command line, its process, and what its logs say."""
+"""One run of a sweep: its command line, what it is made with, its process, and what its logs say."""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from lightning_ire.sweeps._grid import Cell
-from lightning_ire.sweeps._options import Options
+from lightning_ire import __version__
+from lightning_ire._checks import ConfigurationError, check_folder
+from lightning_ire.sweeps._grid import Trial
+from lightning_ire.sweeps._options import Options, content, pairs
 
-__all__ = ["checkpoint_of", "command", "last_line", "last_values", "log_of", "run_process", "versions"]
+__all__ = ["Run", "last_line", "last_values", "replace_text", "run_process"]
 
+_MADE_WITH = "made_with.json"
 _PATIENCE_SECONDS = 30  # how long a process may take to end after Ctrl-C
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
 
 
-def checkpoint_of(options: Options, cell: Cell) -> Path | None:
-    """Return the newest checkpoint that earlier attempts of a cell have left, or None."""
-    left = [folder / "checkpoints" / "last.ckpt" for folder in versions(options.logs / cell.name)]
-    return next((path for path in reversed(left) if path.is_file()), None)
+class Run:
+    """The run of a trial."""
 
+    def __init__(self, options: Options, trial: Trial) -> None:
+        self.options, self.trial = options, trial
+        self.folder = options.logs / trial.name
+        self.log = self.folder / "output.log"
 
-def command(options: Options, cell: Cell) -> list[str]:
-    """Return the command line of a run; it continues from what an earlier attempt left.
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint that earlier attempts have left."""
+        left = [version / "checkpoints" / "last.ckpt" for version in _versions(self.folder)]
+        return next((path for path in reversed(left) if path.is_file()), None)
 
-    The further flags come before the cell's, for a class is to be chosen before its arguments. In place of the config's
-    logger, of whatever kind and settings, there is one that writes what `last_values` reads.
+    @property
+    def command(self) -> list[str]:
+        """The command line with the values as typed; it continues from what an earlier attempt left.
 
-    Args:
-        options: Those of the sweep.
-        cell: Whose run.
+        The further flags come before the trial's, for a class is to be chosen before its arguments. In place of the
+        config's logger, of whatever kind and settings, there is one that writes what `last_values` reads.
+        """
+        options, checkpoint = self.options, self.checkpoint
+        fit = [sys.executable, "-m", "lightning_ire.cli", "fit", "--config", str(options.config), *options.flags]
+        logger = ["--trainer.logger", "false", "--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger"]
+        logger += ["--trainer.logger.default_hp_metric", "false"]
+        logger += ["--trainer.logger.save_dir", str(options.logs), "--trainer.logger.name", self.trial.name]
+        return [*fit, *self.trial.command, *logger, *(["--ckpt_path", str(checkpoint)] if checkpoint else [])]
 
-    Returns:
-        The command line with the values as typed.
-    """
-    fit = [sys.executable, "-m", "lightning_ire.cli", "fit", "--config", str(options.config), *options.flags]
-    logger = ["--trainer.logger", "false", "--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger"]
-    logger += ["--trainer.logger.default_hp_metric", "false"]
-    logger += ["--trainer.logger.save_dir", str(options.logs), "--trainer.logger.name", cell.name]
-    checkpoint = checkpoint_of(options, cell)
-    return [*fit, *cell.flags, *logger, *([] if checkpoint is None else ["--ckpt_path", str(checkpoint)])]
+    @property
+    def settings(self) -> dict[str, str]:
+        """Version, config, further flags and the trial's values by key; several values of a flag in their order."""
+        flags: dict[str, str] = {}
+        for key, value in [*pairs(self.options.flags), *self.trial.items()]:
+            flags[f"--{key}"] = " ".join(filter(None, (flags.get(f"--{key}"), value)))
+        return {"lightning_ire": __version__, **dict(_flat(content(self.options.config))), **flags}
 
+    def check(self) -> None:
+        """Refuse a folder in which there are runs with other settings than these, or one that cannot be made."""
+        check_folder("--folder", self.options.folder, self.folder)
+        if not _versions(self.folder):
+            return
+        ours = self.settings
+        try:
+            theirs = json.loads((self.folder / _MADE_WITH).read_text())
+        except (OSError, ValueError):
+            difference = f"no {_MADE_WITH} that says it"
+        else:
+            key = next((key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)), None)
+            if key is None:
+                return
+            there, here = (repr(made[key]) if key in made else "nothing" for made in (theirs, ours))
+            difference = f"`{key}` {there} there and {here} here"
+        raise ConfigurationError(
+            f"Expected the runs in {self.folder} to be made with the settings of this sweep, got {difference}: give "
+            "another `--name` or `--folder`, or remove that folder."
+        )
 
-def log_of(options: Options, cell: Cell) -> Path:
-    """Return the file with what the runs of a cell print."""
-    return options.logs / cell.name / "output.log"
+    def execute(self) -> int:
+        """Write down what the run is made with, run it, and return its exit code."""
+        replace_text(self.folder / _MADE_WITH, json.dumps(self.settings, indent=1))
+        return run_process(self.command, self.log)
 
 
 def run_process(arguments: list[str], log: Path) -> int:
     """Run a command line to its end; Ctrl-C reaches it too, and its end is waited for.
 
-    Where this process is killed, the other one gets SIGTERM (on Linux): it would train beside its own repetition.
-
-    Args:
-        arguments: The command line.
-        log: File to append stdout and stderr to.
-
-    Returns:
-        The exit code; negative: the signal that ended it.
-
-    Raises:
-        KeyboardInterrupt: After Ctrl-C.
+    Its output is appended to `log`; a negative exit code is the signal that ended it. Where this process is killed, the
+    other one gets SIGTERM (on Linux): it would train beside its own repetition.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent if _PRCTL else None,
-        )
+        files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(arguments, **files, preexec_fn=_die_with_parent if _PRCTL else None)
         try:
             return process.wait()
         except BaseException:
-            _wait_for_end(process)
+            for insist in (process.terminate, process.kill):  # less politely where it goes on, or the user insists
+                try:
+                    process.wait(_PATIENCE_SECONDS)
+                except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                    insist()
+            process.wait()
             raise
 
 
@@ -89,29 +118,38 @@ def last_line(log: Path) -> str:
 
 
 def last_values(folder: Path) -> dict[str, float]:
-    """Read the last value of every scalar from a run's event files, of several versions from the newest that has it.
-
-    Args:
-        folder: What holds `version_0`, `version_1`, ...
-
-    Returns:
-        Values by tag.
-    """
+    """Read the last value of every scalar from a run's event files, of several versions from the newest that has it."""
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
         EventAccumulator,
     )
 
     values: dict[str, float] = {}
-    for version in versions(folder):
+    for version in _versions(folder):
         events = EventAccumulator(str(version), size_guidance={"scalars": 1}, purge_orphaned_data=False)
         events.Reload()
-        for tag in events.Tags()["scalars"]:
-            values[tag] = float(events.Scalars(tag)[-1].value)
+        values.update({tag: float(events.Scalars(tag)[-1].value) for tag in events.Tags()["scalars"]})
     return values
 
 
-def versions(folder: Path) -> list[Path]:
-    """Return a cell's version folders, the newest last."""
+def replace_text(path: Path, text: str) -> None:
+    """Write a file such that others read the old text or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield all nested values of the config with their dotted keys."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _flat(item, f"{key}.{name}".strip("."))
+    if not items:
+        yield key, str(value)
+
+
+def _versions(folder: Path) -> list[Path]:
+    """Return a run's version folders, the newest last."""
     versions = [path for path in folder.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
     return sorted(versions, key=lambda path: int(path.name.removeprefix("version_")))
 
@@ -119,13 +157,3 @@ def versions(folder: Path) -> list[Path]:
 def _die_with_parent() -> None:
     if _PRCTL:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _wait_for_end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for a process that got Ctrl-C as well; be less polite where it goes on, or where the user insists."""
-    for insist in (process.terminate, process.kill):
-        try:
-            process.wait(_PATIENCE_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            insist()
-    process.wait()

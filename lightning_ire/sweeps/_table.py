@@ -8,10 +8,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_ire.sweeps._grid import SEED, Grid, code, in_order
+from lightning_ire.sweeps._grid import SEED, Grid, in_order
+from lightning_ire.sweeps._study import code
 from lightning_ire.sweeps.paper import PAPER, PaperRow
 
-__all__ = ["Average", "Results", "averages", "best_of", "shown", "table"]
+__all__ = ["Average", "Results", "averages", "shown", "table"]
 
 Group = tuple[tuple[str, str], ...]
 """Keys and values of the runs that differ in the seed only."""
@@ -19,12 +20,7 @@ Group = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Average:
-    """The runs that differ in the seed only.
-
-    Args:
-        values: A metric of the runs there are.
-        expected: How many there will be.
-    """
+    """A metric of the runs there are of those that differ in the seed only, and how many there will be."""
 
     values: tuple[float, ...]
     expected: int
@@ -38,28 +34,18 @@ class Average:
         """Return mean, sample standard deviation, and of how many runs."""
         if not self.values:
             return "-"
-        mean = shown(metric, self.mean)
-        spread = f" ± {shown(metric, statistics.stdev(self.values))}" if len(self.values) > 1 else ""
-        missing = f" of {self.expected}" if len(self.values) < self.expected else ""
-        return f"{mean}{spread}" + (f" (n={len(self.values)}{missing})" if self.expected > 1 else "")
+        count = len(self.values)
+        spread = f" ± {shown(metric, statistics.stdev(self.values))}" if count > 1 else ""
+        missing = f" of {self.expected}" if count < self.expected else ""
+        return f"{shown(metric, self.mean)}{spread}" + (f" (n={count}{missing})" if self.expected > 1 else "")
 
 
 @dataclass(frozen=True)
 class Results:
-    """What there is of one study.
-
-    Args:
-        grid: Its cells.
-        metrics: All metrics of each complete cell, by the cell's name.
-    """
+    """A grid and all metrics of each of its trials, None where it is not done."""
 
     grid: Grid
-    metrics: Mapping[str, Mapping[str, float]]
-
-    @property
-    def missing(self) -> int:
-        """How many runs there are not."""
-        return len(self.grid.cells) - len(self.metrics)
+    metrics: Sequence[Mapping[str, float] | None]
 
 
 def shown(metric: str, value: float) -> str:
@@ -73,32 +59,14 @@ def shown(metric: str, value: float) -> str:
 
 
 def averages(results: Results, metric: str) -> dict[Group, Average]:
-    """Average a metric over the seeds.
-
-    Args:
-        results: Of one study.
-        metric: Its tag.
-
-    Returns:
-        By keys and values other than the seed's, in ascending order of the values.
-    """
+    """Average a metric over the seeds, by the other keys and values, in ascending order of the values."""
     found: dict[Group, list[float]] = {}
-    for cell in results.grid.cells:
-        values = found.setdefault(tuple(pair for pair in cell.pairs if pair[0] != SEED), [])
-        logged = results.metrics.get(cell.name, {})
-        if metric in logged:
-            values.append(logged[metric])
+    for trial, logged in zip(results.grid.trials, results.metrics, strict=True):
+        values = found.setdefault(tuple(pair for pair in trial.items() if pair[0] != SEED), [])
+        values.extend([logged[metric]] if logged and metric in logged else [])
     orders = {key: in_order(values) for key, values in results.grid.values.items()}
     ordered = sorted(found, key=lambda group: [orders[key].index(value) for key, value in group])
     return {group: Average(tuple(found[group]), len(results.grid.values.get(SEED, "1"))) for group in ordered}
-
-
-def best_of(groups: Mapping[Group, Average], mode: str) -> Group | None:
-    """Return the cell with the best mean, of those with all their seeds if there are any; None if there is no run."""
-    ran = {group: average for group, average in groups.items() if not math.isnan(average.mean)}
-    whole = {group: average for group, average in ran.items() if len(average.values) == average.expected}
-    sign = 1 if mode == "max" else -1
-    return max(whole or ran, key=lambda group: sign * ran[group].mean, default=None)
 
 
 def table(
@@ -110,42 +78,39 @@ def table(
     baseline: Results | None,
     flags: Sequence[str] = (),
 ) -> str:
-    """Return the table of one metric in Markdown.
+    """Return the table of `metric` in Markdown: a heading with the flags that all runs had, the grid, and the summary.
 
-    Args:
-        config: Name of the config, to find the paper's results.
-        metric: The tag to show.
-        chosen_by: The tag that decides which cell is the best.
-        mode: "max" or "min", for `chosen_by`.
-        results: Of the grid.
-        baseline: Of the base optimizer, if it ran too.
-        flags: Where the runs differ from the config, beside the grid; they stand above the numbers.
-
-    Returns:
-        A heading, the grid, and the summary with baseline, best cell and the paper's numbers.
+    The best cell is that with the best mean (`mode`: "max" or "min") of the metric `chosen_by`.
     """
     groups = averages(results, metric)
-    best = best_of(averages(results, chosen_by), mode)
-    both = [results, baseline] if baseline else [results]
-    runs, missing = (sum(numbers) for numbers in zip(*((len(r.grid.cells), r.missing) for r in both), strict=True))
+    runs = [logged for part in (results, baseline) if part for logged in part.metrics]
+    missing = runs.count(None)
     percent = " (%)" if "accuracy" in metric else ""
     seeds = f"mean ± sample standard deviation over {SEED}; " if SEED in results.grid.values else ""
-    heading = f"# {config}: {metric}{percent}\n\n{seeds}{runs - missing} of {runs} runs"
+    heading = f"# {config}: {metric}{percent}\n\n{seeds}{len(runs) - missing} of {len(runs)} runs"
     heading += f", {missing} missing" if missing else ""
     heading += f"; all with `{shlex.join(flags)}`" if flags else ""
+    best = _best_of(averages(results, chosen_by), mode)
     parts = [heading, _grid_lines(results.grid, groups, metric), _summary(config, metric, groups, best, baseline)]
     ran = sum(1 for average in groups.values() if average.values)
     selection = f"Best cell: the best mean {chosen_by} of {ran} cells"
-    if config in PAPER and any(metric in row.percent and not row.cell for row in PAPER[config].rows):
+    if config in PAPER and any(metric in row.percent and not row.trial for row in PAPER[config].rows):
         selection += "; the paper's number is the best of its grid as well"
     return "\n\n".join([*parts, selection + "."]) + "\n"
+
+
+def _best_of(groups: Mapping[Group, Average], mode: str) -> Group | None:
+    """Return the cell with the best mean, of those with all their seeds if there are any; None if there is no run."""
+    ran = {group: average for group, average in groups.items() if not math.isnan(average.mean)}
+    whole = {group: average for group, average in ran.items() if len(average.values) == average.expected}
+    sign = 1 if mode == "max" else -1
+    return max(whole or ran, key=lambda group: sign * ran[group].mean, default=None)
 
 
 def _grid_lines(grid: Grid, groups: Mapping[Group, Average], metric: str) -> str:
     texts = {group: average.text(metric) for group, average in groups.items()}
     if len(grid.keys) != 2:
-        rows = [[*(value for _, value in group), text] for group, text in texts.items()]
-        return _markdown([[*grid.keys, metric], *rows])
+        return _markdown([[*grid.keys, metric], *([*dict(group).values(), text] for group, text in texts.items())])
     first, second = grid.keys
     heads = in_order(grid.values[second])
     rows = [[row, *(texts[(first, row), (second, column)] for column in heads)] for row in in_order(grid.values[first])]
@@ -157,28 +122,23 @@ def _summary(
 ) -> str:
     """Return the baseline, the best cell and, where the paper has numbers, those beside ours."""
     paper = PAPER.get(config)
-    base = paper.baseline if paper else None
+    base, theirs = (paper.baseline, paper.rows) if paper else (None, ())
     rows = [
         [f"baseline ({_spelt(group)})", average.text(metric), _quoted(base, metric)]
         for group, average in (averages(baseline, metric) if baseline else {}).items()
     ]
     if not baseline and _quoted(base, metric):
         rows.append(["baseline", "-", _quoted(base, metric)])
-    best_there = next((row for row in paper.rows if not row.cell), None) if paper else None
     label, text = (f"best cell ({_spelt(best)})", groups[best].text(metric)) if best is not None else ("best cell", "-")
-    rows.append([label, text, _quoted(best_there, metric)])
-    rows += [
-        _same_cell(row, metric, groups) for row in (paper.rows if paper else ()) if row.cell and metric in row.percent
-    ]
+    rows.append([label, text, _quoted(next((row for row in theirs if not row.trial), None), metric)])
+    ours = {frozenset((key, code(value)) for key, value in group): average for group, average in groups.items()}
+    for row in theirs:
+        if row.trial and metric in row.percent:
+            label = ", ".join(f"{key} {value:g}" for key, value in row.trial.items())
+            same = ours.get(frozenset(row.trial.items()), Average((), 1))
+            rows.append([f"the paper's cell ({label})", same.text(metric), _quoted(row, metric)])
     head = ["", "here", *([f"paper, {paper.table}"] if paper and any(row[2] for row in rows) else [])]
     return _markdown([head, *(row[: len(head)] for row in rows)])
-
-
-def _same_cell(row: PaperRow, metric: str, groups: Mapping[Group, Average]) -> list[str]:
-    """Return our result for a cell for which the paper has one."""
-    same = [average for group, average in groups.items() if {key: code(value) for key, value in group} == row.cell]
-    label = ", ".join(f"{key} {value:g}" for key, value in row.cell.items())
-    return [f"the paper's cell ({label})", same[0].text(metric) if same else "-", _quoted(row, metric)]
 
 
 def _spelt(group: Group) -> str:
@@ -186,9 +146,7 @@ def _spelt(group: Group) -> str:
 
 
 def _quoted(row: PaperRow | None, metric: str) -> str:
-    if row is None or metric not in row.percent:
-        return ""
-    return f"{row.method} {row.percent[metric]:.2f}"
+    return f"{row.method} {row.percent[metric]:.2f}" if row and metric in row.percent else ""
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from sweep_stub import CONFIG, StubRuns, flags_of, leave_checkpoint, sweep
 
-from lightning_ire.sweeps import _record, _runs
-from lightning_ire.sweeps._ledger import Ledger
+from lightning_ire.sweeps import Study, _runs
 
 ONE = "--grid ire.kappa 1"
 CELLS = [f"ire.kappa={kappa},ire.gamma={gamma}" for kappa in (1, 2) for gamma in (0.8, 0.9)]
@@ -99,13 +98,13 @@ def test_a_run_continues_from_the_newest_checkpoint(runs, capsys):
     ],
 )
 def test_a_new_study_adopts_no_run_with_other_settings(flags, config, version, difference, runs, capsys, monkeypatch):
-    monkeypatch.setattr(_record, "__version__", "1")
+    monkeypatch.setattr(_runs, "__version__", "1")
     assert sweep(f"{ONE} -- --a 1 --b 1") == 0
     made_with = Path("sweeps/c/ire.kappa=1/made_with.json")
     if version is None:
         made_with.unlink()
     else:
-        monkeypatch.setattr(_record, "__version__", version)
+        monkeypatch.setattr(_runs, "__version__", version)
     before = {path: path.read_bytes() for path in Path("sweeps").rglob("*") if path.is_file()}
     capsys.readouterr()
     assert sweep(f"--grid ire.kappa 2 1 --storage sqlite:///new/new.db -- {flags}", config=config) == 2
@@ -296,15 +295,13 @@ def test_a_diverged_run_is_complete_and_not_the_best(runs, capsys, monkeypatch):
 
 
 def test_ctrl_c_between_two_runs(runs, capsys, monkeypatch):
-    to_do = Ledger.to_do
-    asked = []
+    to_do = Study.to_do
 
-    def interrupted(ledger):
-        asked.append(ledger)
-        if len(asked) == 2:
+    def interrupted(study):
+        if runs.commands:
             raise KeyboardInterrupt
-        return to_do(ledger)
+        return to_do(study)
 
-    monkeypatch.setattr(Ledger, "to_do", interrupted)
+    monkeypatch.setattr(Study, "to_do", interrupted)
     assert sweep("--grid ire.kappa 1 2") == 130
     assert capsys.readouterr().err == "stopped; the same command goes on from there\n"

@@ -1,4 +1,4 @@
-"""Cells, their names, and every line that the command says about a wrong command line."""
+"""Trials, their names, and every line that the command says about a wrong command line."""
 
 import hashlib
 
@@ -6,9 +6,10 @@ import pytest
 from sweep_stub import CONFIG, sweep
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire.sweeps import _database, main
-from lightning_ire.sweeps._grid import Cell, Grid, code
+from lightning_ire.sweeps import Study, _study, main
+from lightning_ire.sweeps._grid import Grid, Trial
 from lightning_ire.sweeps._options import read_options
+from lightning_ire.sweeps._study import code
 
 
 @pytest.fixture(autouse=True)
@@ -16,14 +17,14 @@ def _own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_cells_are_all_combinations_with_values_as_typed():
+def test_trials_are_all_combinations_with_values_as_typed():
     grid = Grid({"model.lr": ("5e-4", "0.10"), "seed_everything": ("0", "1")})
-    assert [cell.flags for cell in grid.cells] == [
+    assert [trial.command for trial in grid.trials] == [
         ["--model.lr", lr, "--seed_everything", seed] for lr in ("5e-4", "0.10") for seed in ("0", "1")
     ]
-    assert grid.cells[0].name == "model.lr=5e-4,seed_everything=0"
+    assert grid.trials[0].name == "model.lr=5e-4,seed_everything=0"
     assert grid.keys == ["model.lr"]
-    assert Grid({"a": ("-1e-3", "x")}).cells[0].flags == ["--a=-1e-3"]  # as two words the value would be a flag
+    assert Grid({"a": ("-1e-3", "x")}).trials[0].command == ["--a=-1e-3"]  # as two words the value would be a flag
 
 
 def test_negative_numbers_are_values(tmp_path):
@@ -34,22 +35,24 @@ def test_negative_numbers_are_values(tmp_path):
     assert given.baseline
 
 
-def test_the_database_knows_numbers_by_size_and_texts_by_themselves():
+def test_the_study_knows_numbers_by_size_and_texts_by_themselves(tmp_path):
     assert code("0.90") == code("9e-1") == 0.9
     assert code("SAM") == int(hashlib.sha256(b"SAM").hexdigest()[:12], 16) != code("sam")
-    assert Grid({"a": ("0.9",)}).find({"a": 0.9}) == Cell((("a", "0.9"),))
-    assert Grid({"a": ("0.9",)}).find({"a": 0.9, "b": 1.0}) is None
+    with Study(tmp_path, [{"a": "0.9"}]).claim() as attempt:
+        attempt.complete(1.0)
+    assert Study(tmp_path, [{"a": 0.90}]).to_do() == []
+    assert Study(tmp_path, [{"a": "0.9", "b": 1.0}]).to_do() == [{"a": "0.9", "b": 1.0}]
 
 
 def test_names_fit_every_file_system_and_differ():
-    names = [Cell((("data.path", value),)).name for value in ("/a b", "/a/b", "x" * 300, "x" * 301, "[1, 2]")]
+    names = [Trial({"data.path": value}).name for value in ("/a b", "/a/b", "x" * 300, "x" * 301, "[1, 2]")]
     assert len(set(names)) == 5
     assert all(len(name) < 140 and not set(name) & set(' /\\:*?"<>|[]') for name in names)
 
 
 def test_baseline_keeps_the_keys_that_are_not_of_ire():
     grid = Grid({"ire.kappa": ("1", "2"), "ire.gamma": ("0.9",), "seed_everything": ("0", "1")}).baseline()
-    assert [cell.name for cell in grid.cells] == [f"baseline,ire.kappa=0,seed_everything={seed}" for seed in "01"]
+    assert [trial.name for trial in grid.trials] == [f"baseline,ire.kappa=0,seed_everything={seed}" for seed in "01"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_baseline_keeps_the_keys_that_are_not_of_ire():
     ],
 )
 def test_wrong_command_line_is_one_line(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr(_database.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(_study.time, "sleep", lambda seconds: None)
     assert sweep(arguments) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
 
@@ -153,7 +156,7 @@ def test_missing_optuna_is_one_line(capsys, monkeypatch):
     assert sweep("--grid a 1", config=CONFIG) == 2
     assert capsys.readouterr().err == "error: A sweep needs optuna: pip install 'lightning-ire[sweep]'\n"
     with pytest.raises(ConfigurationError, match=r"lightning-ire\[sweep\]"):
-        _database.optuna()
+        _study.optuna()
 
 
 def test_help_has_an_example(capsys):

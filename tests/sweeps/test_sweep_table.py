@@ -15,10 +15,8 @@ TOP1 = "test/accuracy"
 
 
 def results(values: dict, *metrics: float | None, tag: str = "test/accuracy", prefix: str = "") -> Results:
-    """Results of the cells in the order of the grid; None: not there."""
-    grid = Grid(values, prefix)
-    pairs = zip(grid.cells, metrics, strict=True)
-    return Results(grid, {cell.name: {tag: value} for cell, value in pairs if value is not None})
+    """Results of the trials in the order of the grid; None: not there."""
+    return Results(Grid(values, prefix), [None if value is None else {tag: value} for value in metrics])
 
 
 def test_two_keys_with_seeds_a_baseline_and_the_paper():
@@ -148,7 +146,7 @@ def test_every_paper_result_has_its_config_in_the_house_pattern():
     ],
 )
 def test_heat_map_of_two_numbers(values, drawn, tmp_path):
-    ours = results(values, *(0.9 + 0.01 * i for i in range(len(Grid(values).cells))))
+    ours = results(values, *(0.9 + 0.01 * i for i in range(len(Grid(values).trials))))
     assert save_heat_map(tmp_path / "new" / "a.png", "digits", "test/accuracy", ours) is drawn
     assert (tmp_path / "new" / "a.png").is_file() is drawn
 
