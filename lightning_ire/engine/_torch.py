@@ -113,7 +113,7 @@ def uncounted_changes(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-def change_marks(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+def change_marks(tensors: Iterable[Tensor]) -> list[int]:
     """Marks that differ as soon as somebody changes a tensor in place, or gives it other data.
 
     Private: torch has no public counter of in-place changes. What is written through `tensor.data` is not counted.
@@ -121,7 +121,8 @@ def change_marks(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     Args:
         tensors: The tensors.
     """
-    return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
+    # one number for both: pairs would keep Python's garbage collector busy
+    return [(0 if tensor.is_inference() else tensor._version) << 64 | tensor.data_ptr() for tensor in tensors]
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:
