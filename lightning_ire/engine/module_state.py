@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -33,8 +32,10 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
     found = [module]
     known = {module}
     for one in found:  # which grows
-        hidden = (inner for _, value in _attributes(one) for inner in _modules_in(value, DEPTH))
-        for part in chain(registered(one)[2].values(), hidden):
+        parts = [*registered(one)[2].values()]
+        for _, value in _attributes(one):
+            parts += _modules_in(value, DEPTH)
+        for part in parts:
             if part is not None and part not in known:
                 known.add(part)
                 found.append(part)
@@ -234,11 +235,9 @@ def is_metric(module: nn.Module) -> bool:
     return torchmetrics is not None and isinstance(module, torchmetrics.Metric)
 
 
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
     """The user's own attributes that are not scalars."""
-    for key, value in vars(module).items():
-        if type(value) not in SCALARS and key not in _OF_TORCH:
-            yield key, value
+    return [one for one in vars(module).items() if one[0] not in _OF_TORCH and type(one[1]) not in SCALARS]
 
 
 def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:

@@ -13,6 +13,8 @@ from lightning_ire.functional._foreach import add_, copied, copy_, masked_, norm
 
 __all__ = ["ascent_in_ball", "average_sam_displacement", "global_norm", "perturbed", "sam_displacement"]
 
+_WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
 
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -33,7 +35,9 @@ def global_norm(tensors: Sequence[Tensor | None]) -> Tensor:
         return torch.zeros(())
     found = norms(dense)
     widest = torch.float64 if any(norm.dtype == torch.float64 for norm in found) else torch.float32
-    return torch.linalg.vector_norm(torch.stack([norm.to(found[0].device, widest) for norm in found]))
+    if any(norm.device != found[0].device or norm.dtype != widest for norm in found):
+        found = [norm.to(found[0].device, widest) for norm in found]
+    return torch.linalg.vector_norm(torch.stack(found))
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def sam_displacement(
     present = [index for index, gradient in enumerate(gradients) if gradient is not None]
     adapting = [adaptive] * len(parameters) if isinstance(adaptive, bool) else adaptive
     scaled = [
-        _times_size(weight, gradient.to_dense().to(_accumulation_dtype(gradient.dtype)), adapts, eta)
+        _times_size(weight, _wide(gradient.to_dense()), adapts, eta)
         for weight, gradient, adapts in zip(parameters, gradients, adapting, strict=True)
         if gradient is not None
     ]
@@ -85,11 +89,11 @@ def sam_displacement(
     for (radius, device), places in alike.items():
         factor = radius / norm.to(device)
         usable = torch.isfinite(norm).to(device) & torch.isfinite(factor)  # the second not for a norm near 0
-        for place in places:
+        for place in places if adaptive else ():
             scaled[place] = _times_size(parameters[present[place]], scaled[place], adapting[present[place]], eta)
         found = _zero_unless(usable, products([scaled[place] for place in places], factor))
         for place, move in zip(places, found, strict=True):
-            moves[present[place]] = move.to(parameters[present[place]].dtype)
+            moves[present[place]] = _of_dtype(move, parameters[present[place]].dtype)
     return moves, norm
 
 
@@ -165,7 +169,7 @@ def ascent_in_ball(
         if gradient is None:
             longer.append(move)
             continue
-        ahead = gradient.to_dense().to(_accumulation_dtype(gradient.dtype)) * step
+        ahead = _wide(gradient.to_dense()) * step
         longer.append(ahead if move is None else ahead + move)
     together = global_norm(longer) if scope == "global" else None
     moves: list[Tensor | None] = []
@@ -176,7 +180,7 @@ def ascent_in_ball(
         length = (global_norm([move]) if together is None else together).to(move.device)
         shortened = torch.where(length > radius, move * (radius / length), move)
         usable = torch.isfinite(norm.to(move.device)) & torch.isfinite(length)
-        moves.append(_zero_unless(usable, [shortened])[0].to(weight.dtype))
+        moves.append(_of_dtype(_zero_unless(usable, [shortened])[0], weight.dtype))
     return moves, norm
 
 
@@ -244,3 +248,11 @@ def _times_size(weight: Tensor, gradient: Tensor, adaptive: bool, eta: float) ->
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half types, whose squares overflow or lose all digits; else the type itself."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in _WIDE else _of_dtype(tensor, _accumulation_dtype(tensor.dtype))
+
+
+def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # asked before, as `to` takes long to do nothing
