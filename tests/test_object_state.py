@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_an_entry_that_moves_to_the_next_dictionary_is_found() -> None:
 class Data:
     """Holds data of each kind, and says what it holds."""
 
-    made = [0]
+    made: ClassVar[list[int]] = [0]
 
     def __init__(self) -> None:
         self.counts = collections.Counter(a=2)

@@ -65,7 +65,8 @@ def groups_of(tensors: Sequence[Tensor], keys: Iterable[Hashable] | None = None)
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """One vector of all elements; a copy, unless it is a single tensor without gaps."""
-    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
+    flat = [tensor if tensor.dim() == 1 else tensor.flatten() for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def parts_of(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
