@@ -2,6 +2,7 @@
 
     python benchmarks/step_cost.py            # everything: 20 to 60 minutes on one CPU core
     python benchmarks/step_cost.py --only Transformer --rounds 6
+    python benchmarks/step_cost.py --against ../other    # and with the lightning_ire of another checkout, in one run
 
 Every variant is a run of Lightning's Trainer of its own. The runs take turns, one step each in a new order every
 round, so that a slow moment of the machine hits all of them; a step is what lies between two batches that Lightning
@@ -14,6 +15,7 @@ one and one of the other. Floors: see `floors`.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -34,32 +36,56 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from workloads import WORKLOADS, Task, Workload, clock, machine, seconds_of
 
-from lightning_ire import IRE, SAM, AverageSAM, SampledFisher, SecondMoment
+import lightning_ire
 
 # one thread of torch in each run, and one heap for all: the pages of a thread's own heap are mapped anew each time
 SETTINGS = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
 WARM_UP = 2
 INTERVAL = 10
 PLAIN = "without the callback"
+OTHER = " of the other checkout"
 
 
-class EveryOther(IRE):
-    """Makes the mask at every other step."""
+def variants(package: Any) -> dict[str, Callable[[], list[Callback]]]:
+    """The callbacks of each run, made of the classes of one checkout of `lightning_ire`."""
+    IRE, SAM, AverageSAM = package.IRE, package.SAM, package.AverageSAM
+    SampledFisher, SecondMoment = package.SampledFisher, package.SecondMoment
 
-    def should_refresh(self, step: int, started_at: int) -> bool:
-        return step % 2 == 0
+    class EveryOther(IRE):
+        """Makes the mask at every other step."""
+
+        def should_refresh(self, step: int, started_at: int) -> bool:
+            return step % 2 == 0
+
+    return {
+        PLAIN: lambda: [],
+        "off": lambda: [IRE(kappa=0)],
+        "IRE": lambda: [EveryOther(gamma=0.8)],
+        "IRE, fraction=0.25": lambda: [EveryOther(gamma=0.8, curvature=SampledFisher(fraction=0.25))],
+        "IRE, SecondMoment": lambda: [EveryOther(gamma=0.8, curvature=SecondMoment())],
+        "SAM": lambda: [IRE(kappa=0, perturbation=SAM(0.05))],
+        "SAM-IRE": lambda: [EveryOther(gamma=0.8, perturbation=SAM(0.05))],
+        "AverageSAM-IRE": lambda: [EveryOther(gamma=0.8, perturbation=AverageSAM(0.05))],
+    }
 
 
-VARIANTS: dict[str, Callable[[], list[Callback]]] = {
-    PLAIN: lambda: [],
-    "off": lambda: [IRE(kappa=0)],
-    "IRE": lambda: [EveryOther(gamma=0.8)],
-    "IRE, fraction=0.25": lambda: [EveryOther(gamma=0.8, curvature=SampledFisher(fraction=0.25))],
-    "IRE, SecondMoment": lambda: [EveryOther(gamma=0.8, curvature=SecondMoment())],
-    "SAM": lambda: [IRE(kappa=0, perturbation=SAM(0.05))],
-    "SAM-IRE": lambda: [EveryOther(gamma=0.8, perturbation=SAM(0.05))],
-    "AverageSAM-IRE": lambda: [EveryOther(gamma=0.8, perturbation=AverageSAM(0.05))],
-}
+def variants_of_checkout(folder: Path) -> dict[str, Callable[[], list[Callback]]]:
+    """The same with the `lightning_ire` in a folder, beside the one that is imported already."""
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "lightning_ire"}
+    for name in before:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        package = importlib.import_module("lightning_ire")
+        if folder.resolve() not in Path(str(package.__file__)).parents:
+            raise SystemExit(f"expected --against to be a checkout with a folder lightning_ire, got {folder}")
+        return variants(package)
+    finally:
+        sys.path.pop(0)
+        sys.modules.update(before)
+
+
+VARIANTS = variants(lightning_ire)
 
 
 class Passes(Callback):
@@ -143,10 +169,17 @@ def times(name: str, rounds: int, options: Any) -> tuple[dict[str, list[float]],
     """Seconds of each step of each variant, and the backward pass's share of a plain step."""
     steps = WARM_UP + rounds
     passes = Passes(options.device)
-    runs = {
-        variant: Run(WORKLOADS[name], make() + ([passes] if variant == PLAIN else []), steps, options.device, options)
+    chosen = {
+        variant: make
         for variant, make in VARIANTS.items()
         if variant == PLAIN or not options.variants or variant in options.variants
+    }
+    if options.against:
+        others = variants_of_checkout(options.against)
+        chosen |= {variant + OTHER: others[variant] for variant in chosen if variant != PLAIN}
+    runs = {
+        variant: Run(WORKLOADS[name], make() + ([passes] if variant == PLAIN else []), steps, options.device, options)
+        for variant, make in chosen.items()
     }
     for run in runs.values():
         run.start()
@@ -263,11 +296,16 @@ def measure(name: str, options: Any) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in WORKLOADS[name].net().parameters())
     step = median(seconds[PLAIN])
     least = floors(backward, parameters / bandwidth(options.device) / step)
+    other = {variant.removesuffix(OTHER): each for variant, each in seconds.items() if variant.endswith(OTHER)}
+    seconds = {variant: each for variant, each in seconds.items() if not variant.endswith(OTHER)}
+    for row, ratios in rows({PLAIN: seconds[PLAIN], **other}).items():
+        low, middle, high = quantiles(ratios, n=4)
+        print(f"  {row + OTHER:50} {middle:6.3f}  ({low:.3f} to {high:.3f})")
     table = {}
     for row, ratios in rows(seconds).items():
         low, _, high = quantiles(ratios, n=4)
         table[row] = {"ratio": median(ratios), "low": low, "high": high, "floor": least[row]}
-        print(f"  {row:28} {median(ratios):6.3f}  ({low:.3f} to {high:.3f})   floor {least[row]:.3f}")
+        print(f"  {row:50} {median(ratios):6.3f}  ({low:.3f} to {high:.3f})   floor {least[row]:.3f}")
     result = {"parameters": parameters, "seconds": step, "backward": backward, "rows": table}
     if not options.no_memory:
         result["memory"] = memory(name, options)
@@ -286,6 +324,7 @@ def main() -> None:
     parser.add_argument("--tf32", action="store_true", help="float32 products in TF32, on a GPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--against", type=Path, help="a checkout to run beside this one; printed only")
     parser.add_argument("--output", type=Path, help="JSON file to write or to add to; without, none is")
     options = parser.parse_args()
     if options.rounds < 4 or options.rounds % 2:

@@ -48,6 +48,7 @@ from lightning_ire import (
     tags,
 )
 from lightning_ire._checks import ConfigurationError
+from lightning_ire.engine._torch import change_marks
 from lightning_ire.functional import sampled_losses
 from lightning_ire.models import Llama
 
@@ -375,9 +376,12 @@ def contract(folder: Path) -> dict[str, bool]:
         part = shards[0].to_local()
         part += 1
         found["a local part shares memory"] = bool((shards[0].to_local() == part).all())
-        before = shards[0]._version
+        marks = change_marks(shards[:1])
         part -= 1
-        found["its changes are counted"] = shards[0]._version > before
+        found["changes of a local part are counted"] = change_marks(shards[:1]) != marks
+        marks = change_marks(shards[:1])
+        shards[0].add_(0)
+        found["changes of a DTensor are counted"] = change_marks(shards[:1]) != marks
         loss_of()
     last = [p for p in model.parameters() if not isinstance(p, DTensor)]
     found["a pass without gradients leaves the root gathered"] = len(last) == 2

@@ -1,10 +1,12 @@
 """The published numbers are those of the committed JSON, and what was asked for was measured."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import report
+import step_cost
 
 BLOCKS = [(path, name, text) for path, contents in report.blocks().items() for name, text in contents.items()]
 WORKLOADS = {"ResNet-18", "WRN-16-4", "Transformer, 2 layers", "Transformer, 6 layers"}
@@ -47,3 +49,13 @@ def test_a_row_says_ratio_quartiles_and_floor() -> None:
         "| --- | --- |",
         "| SAM | **1.080** (1.05 to 1.16), 1.071 |",
     ]
+
+
+def test_another_checkout_is_run_beside_this_one() -> None:
+    ours = {name: module for name, module in sys.modules.items() if name.startswith("lightning_ire")}
+    others = step_cost.variants_of_checkout(Path(report.__file__).parents[1])
+    assert others.keys() == step_cost.VARIANTS.keys()
+    (here,), (there,) = step_cost.VARIANTS["SAM"](), others["SAM"]()
+    assert type(here).__module__ == type(there).__module__
+    assert type(here) is not type(there)
+    assert ours.items() <= sys.modules.items()

@@ -36,8 +36,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor, tags
-from lightning_ire.callbacks._kept import kept
 from lightning_ire.engine._torch import differentiable_once
+from lightning_ire.engine.object_state import kept
 from lightning_ire.sharpness import landscape
 from lightning_ire.sharpness.quantities import QUANTITIES
 

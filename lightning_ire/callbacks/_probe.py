@@ -26,8 +26,8 @@ from torch.utils.data import (
 )
 
 from lightning_ire._lightning import moved_batch
-from lightning_ire.callbacks._kept import kept
 from lightning_ire.engine.no_trace import devices_of
+from lightning_ire.engine.object_state import kept
 from lightning_ire.functional import seeded
 
 __all__ = ["Probe", "probe_loader"]
@@ -109,7 +109,7 @@ class Probe:
             generator=torch.Generator().manual_seed(seed + trainer.global_rank),
         )
         own = seeded(seed + trainer.global_rank, devices_of(trainer.lightning_module))
-        with kept(loader.dataset, loader.collate_fn), own:
+        with kept(loader.dataset, loader.collate_fn, leave=(pl.Trainer,)), own:
             return cls(list(reader), moved=False)
 
     @classmethod
@@ -121,7 +121,7 @@ class Probe:
             num_batches: How many.
         """
         combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "min_size")
-        with kept(loader):
+        with kept(loader, leave=(pl.Trainer,)):
             return cls([batch for batch, _, _ in itertools.islice(combined, num_batches)], moved=False)
 
     def record(self, batch: Any) -> None:

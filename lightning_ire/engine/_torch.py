@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_ire.functional import local
+
 __all__ = [
     "change_marks",
     "differentiable_once",
@@ -113,7 +115,7 @@ def uncounted_changes(tensors: Iterable[Tensor]) -> Iterator[None]:
         yield
 
 
-def change_marks(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+def change_marks(tensors: Iterable[Tensor]) -> list[int]:
     """Marks that differ as soon as somebody changes a tensor in place, or gives it other data.
 
     Private: torch has no public counter of in-place changes. What is written through `tensor.data` is not counted.
@@ -121,7 +123,16 @@ def change_marks(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
     Args:
         tensors: The tensors.
     """
-    return [(0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for tensor in tensors]
+    # one number for both: pairs would keep Python's garbage collector busy
+    return [_version(tensor) << 64 | local(tensor).data_ptr() for tensor in tensors]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; torch counts changes of a DTensor and of its local part apart."""
+    if tensor.is_inference():
+        return 0
+    part = local(tensor)
+    return tensor._version if part is tensor else tensor._version + part._version
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -155,7 +166,7 @@ def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor | No
     Args:
         parameters: The parameters.
     """
-    return [(p.grad, -1 if p.grad is None else p.grad._version) for p in parameters]
+    return [(p.grad, -1 if p.grad is None else _version(p.grad)) for p in parameters]
 
 
 def graph_number(tensor: Tensor | None = None) -> int:

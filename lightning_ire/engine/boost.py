@@ -14,6 +14,7 @@ from lightning_ire.engine.optimizers import decay_factors, learning_rates, named
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.state import Progress
 from lightning_ire.functional import boost_, copied, global_norm, local
+from lightning_ire.functional._foreach import groups_of, joined
 from lightning_ire.functional._shards import Shards
 from lightning_ire.schedule import scheduled_kappas
 
@@ -67,7 +68,7 @@ class WeightSnapshot:
                 if (mask is None and not everything) or not parameter.requires_grad:
                     continue
                 copy = copies.get(id(parameter))
-                weight = local(parameter).detach()
+                weight = local(parameter)
                 for part, before, flat in _blocks(weight, weight if copy is None else copy, mask):
                     if copy is None:
                         to_copy.append(len(self.old))
@@ -88,6 +89,7 @@ def _blocks(weight: Tensor, old: Tensor, mask: Tensor | None) -> Iterable[tuple[
     if not all(one is None or one.is_contiguous() for one in (weight, old, mask)):
         return ((weight, old, mask),)
     masks = [None] * -(-weight.numel() // _BLOCK) if mask is None else mask.view(-1).split(_BLOCK)
+    weight, old = weight.detach(), old.detach()
     return zip(weight.view(-1).split(_BLOCK), old.view(-1).split(_BLOCK), masks, strict=True)
 
 
@@ -135,41 +137,27 @@ def boost(
         optimizer.project()  # type: ignore[attr-defined]
     logs: dict[str, Tensor | float] = {tags.KAPPA: max(kappas)}
     if with_norms:
-        parts: tuple[list[Tensor], list[Tensor]] = ([], [])
-        shards = Shards(weights.wholes)
-        for some in _portions(
-            [part if own else None for part, own in zip(weights.parameters, shards.owned, strict=True)]
-        ):
-            for norms, more in zip(parts, _norms(weights, some), strict=True):
-                norms.append(more)
-        flat, sharp = (shards.norm(norms) if shards.sharded else global_norm(norms) for norms in parts)
-        logs |= {tags.STEP_NORM_FLAT: flat, tags.STEP_NORM_SHARP: sharp}
+        logs |= _norms(weights)
     return logs
 
 
-def _portions(parameters: Sequence[Tensor | None]) -> Iterable[list[int]]:
-    """Indices of a few tensors at a time, so that the steps of few are in memory; ``None`` is left out."""
-    portion: list[int] = []
-    size = 0
-    for index, parameter in enumerate(parameters):
-        if parameter is None:
-            continue
-        if portion and size + parameter.numel() > _BLOCK:
-            yield portion
-            portion, size = [], 0
-        portion.append(index)
-        size += parameter.numel()
-    if portion:
-        yield portion
-
-
-def _norms(weights: WeightSnapshot, some: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Norms of the step along the flat coordinates and along the others."""
-    steps = [weights.parameters[index].detach() - weights.old[index] for index in some]
-    masks = [weights.masks[index] for index in some]
-    flat = [None if mask is None else step * mask for step, mask in zip(steps, masks, strict=True)]
-    sharp = [step if boosted is None else step.sub_(boosted) for step, boosted in zip(steps, flat, strict=True)]
-    return global_norm(flat), global_norm(sharp)
+def _norms(weights: WeightSnapshot) -> dict[str, Tensor | float]:
+    """Norms of the step along the flat coordinates and along the others, of a few weights at a time."""
+    flat, sharp = [], []
+    shards = Shards(weights.wholes)
+    own = [index for index, owned in enumerate(shards.owned) if owned]
+    for group in groups_of([weights.parameters[i] for i in own], [weights.masks[i] is None for i in own]):
+        members = [own[place] for place in group]
+        step = joined([weights.parameters[index] for index in members])
+        step = step - joined([weights.old[index] for index in members])
+        masks = [mask for index in members if (mask := weights.masks[index]) is not None]
+        if masks:
+            boosted = step * joined(masks)
+            flat.append(global_norm([boosted]))
+            step.sub_(boosted)
+        sharp.append(global_norm([step]))
+    norm = shards.norm if shards.sharded else global_norm
+    return {tags.STEP_NORM_FLAT: norm(flat), tags.STEP_NORM_SHARP: norm(sharp)}
 
 
 def kappas_of_groups(optimizer: Optimizer, kappa: float, peak_lrs: Sequence[float] | None) -> list[float]:

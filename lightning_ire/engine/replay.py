@@ -170,7 +170,7 @@ class ExtraPasses:
             Nothing.
         """
         ours = {id(parameter) for parameter in self._parameters}
-        others = [(p, p.grad) for p in self._module.parameters() if id(p) not in ours]
+        others = [(p, p.grad) for p in self._weights if id(p) not in ours]
         before = self._gradients_before
         if final:
             self._gradients_before = {}

@@ -67,13 +67,14 @@ def groups_of(tensors: Sequence[Tensor], keys: Iterable[Hashable] | None = None)
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
     """One vector of all elements; a copy, unless it is a single tensor without gaps."""
-    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
+    flat = [tensor if tensor.dim() == 1 else tensor.flatten() for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def parts_of(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of a vector with the shapes of the tensors that it was joined from."""
     pieces = vector.split([tensor.numel() for tensor in like])
-    return [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
+    return [piece if tensor.dim() == 1 else piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
 
 
 @torch.no_grad()
@@ -183,6 +184,8 @@ def masked_(tensors: list[Tensor], mask: Tensor | list[Tensor]) -> None:
 
 def _alike(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
     """Indices of the tensors of each device and dtype: a GPU takes lists of one kind in few kernels."""
+    if len({tensor.device for tensor in tensors}) == len({tensor.dtype for tensor in tensors}) == 1:
+        return [[*range(len(tensors))]]
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         kinds.setdefault((tensor.device, tensor.dtype), []).append(index)

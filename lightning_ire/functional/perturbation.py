@@ -14,6 +14,8 @@ from lightning_ire.functional._shards import Shards, is_sharded, local, part_of_
 
 __all__ = ["ascent_in_ball", "average_sam_displacement", "global_norm", "perturbed", "sam_displacement"]
 
+_WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
 
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor | None], *, like: Sequence[Tensor] | None = None) -> Tensor:
@@ -44,7 +46,9 @@ def global_norm(tensors: Sequence[Tensor | None], *, like: Sequence[Tensor] | No
 
 def _norm_of_norms(found: Sequence[Tensor]) -> Tensor:
     widest = _widest(found)
-    return torch.linalg.vector_norm(torch.stack([norm.to(found[0].device, widest) for norm in found]))
+    if any(norm.device != found[0].device or norm.dtype != widest for norm in found):
+        found = [norm.to(found[0].device, widest) for norm in found]
+    return torch.linalg.vector_norm(torch.stack(list(found)))
 
 
 def _widest(found: Sequence[Tensor]) -> torch.dtype:
@@ -90,8 +94,7 @@ def sam_displacement(
     scaled: dict[int, Tensor] = {}
     for index, (parameter, gradient, adapts) in enumerate(zip(parameters, gradients, adapting, strict=True)):
         if gradient is not None:
-            dense = local(gradient, parameter).to_dense().to(_accumulation_dtype(gradient.dtype))
-            scaled[index] = _times_size(weights[index], dense, adapts, eta)
+            scaled[index] = _times_size(weights[index], _wide(local(gradient, parameter).to_dense()), adapts, eta)
     norm = global_norm([scaled.get(index) for index in range(len(weights))], like=parameters)
     radii = _each(rho, parameters)
     alike: dict[tuple[float, torch.device], list[int]] = {}  # usually one
@@ -101,11 +104,11 @@ def sam_displacement(
     for (radius, device), members in alike.items():
         factor = radius / norm.to(device)
         usable = torch.isfinite(norm).to(device) & torch.isfinite(factor)  # the second not for a norm near 0
-        for index in members:
+        for index in members if adaptive else ():
             scaled[index] = _times_size(weights[index], scaled[index], adapting[index], eta)
         found = _zero_unless(usable, products([scaled[index] for index in members], factor))
         for index, move in zip(members, found, strict=True):
-            moves[index] = move.to(weights[index].dtype)
+            moves[index] = _of_dtype(move, weights[index].dtype)
     return moves, norm
 
 
@@ -190,7 +193,7 @@ def ascent_in_ball(
         if gradient is None:
             longer.append(move)
             continue
-        ahead = gradient.to_dense().to(_accumulation_dtype(gradient.dtype)) * step
+        ahead = _wide(gradient.to_dense()) * step
         longer.append(ahead if move is None else ahead + move)
     together = global_norm(longer, like=parameters) if scope == "global" else None
     moves: list[Tensor | None] = []
@@ -201,7 +204,7 @@ def ascent_in_ball(
         length = (global_norm([move], like=[weight]) if together is None else together).to(move.device)
         shortened = torch.where(length > radius, move * (radius / length), move)
         usable = torch.isfinite(norm.to(move.device)) & torch.isfinite(length)
-        moves.append(_zero_unless(usable, [shortened])[0].to(weight.dtype))
+        moves.append(_of_dtype(_zero_unless(usable, [shortened])[0], weight.dtype))
     return moves, norm
 
 
@@ -274,3 +277,11 @@ def _times_size(weight: Tensor, gradient: Tensor, adaptive: bool, eta: float) ->
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the half types, whose squares overflow or lose all digits; else the type itself."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in _WIDE else _of_dtype(tensor, _accumulation_dtype(tensor.dtype))
+
+
+def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # asked before, as `to` takes long to do nothing
