@@ -36,7 +36,7 @@ class IREStep:
 
     Args:
         model: The model that is trained, as the loss function calls it: an `nn.Module`, also in
-            `DistributedDataParallel`.
+            `DistributedDataParallel`, or sharded by `fully_shard` or `parallelize_module` (docs/sharded.md).
         optimizer: Its only optimizer; learning-rate schedulers step outside.
         host: How the loop goes backward and steps; default: :class:`LocalHost`.
         clip: Called with the list of the optimizer's parameters between the last backward pass and the step, for
@@ -206,7 +206,8 @@ class IREStep:
     def state_dict(self) -> dict[str, Any]:
         """Masks, counts and averages: tensors, numbers and strings only (`torch.load(weights_only=True)`).
 
-        The same as the callback saves, so that each can go on from the other's.
+        The same as the callback saves, so that each can go on from the other's. Of a sharded model the masks are
+        gathered: all ranks have to call, and rank 0 has them.
         """
         return {"version": STATE_VERSION, "optimizers": [self.progress.state_dict()]}
 

@@ -24,6 +24,9 @@ GROUP_RADIUS = "sam_rho"
 class Ascent:
     """What a perturbation may look at; everything in the order of the parameters that it moves.
 
+    Of a sharded model weights and gradients are DTensors: arithmetic element by element works on them as it is; norms
+    over all of them are :func:`lightning_ire.functional.global_norm`.
+
     Attributes:
         parameters: The weights, unmoved.
         gradients: Gradients of what the optimizer minimizes (of minus the loss in a group with `maximize`), unscaled;

@@ -56,8 +56,8 @@ class IRE(Recipe, Callback):
 
     Known limits: extra passes cannot hide numbers in Python attributes that `training_step` changes, objects of other
     kinds than data, direct calls of a logger, and in-place changes of the batch (:func:`~lightning_ire.in_extra_pass`
-    tells them). Single device and DDP; sharded strategies, LBFGS and (with a boost) complex
-    parameters are refused at fit start.
+    tells them). Single device, DDP and ModelParallelStrategy (FSDP2, tensor parallel, both; docs/sharded.md); FSDPStrategy,
+    DeepSpeed, LBFGS and (with a boost) complex parameters are refused at fit start.
 
     A module in manual optimization: the boost works around each step of what `self.optimizers()` returns, with masks
     and counts of its own for each optimizer; a perturbation needs `optimizer.step(closure)` and calls the closure
@@ -156,6 +156,8 @@ class IRE(Recipe, Callback):
 
     def flat_table(self, module: pl.LightningModule) -> str:
         """How many coordinates of each parameter are flat now (of the first optimizer), as a text of aligned lines.
+
+        Of a sharded model on all ranks, which all have to call.
 
         Args:
             module: The module that is or was trained.
@@ -393,7 +395,10 @@ class IRE(Recipe, Callback):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: tensors, numbers and strings only (`torch.load(weights_only=True)`)."""
+        """Everything a resumed run needs: tensors, numbers and strings only (`torch.load(weights_only=True)`).
+
+        Of a sharded model the masks are gathered: all ranks have to call, and rank 0 has them.
+        """
         if self.idle:
             return {}
         if self._loaded is not None:  # not yet taken up
