@@ -56,8 +56,8 @@ class IRE(Recipe, Callback):
 
     Known limits: extra passes cannot hide numbers in Python attributes that `training_step` changes, objects of other
     kinds than data, direct calls of a logger, and in-place changes of the batch (:func:`~lightning_ire.in_extra_pass`
-    tells them). Single device, DDP and ModelParallelStrategy (FSDP2, tensor parallel, both; docs/sharded.md); FSDPStrategy,
-    DeepSpeed, LBFGS and (with a boost) complex parameters are refused at fit start.
+    tells them). Single device, DDP and ModelParallelStrategy (FSDP2, tensor parallel, both; docs/sharded.md).
+    FSDPStrategy, DeepSpeed, LBFGS and (with a boost) complex parameters are refused at fit start.
 
     A module in manual optimization: the boost works around each step of what `self.optimizers()` returns, with masks
     and counts of its own for each optimizer; a perturbation needs `optimizer.step(closure)` and calls the closure

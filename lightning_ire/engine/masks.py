@@ -51,39 +51,48 @@ class FlatMasks:
         self.average: dict[str, Tensor] = {}
         self.average_weight = 0.0
         self.logs: dict[str, Tensor] = {}
-        self._parameters: dict[str, Tensor] = {}
+        self._sharded: dict[str, Tensor] = {}
         self._new = False
 
-    def refresh(self, names: Sequence[str], values: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies get no parameters."""
+        return {**vars(self), "_sharded": {}}
+
+    def refresh(
+        self,
+        names: Sequence[str],
+        values: Sequence[Tensor | None],
+        parameters: Sequence[Tensor] | None = None,
+    ) -> None:
         """Make all masks anew from finite estimates h; parameters without one (``None``) get none.
 
         Args:
             names: Parameter names.
             values: Estimates, in the same order.
-            parameters: The parameters; of sharded ones all ranks have an estimate, maybe an empty one.
+            parameters: The parameters, where some may be sharded; of these all ranks have an estimate, maybe empty.
         """
-        self._parameters = dict(zip(names, parameters, strict=True))
-        named = zip(names, values, strict=True)
-        present = {name: h for name, h in named if h is not None and self._parameters[name].numel()}
+        given = {name: h for name, h in zip(names, values, strict=True) if h is not None}
+        wholes = given if parameters is None else dict(zip(names, parameters, strict=True))
+        present = {name: h for name, h in given.items() if wholes[name].numel()}
+        self._sharded = {name: wholes[name] for name in present if is_sharded(wholes[name])}
         if self.beta:
             self.average_weight = self.beta * self.average_weight + (1 - self.beta)
             present = {name: self._averaged(name, h) for name, h in present.items()}
             self.average = present
         masks: dict[str, Tensor] = {}
-        thresholds: list[Tensor] = []
-        for group in [list(present)] if self.scope == "global" else [[name] for name in present]:
-            if not group:
-                continue
+        threshold = None
+        if present:
             made, threshold = masks_and_threshold(
-                [present[name] for name in group],
+                list(present.values()),
                 self.gamma,
+                scope=self.scope,  # type: ignore[arg-type]
                 exclude_zero=self.exclude_zero,
                 finite=True,
-                like=[self._parameters[name] for name in group],
+                like=[wholes[name] for name in present],
             )
-            thresholds.append(threshold / self.average_weight if self.beta else threshold)
-            masks |= dict(zip(group, made, strict=True))
-        self.logs = _statistics(self.masks, masks, thresholds, self._parameters)
+            masks = dict(zip(present, made, strict=True))
+            threshold = threshold / self.average_weight if self.beta else threshold
+        self.logs = {} if threshold is None else _statistics(self.masks, masks, threshold, wholes)
         self.masks = masks
         self._new = True
 
@@ -103,7 +112,7 @@ class FlatMasks:
         if not self.masks:
             return {}
         masks = list(self.masks.values())
-        shards = Shards(masks, [self._parameters.get(name, mask) for name, mask in self.masks.items()])
+        shards = Shards(masks, [self._sharded.get(name, mask) for name, mask in self.masks.items()])
         own = [
             mask.sum() if owned else mask.new_zeros((), dtype=torch.int64)
             for mask, owned in zip(masks, shards.owned, strict=True)
@@ -143,14 +152,14 @@ class FlatMasks:
         """
         state: dict[str, Any] = {
             "masks": {},
-            "shapes": {name: list(self._whole(name, mask).shape) for name, mask in self.masks.items()},
+            "shapes": {name: list(self._sharded.get(name, mask).shape) for name, mask in self.masks.items()},
             "average": {},
             "average_weight": self.average_weight,
             "logs": {tag: value.cpu() for tag, value in self.logs.items()},
         }
         first = True
         for name, mask in self.masks.items():
-            parameter = self._whole(name, mask)
+            parameter = self._sharded.get(name, mask)
             first = not is_sharded(parameter) or distributed.get_rank() == 0
             whole = whole_of_part(mask, parameter)
             average = whole_of_part(self.average[name], parameter) if name in self.average else None
@@ -158,11 +167,6 @@ class FlatMasks:
                 state["masks"][name] = pack_mask(whole)
                 state["average"] |= {} if average is None else {name: average.cpu()}
         return state if first else state | {"of_rank": distributed.get_rank()}
-
-    def _whole(self, name: str, mask: Tensor) -> Tensor:
-        """The parameter of a mask, where it is known that it is more than the mask."""
-        parameter = self._parameters.get(name, mask)
-        return parameter if is_sharded(parameter) else mask
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list[str]:
         """Put saved masks on the parameters' devices.
@@ -183,7 +187,7 @@ class FlatMasks:
                 f"rank {state['of_rank']}: save what `state_dict()` returned on rank 0 (all ranks have to call it)."
             )
         misfits = []
-        self._parameters = dict(parameters)
+        self._sharded = {name: parameter for name, parameter in parameters.items() if is_sharded(parameter)}
         packed, shapes = state.get("masks", {}), state.get("shapes", {})
         average = state.get("average", {})
         self.masks, self.average = {}, {}
@@ -211,12 +215,10 @@ def _fits(parameter: Tensor, shape: Sequence[int] | None, average: Tensor | None
 def _statistics(
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
-    thresholds: Sequence[Tensor],
+    threshold: Tensor,
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Values for the log: sums of booleans over all ranks that hold a part, no copy to the host."""
-    if not new:
-        return {}
     shards = Shards(list(new.values()), [parameters[name] for name in new])
     shared = [name for name in new if name in old and old[name].shape == new[name].shape]
     mine = dict(zip(new, shards.owned, strict=True))
@@ -233,7 +235,7 @@ def _statistics(
     flat, flat_before, flat_now, flat_either = shards.sum(torch.stack([count.to(device) for count in counts]))
     logs: dict[str, Tensor] = {
         tags.FLAT_FRACTION: flat.float() / sum(shards.sizes),
-        tags.THRESHOLD: torch.stack([threshold.to(device) for threshold in thresholds]).amax(),
+        tags.THRESHOLD: threshold.to(device),
     }
     if shared:
         size = sum(parameters[name].numel() for name in shared)

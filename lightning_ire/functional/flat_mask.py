@@ -52,20 +52,10 @@ def flat_masks(
         >>> flat_masks([torch.tensor([0.1, 5.0]), torch.tensor([0.2, 9.0])], gamma=0.5)
         [tensor([ True, False]), tensor([ True, False])]
     """
-    if scope not in ("global", "tensor"):
-        raise ValueError(f"Expected `scope` to be 'global' or 'tensor', got {scope!r}.")
     present = [index for index, value in enumerate(values) if value is not None]
     chosen: list[Tensor] = [values[index] for index in present]  # type: ignore[misc]
     wholes: list[Tensor] = chosen if like is None else [like[index] for index in present]  # type: ignore[misc]
-    if scope == "global" or not any(whole.numel() for whole in wholes):
-        found, _ = masks_and_threshold(chosen, gamma, exclude_zero=exclude_zero, like=wholes)
-    else:
-        found = []
-        for value, whole in zip(chosen, wholes, strict=True):
-            if whole.numel():
-                found += masks_and_threshold([value], gamma, exclude_zero=exclude_zero, like=[whole])[0]
-            else:
-                found.append(local(value).bool())
+    found, _ = masks_and_threshold(chosen, gamma, scope=scope, exclude_zero=exclude_zero, like=wholes)
     masks: list[Tensor | None] = [None] * len(values)
     for index, mask in zip(present, found, strict=True):
         masks[index] = mask
@@ -77,28 +67,40 @@ def masks_and_threshold(
     values: Sequence[Tensor],
     gamma: float,
     *,
+    scope: Literal["global", "tensor"] = "global",
     exclude_zero: bool = False,
     finite: bool = False,
     like: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """The masks of :func:`flat_masks` over all values at once, and the threshold that made them.
+    """The masks of :func:`flat_masks`, and the threshold that made them.
 
     Args:
         values: Curvature estimates, one tensor per parameter.
         gamma: As there.
+        scope: As there.
         exclude_zero: As there.
         finite: The values are known to be finite: then the host does not wait for a GPU to look.
         like: As there.
 
     Returns:
         One boolean tensor per value (those of small values are parts of one tensor), and the scalar of
-        :func:`flat_threshold`.
+        :func:`flat_threshold`; with scope "tensor" the largest of those of the tensors.
 
     Raises:
         ValueError: As there.
 
     Cost: that of :func:`flat_threshold` and one byte per value; for little data and ties one more read of the values.
     """
+    if scope not in ("global", "tensor"):
+        raise ValueError(f"Expected `scope` to be 'global' or 'tensor', got {scope!r}.")
+    wholes = values if like is None else like
+    if scope == "tensor" and any(whole.numel() for whole in wholes):
+        of_one = functools.partial(masks_and_threshold, gamma=gamma, exclude_zero=exclude_zero, finite=finite)
+        pairs = zip(values, wholes, strict=True)
+        each = [of_one([value], like=[whole]) if whole.numel() else None for value, whole in pairs]
+        thresholds = [one[1] for one in each if one is not None]
+        found = [local(value).bool() if one is None else one[0][0] for value, one in zip(values, each, strict=True)]
+        return found, torch.stack([one.to(thresholds[0].device) for one in thresholds]).amax()
     shards = Shards(values, like)
     parts = shards.parts
     groups = groups_of(parts, shards.owned)
