@@ -78,7 +78,7 @@ class Sharded(pl.LightningModule):
         if mesh["tensor_parallel"].size() > 1:
             plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
             parallelize_module(self.net, mesh["tensor_parallel"], plan)
-        if mesh["data_parallel"].size() > 1:
+        if mesh["data_parallel"].size() > 1 or mesh.size() == 1:
             if self.how != "root":
                 for layer in self.net.children():
                     if any(True for _ in layer.parameters()):
@@ -235,19 +235,29 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def run(name: str, processes: int, mesh: tuple[int, int] | None = None, net: Any = None, **more: Any) -> dict[str, Any]:
-    """Train one cell; with one process unsharded, on the joined batch."""
+def run(
+    name: str,
+    processes: int,
+    mesh: tuple[int, int] | None = None,
+    net: Any = None,
+    accelerator: str = "cpu",
+    **more: Any,
+) -> dict[str, Any]:
+    """Train one cell; with one process and without a mesh unsharded, on the joined batch."""
     cell = CELLS[name] | more
     torch.manual_seed(11)
     module = cell.get("module", Sharded)(
         (net or cell.get("net", even))(), cell.get("optimizer", adamw), cell.get("how", "layers")
     )
     ire, steps = IRE(**cell["ire"]), Steps()
-    options: dict[str, Any] = {}
-    if processes > 1:
+    options: dict[str, Any] = {"accelerator": accelerator, "precision": cell.get("precision")}
+    if processes > 1 or mesh is not None:
         sizes, one_file = mesh or (processes, 1), cell.get("one_file", False)
-        strategy = ModelParallelStrategy(*sizes, save_distributed_checkpoint=not one_file, process_group_backend="gloo")
-        options = {"strategy": strategy, "devices": processes}
+        backend = "gloo" if accelerator == "cpu" else "nccl"
+        strategy = ModelParallelStrategy(
+            *sizes, save_distributed_checkpoint=not one_file, process_group_backend=backend
+        )
+        options |= {"strategy": strategy, "devices": processes}
     if "validate" in cell:
         options |= {"val_check_interval": cell["validate"], "num_sanity_val_steps": 1}
     else:
@@ -270,7 +280,7 @@ def run(name: str, processes: int, mesh: tuple[int, int] | None = None, net: Any
     flat = state["optimizers"][0]["flat"] if state else {}
     logs = ire._progress.last_logged
     return {
-        "weights": torch.stack(steps.weights),
+        "weights": torch.stack(steps.weights).cpu(),
         "masks": dict(flat.get("masks", {})),
         "of_rank": flat.get("of_rank", 0),
         "logs": {tag: float(value) for tag, value in logs.items() if tag != tags.PERTURBED_LOSS},  # a device's own
@@ -448,6 +458,12 @@ VARIANTS: dict[str, Any] = {
     "empty": lambda cell, processes, folder: run(cell, processes, net=with_empty),
     "tp": lambda cell, processes, folder: run(cell, processes, mesh=(1, processes), net=for_tensor_parallel),
     "2d": lambda cell, processes, folder: run(cell, processes, mesh=(2, processes // 2), net=for_tensor_parallel),
+    "bf16-mixed": lambda cell, processes, folder: run(cell, processes, precision="bf16-mixed"),
+    "bf16-true": lambda cell, processes, folder: run(cell, processes, precision="bf16-true"),
+    "gpu": lambda cell, processes, folder: run(cell, processes, mesh=(processes, 1), accelerator="gpu"),
+    "gpu-bf16": lambda cell, processes, folder: run(
+        cell, processes, mesh=(processes, 1), accelerator="gpu", precision="bf16-true"
+    ),
     "hybrid": lambda cell, processes, folder: run(cell, processes, how="hybrid"),
     "dry-run": lambda cell, processes, folder: dry_run(processes),
     "plain-loop": lambda cell, processes, folder: plain_loop(processes),

@@ -2,10 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cases
 import pytest
+import sharded_script
 import torch
 from cases import Classifier, Net
 from lightning.pytorch.callbacks import Callback
@@ -33,6 +35,28 @@ def half(scale: float) -> MixedPrecision:
 
 def adam(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
     return lambda module: torch.optim.AdamW(module.parameters(), lr=0.01, **options)
+
+
+SHARDED = ["sam-sampled", "average-sam-sampled", "second-moment", "hessian", "validated-sam", "kept-after-backward"]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_models_equal_whole_ones(name: str, tmp_path: Path) -> None:
+    """FSDP2 and NCCL on every GPU there is, one too: moves of shards against all-gathers on other streams."""
+    count = torch.cuda.device_count()
+    count = max(size for size in (1, 2, 3, 4) if size <= count)
+    found = cases.two_processes("sharded_script.py", tmp_path, str(count), f"{name}@gpu", processes=count)
+    alone = sharded_script.run(name, 1, accelerator="gpu")
+    for rank in found:
+        assert cases.same_bits(rank[f"{name}@gpu"]["weights"], found[0][f"{name}@gpu"]["weights"])
+    torch.testing.assert_close(found[0][f"{name}@gpu"]["weights"], alone["weights"], rtol=1e-11, atol=1e-12)
+    for key, mask in alone["masks"].items():
+        assert torch.equal(found[0][f"{name}@gpu"]["masks"][key], mask)
+
+
+def test_sharded_models_in_bfloat16_stay_finite(tmp_path: Path) -> None:
+    (found,) = cases.two_processes("sharded_script.py", tmp_path, "1", "sam-sampled@gpu-bf16", processes=1)
+    assert torch.isfinite(found["sam-sampled@gpu-bf16"]["weights"]).all()
 
 
 PRECISIONS: dict[str, Callable[[], dict[str, Any]]] = {

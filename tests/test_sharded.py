@@ -11,12 +11,14 @@ import sharded_script as script
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
+from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import check_strategy
 from lightning_ire.engine.masks import FlatMasks
 
 FAST = [*script.FAST, "@contract", "@plain-loop", "@plain-loop-tp", "@dry-run", "@refusals", "@traffic"]
 TWO = [name for name in script.CELLS if name not in script.FAST]
+BF16 = [f"{name}@{precision}" for name in ("sam-sampled", "second-moment") for precision in ("bf16-mixed", "bf16-true")]
 TWO += ["sampled@tp", "sam-sampled@tp", "empirical@tp", "hessian@tp"]
 SAVED = ["scheduled@saved-parts", "scheduled@saved-file"]
 RESUMED = ["scheduled@resumed-parts", "scheduled@resumed-file"]
@@ -46,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(folder: Path) -> Any:
     """What each rank has; a group of cells is run in one launch, when the first of them is asked for."""
     known: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    launches = [(2, FAST), (2, TWO + SAVED), (2, RESUMED), (3, THREE), (3, RESUMED), (4, FOUR)]
+    launches = [(2, FAST), (2, TWO + BF16 + SAVED), (2, RESUMED), (3, THREE), (3, RESUMED), (4, FOUR)]
 
     def ask(processes: int, name: str) -> list[Any]:
         if (processes, name) not in known:
@@ -96,6 +98,17 @@ def test_equals_one_process_on_the_joined_batch(ranks: Any, processes: int, name
     """To the rounding of float64; masks to the bit, and the gathered weights of all ranks."""
     more = {"how": "layers"} if name.endswith("@hybrid") else {}
     compare(ranks(processes, name), alone(name, **more), script.CELLS[name.partition("@")[0]]["ire"]["kappa"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BF16)
+def test_half_precision_runs_and_ranks_agree(ranks: Any, name: str) -> None:
+    """There is no reference to compare bits with: weights are finite, and as many are flat as asked."""
+    first, second = ranks(2, name)
+    assert cases.same_bits(first["weights"], second["weights"])
+    assert torch.isfinite(first["weights"]).all()
+    assert script.BOOST["gamma"] - 0.02 <= first["logs"][tags.FLAT_FRACTION] <= 1
+    assert first["logs"] == second["logs"]
 
 
 @pytest.mark.slow
