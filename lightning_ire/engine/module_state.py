@@ -165,8 +165,7 @@ class ModuleState:
     ) -> None:
         sharded = any(is_sharded(parameter) for one in modules for parameter in own_parameters(one))
         # FSDP2 lets its modules hold shards or gathered copies in turn, and knows which
-        self._names = [names for one in modules for names in registered(one)[int(sharded) :]]
-        self._registered = DictionaryState(self._names)
+        self._registered = DictionaryState([names for one in modules for names in registered(one)[int(sharded) :]])
         self._buffers = BufferState.capture([one for one in modules if registered(one)[1]])
         self._parameters = [
             (part, part.to("cpu" if offload else part.device, copy=True))
@@ -180,14 +179,12 @@ class ModuleState:
             for_the_graph: Whether graphs that saved a buffer have to go backward afterwards, as a backward pass through
                 a checkpointed layer runs it again, and BatchNorm's statistics with it.
         """
-        for index, before in self._registered.changed():
-            self._names[index].clear()
-            self._names[index].update(before)
+        self._registered.restore()
         with uncounted_changes([buffer for _, _, buffer, _ in self._buffers.saved] if for_the_graph else []):
             self._buffers.restore()
         with torch.no_grad(), uncounted_changes([parameter for parameter, _ in self._parameters]):
-            for parameter, copy in self._parameters:
-                parameter.copy_(copy)
+            for parameter, before in self._parameters:
+                parameter.copy_(before)
 
 
 class AttributeState:
@@ -216,8 +213,7 @@ class AttributeState:
         changed = self._objects.changed()
         for index, before in self._namespaces.changed():
             owner = self._modules[index]
-            left = _rebind(vars(owner), before, numbers=is_metric(owner))
-            changed += [f"{type(owner).__name__}.{key}" for key in left]
+            changed += [f"{type(owner).__name__}.{key}" for key in _rebind(owner, before)]
         self._objects.restore()
         for name in () if replay else changed:
             warnings.warn(
@@ -254,26 +250,20 @@ def _modules_in(value: Any, depth: int) -> Iterator[nn.Module]:
             yield from _modules_in(inner, depth - 1)
 
 
-def _rebind(namespace: dict[str, Any], before: dict[str, Any], numbers: bool) -> list[str]:
-    """Let a module's names mean what they meant; what is as it was is not written, since torch.compile guards it.
+def _rebind(module: nn.Module, before: dict[str, Any]) -> list[str]:
+    """Let a module's names mean what they meant, but for numbers; returns the names of those that changed.
 
-    Args:
-        namespace: The module's.
-        before: What its names meant.
-        numbers: Whether numbers are put back too.
-
-    Returns:
-        Names of the numbers that are not.
+    What is as it was is not written, since torch.compile guards it.
     """
-    left = []
-    for key, now in list(namespace.items()):
-        if key in _OF_TORCH or now is before.get(key, before):
+    left, namespace, numbers = [], vars(module), () if is_metric(module) else (int, float)
+    for key in (before | namespace).keys() - _OF_TORCH:
+        now, then = namespace.get(key, namespace), before.get(key, namespace)
+        if now is then:
             continue
-        if not numbers and isinstance(now, (int, float)) and not isinstance(now, bool):
-            left += [key] if now != before.get(key) else []
-        elif key not in before:
+        if isinstance(now, numbers) and not isinstance(now, bool) and now != then:
+            left.append(key)
+        elif then is namespace:
             del namespace[key]
-    for key, value in before.items():
-        if key not in _OF_TORCH and namespace.get(key, namespace) is not value and key not in left:
-            namespace[key] = value
+        else:
+            namespace[key] = then
     return left

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import sys
 import types
@@ -10,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from operator import is_
 from typing import Any
 
@@ -32,6 +31,7 @@ _BYTES = 1 << 20  # a tensor or array of more, in a dataset, is data
 _OBJECTS = 100_000  # that are looked at
 _HOLDERS = {"argparse", "collections", "types"}  # parts of the standard library whose objects only hold others
 _LIBRARIES = {"lightning", "lightning_fabric", "lightning_ire", "numpy", "pytorch_lightning", *sys.stdlib_module_names}
+_HIDDEN_PARTS = ("__self__", "__func__", "func", "args", "keywords")  # of methods and partial functions
 _WITHOUT_STATE = {*_LIBRARIES, "torch", "torchvision"}  # in their functions and classes
 
 
@@ -52,13 +52,18 @@ class DictionaryState:
         """Which dictionaries hold something else now, by index, and what they held."""
         if _same(self._before, _lists_of(self._dictionaries)):
             return
-        start = 0
-        counts, keys, values = self._before
+        counts, *entries = self._before
+        pairs = zip(*entries, strict=True)
         for index, (dictionary, count) in enumerate(zip(self._dictionaries, counts, strict=True)):
-            names, held = keys[start : start + count], values[start : start + count]
-            start += count
-            if not _same(([count], names, held), _lists_of([dictionary])):
-                yield index, dict(zip(names, held, strict=True))
+            before = dict(islice(pairs, count))
+            if not _same(_lists_of([before]), _lists_of([dictionary])):
+                yield index, before
+
+    def restore(self) -> None:
+        """Let them hold what they held, in the order that it was in."""
+        for index, before in self.changed():
+            self._dictionaries[index].clear()
+            self._dictionaries[index].update(before)
 
 
 class ObjectState:
@@ -120,8 +125,14 @@ class ObjectState:
                 self._undo.append(partial(numpy.copyto, one, one.copy()))
         elif (rewind := rewound(one)) is not None:
             self._undo.append(rewind)
-        elif self._everything and (parts := _parts_of_code(one, self._undo)) is not None:
-            return parts
+        elif self._everything and isinstance(one, io.IOBase):
+            self._undo.append(partial(one.seek, one.tell()))
+        elif self._everything and isinstance(one, (types.FunctionType, type)):
+            if one.__module__.split(".")[0] not in _WITHOUT_STATE:
+                more = one.__bases__ if isinstance(one, type) else self._parts_of_function(one)
+                return [*self._parts_of_object(one), *more]
+        elif self._everything and isinstance(one, (types.MethodType, staticmethod, classmethod, partial)):
+            return [getattr(one, part) for part in _HIDDEN_PARTS if hasattr(one, part)]
         elif isinstance(one, _CONTAINERS):
             return [*self._parts_of_container(one, name), *(self._parts_of_object(one) if self._everything else ())]
         elif self._everything or (depth and _is_data(one, depth)):
@@ -154,8 +165,10 @@ class ObjectState:
     def _parts_of_container(self, one: Any, name: str) -> Iterable[Any]:
         if len(one) > _COPIED and not self._everything:
             self._watched.append((name, len(one), partial(len, one)))
+        elif isinstance(one, dict):
+            self._undo.append(DictionaryState([one]).restore)
         elif not isinstance(one, (tuple, frozenset)):
-            self._undo.append(partial(_refill, one, dict(one) if isinstance(one, dict) else list(one)))
+            self._undo.append(partial(_refill, one, [*one]))
         inside = one.values() if isinstance(one, dict) else () if isinstance(one, (set, bytearray)) else one
         if len(one) <= WALKED:
             return inside
@@ -164,11 +177,24 @@ class ObjectState:
             self._watched.append((name, change_marks(tensors), partial(change_marks, tensors)))
         return ()
 
-    def _parts_of_object(self, one: Any) -> Iterable[Any]:
+    def _parts_of_object(self, one: Any) -> list[Any]:
         before = contents(one)
-        if before:
-            self._undo.append(partial(_give_back, one, before))
-        return [*before.values(), *([type(one)] if self._everything else ())]
+        self._undo.append(partial(_give_back, one, before))
+        return [*before.values(), type(one)] if self._everything else [*before.values()]
+
+    def _parts_of_function(self, function: types.FunctionType) -> list[Any]:
+        parts: list[Any] = [function.__defaults__, function.__kwdefaults__]
+        for cell in function.__closure__ or ():
+            self._undo.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
+            parts.append(cell.cell_contents)
+        space = function.__globals__
+        codes = [function.__code__]
+        for code in codes:  # functions inside come to it
+            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+            for name in set(code.co_names) & space.keys():
+                self._undo.append(partial(space.__setitem__, name, space[name]))
+                parts.append(space[name])
+        return parts
 
 
 @contextmanager
@@ -211,23 +237,21 @@ def contents(value: Any) -> dict[str, Any]:
     Args:
         value: Any object.
     """
-    return _in_slots(value) | dict(getattr(value, "__dict__", {}))
-
-
-def _in_slots(value: Any) -> dict[str, Any]:
     slots = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
     names = [name for some in slots for name in ([some] if isinstance(some, str) else some)]
-    return {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
+    held = {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
+    return held | dict(getattr(value, "__dict__", {}))
 
 
 def _give_back(value: Any, before: dict[str, Any]) -> None:
-    """Let an object hold what it held."""
+    """Let an object or a class hold what it held."""
+    of = type if isinstance(value, type) else object  # a class of the user's may be frozen
     now = contents(value)
     for name in now.keys() - before.keys():
-        object.__delattr__(value, name)
+        of.__delattr__(value, name)
     for name, held in before.items():
         if name not in now or now[name] is not held:
-            object.__setattr__(value, name, held)  # its class may be frozen
+            of.__setattr__(value, name, held)
 
 
 def _is_data(value: Any, depth: int) -> bool:
@@ -243,15 +267,10 @@ def _is_data(value: Any, depth: int) -> bool:
     )
 
 
-def _refill(container: Any, before: Any) -> None:
-    """Let a container hold what it held."""
-    if isinstance(container, dict):
-        same = _same(_lists_of([before]), _lists_of([container]))
-    else:
-        same = len(container) == len(before) and all(map(is_, container, before))
-    if not same:
+def _refill(container: Any, before: list[Any]) -> None:
+    if len(container) != len(before) or not all(map(is_, container, before)):
         container.clear()
-        (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+        (container.update if isinstance(container, set) else container.extend)(before)
 
 
 def _lists_of(dictionaries: list[dict[Any, Any]]) -> tuple[list[int], list[Any], list[Any]]:
@@ -264,52 +283,3 @@ def _lists_of(dictionaries: list[dict[Any, Any]]) -> tuple[list[int], list[Any],
 def _same(before: tuple[list[Any], ...], now: tuple[list[Any], ...]) -> bool:
     """Whether two such triples hold the same objects under the same keys in the same order."""
     return before[0] == now[0] and all(all(map(is_, a, b)) for a, b in zip(before[1:], now[1:], strict=True))
-
-
-def _parts_of_code(one: Any, undo: list[Callable[[], Any]]) -> list[Any] | None:
-    """Add what puts a file, a function or a class back; returns what it consists of, ``None`` for anything else."""
-    if isinstance(one, io.IOBase):
-        undo.append(partial(one.seek, one.tell()))
-        return []
-    if isinstance(one, types.FunctionType):
-        return _parts_of_function(one, undo)
-    if isinstance(one, types.MethodType):
-        return [one.__self__, one.__func__]
-    if isinstance(one, (staticmethod, classmethod)):
-        return [one.__func__]
-    if isinstance(one, functools.partial):
-        return [one.func, *one.args, one.keywords]
-    return _parts_of_class(one, undo) if isinstance(one, type) else None
-
-
-def _parts_of_function(function: types.FunctionType, undo: list[Callable[[], Any]]) -> list[Any]:
-    if function.__module__.split(".")[0] in _WITHOUT_STATE:
-        return []
-    parts: list[Any] = [function.__dict__, function.__defaults__, function.__kwdefaults__]
-    for cell in function.__closure__ or ():
-        undo.append(partial(setattr, cell, "cell_contents", cell.cell_contents))
-        parts.append(cell.cell_contents)
-    space = function.__globals__
-    codes = [function.__code__]
-    for code in codes:  # functions inside come to it
-        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-        for name in set(code.co_names) & space.keys():
-            undo.append(partial(space.__setitem__, name, space[name]))
-            parts.append(space[name])
-    return parts
-
-
-def _parts_of_class(kind: type, undo: list[Callable[[], Any]]) -> list[Any]:
-    if kind.__module__.split(".")[0] in _WITHOUT_STATE:
-        return []
-    before = dict(vars(kind))
-
-    def restore() -> None:
-        for name in [*vars(kind)]:
-            if name not in before:
-                delattr(kind, name)
-            elif vars(kind)[name] is not before[name]:
-                setattr(kind, name, before[name])
-
-    undo.append(restore)
-    return [*before.values(), *kind.__bases__]
