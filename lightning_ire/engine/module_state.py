@@ -168,8 +168,8 @@ class ModuleState:
         self._registered = DictionaryState([names for one in modules for names in registered(one)[int(sharded) :]])
         self._buffers = BufferState.capture([one for one in modules if registered(one)[1]])
         self._parameters = [
-            (part, part.to("cpu" if offload else part.device, copy=True))
-            for part in (local(parameter.detach()) for parameter in parameters)
+            (part, part.detach().to("cpu" if offload else part.device, copy=True))
+            for part in map(local, parameters)  # not detached: a pass may give a parameter other data
         ]
 
     def restore(self, for_the_graph: bool = False) -> None:
