@@ -1,12 +1,14 @@
 """Settings for all tests: one thread, fixed seeds, no test changes another's random numbers or working directory."""
 
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
-import matrix
 import numpy as np
 import pytest
 import torch
+from matrix.runs import Record, Row, run
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
@@ -30,14 +32,21 @@ def _one_thread_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PL_SEED_WORKERS", raising=False)
 
 
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working directory, and the arguments of a command line without any: Lightning warns of others."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cli.py"])
+
+
 @pytest.fixture(scope="session")
 def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The plain run of each row of the parity matrix, made once."""
-    known: dict[str, matrix.Record] = {}
+    known: dict[str, Record] = {}
 
-    def get(row: matrix.Row) -> matrix.Record:
+    def get(row: Row) -> Record:
         if row.id not in known:
-            known[row.id] = matrix.run(row, None, tmp_path_factory.mktemp("plain"))
+            known[row.id] = run(row, None, tmp_path_factory.mktemp("plain"))
         return known[row.id]
 
     return get

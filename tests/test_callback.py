@@ -12,9 +12,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Classifier, Net
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from modules import Classifier, Complex, Net, TakesTheIterator
 from torch import nn
 
 from lightning_ire import (
@@ -70,12 +70,8 @@ def test_lbfgs_is_refused() -> None:
 
 
 def test_dataloader_iter_is_refused() -> None:
-    class Iterates(Classifier):
-        def training_step(self, dataloader_iter: Any) -> Any:
-            return super().training_step(next(dataloader_iter)[0], 0)
-
-    with pytest.raises(ConfigurationError, match=r"Iterates\.training_step` to take a batch"):
-        cases.fit(Iterates(), [IRE()])
+    with pytest.raises(ConfigurationError, match=r"TakesTheIterator\.training_step` to take a batch"):
+        cases.fit(TakesTheIterator(), [IRE()])
 
 
 def test_sharded_strategies_are_refused_by_name() -> None:
@@ -187,20 +183,6 @@ def test_a_start_of_a_baseline_is_not() -> None:
 
 
 # Complex parameters
-
-
-class Complex(nn.Module):
-    """A layer with complex weights, or the same as pairs of real numbers."""
-
-    def __init__(self, pairs: bool) -> None:
-        super().__init__()
-        weight = torch.randn(cases.FEATURES, 5, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
-        self.weight = nn.Parameter(torch.view_as_real(weight).clone() if pairs else weight)
-        self.head = nn.Linear(5, cases.CLASSES)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight if self.weight.is_complex() else torch.view_as_complex(self.weight)
-        return self.head((x.to(torch.complex64) @ weight).abs())
 
 
 @pytest.mark.parametrize("curvature", [None, EmpiricalFisher(), RandomMask()])

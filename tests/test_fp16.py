@@ -5,8 +5,8 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Classifier, Net
 from lightning.pytorch.plugins.precision import MixedPrecision
+from modules import Classifier, Net
 
 from lightning_ire import IRE, SAM, EmpiricalFisher, tags
 

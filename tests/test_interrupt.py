@@ -13,9 +13,9 @@ import cases
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import Classifier, Net
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from modules import Classifier, Net
 from resume_script import Clock, Victim
 
 import lightning_ire

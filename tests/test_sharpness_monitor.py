@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CLASSES, Classifier, Net
-from matrix import Rows
+from cases import CLASSES, Rows
+from modules import Classifier, Exact, Net, sgd
 from torch import Tensor, nn
 
 from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor, tags
@@ -17,17 +17,6 @@ from lightning_ire.sharpness.quantities import KINDS, QUANTITIES
 
 SAMPLES, BATCH = 24, 8
 EXACT = {"relative_error": 0.0, "tolerance": 1e-10, "max_iterations": 300}
-
-
-class Exact(Classifier):
-    """In float64, so that the only differences are the estimators' own."""
-
-    def __init__(self, net: nn.Module | None = None, optimizer: Callable[..., Any] = cases.sgd) -> None:
-        super().__init__(Net() if net is None else net, optimizer)
-        self.double()
-
-    def probe_dataloader(self) -> Any:
-        return cases.loader(cases.data(SAMPLES, torch.float64), BATCH)
 
 
 def trained(module: pl.LightningModule, monitor: SharpnessMonitor, *others: pl.Callback, **kwargs: Any) -> pl.Trainer:
@@ -258,7 +247,7 @@ def test_the_boost_of_a_step_follows_the_schedule_of_kappa_and_the_start() -> No
     def falling(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 3 else 0.25)
 
-    module = Exact(optimizer=cases.sgd)
+    module = Exact(optimizer=sgd)
     module.make_scheduler = falling
     ire = IRE(4.0, gamma=0.5, kappa_schedule="lr", exclude="net.0.bias", interval=1)
     trainer = trained(module, SharpnessMonitor(None, None), ire)
@@ -332,7 +321,7 @@ def test_groups_with_their_own_rates_and_decays_and_weights_outside_the_optimize
 UNKNOWN: dict[str, tuple[Callable[..., Any], list[Any], str]] = {
     "optimizer": (lambda net: torch.optim.RMSprop(net.parameters(), lr=0.01), [], "RMSprop"),
     "subclass": (lambda net: type("Mine", (torch.optim.SGD,), {})(net.parameters(), lr=0.1), [], "Mine"),
-    "interval": (cases.sgd, [IRE(0.0, perturbation=SAM(interval=2))], "every 2th step"),
+    "interval": (sgd, [IRE(0.0, perturbation=SAM(interval=2))], "every 2th step"),
     "maximize": (lambda net: torch.optim.SGD(net.parameters(), lr=0.1, maximize=True), [], "maximizes"),
     "momenta": (
         lambda net: torch.optim.SGD(
