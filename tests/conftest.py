@@ -1,14 +1,18 @@
-"""Settings for all tests: one thread, fixed seeds, no test changes another's random numbers or working directory."""
+"""Settings for all tests: one thread, fixed seeds, no test changes another's random numbers or working directory.
+
+torch and what needs it are imported inside the fixtures: the process that starts the workers reads this file first,
+and importing Lightning takes it 13 seconds before a worker is there.
+"""
 
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
-import torch
-from matrix.runs import Record, Row, run
+
+if TYPE_CHECKING:
+    from matrix.runs import Record, Row
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
@@ -24,6 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+    import torch
+
     torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
@@ -42,9 +49,11 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The plain run of each row of the parity matrix, made once."""
+    from matrix.runs import run
+
     known: dict[str, Record] = {}
 
-    def get(row: Row) -> Record:
+    def get(row: "Row") -> "Record":
         if row.id not in known:
             known[row.id] = run(row, None, tmp_path_factory.mktemp("plain"))
         return known[row.id]

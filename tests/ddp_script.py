@@ -279,6 +279,7 @@ def run(name: str, devices: int, batch_size: int, folder: Path | None = None) ->
         "precision": "64-true",
         "max_epochs": spec.get("epochs", 1),
         "accumulate_grad_batches": accumulate,
+        "log_every_n_steps": 1,
     } | ({"limit_train_batches": spec["limit"]} if "limit" in spec else {})
     callbacks = [ire, steps]
     if spec.get("stop"):

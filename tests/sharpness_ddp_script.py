@@ -459,6 +459,7 @@ def run(name: str, devices: int, batch_size: int, monitored: bool = True, folder
     if devices > 1:
         strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=30), **spec.get("strategy", {}))
     settings: dict[str, Any] = {"devices": devices, "strategy": strategy, "precision": "64-true", "max_epochs": 1}
+    settings["log_every_n_steps"] = 1
     settings |= {"use_distributed_sampler": False, "accumulate_grad_batches": spec.get("accumulate", 1)}
     if spec.get("logs"):
         assert folder is not None

@@ -441,7 +441,7 @@ def test_logged_iou_is_that_of_the_sharp_sets_of_the_last_two_masks() -> None:
             seen.append((sharp, *(float(metrics.get(tag, -1.0)) for tag in (tags.MASK_IOU, tags.MASK_IOU_CHANCE))))
 
     ire = IRE(gamma=0.6, interval=1)
-    cases.fit(Classifier(), [ire, Look()])
+    cases.fit(Classifier(), [ire, Look()], log_every_n_steps=1)
     for (before, _, _), (after, iou, chance) in itertools.pairwise(seen):
         assert iou == pytest.approx(float((before & after).sum() / (before | after).sum()))
         first, second = float(before.float().mean()), float(after.float().mean())
@@ -477,7 +477,7 @@ def test_logged_norms_are_those_of_the_whole_step() -> None:
             before["seen"] = before.get("seen", 0) + 1
 
     ire = IRE(kappa=2.0, gamma=0.6, exclude="net.2.bias")
-    cases.fit(Classifier(), [ire, Look()])
+    cases.fit(Classifier(), [ire, Look()], log_every_n_steps=1)
     assert before["seen"] == 16
 
 
@@ -497,7 +497,8 @@ def test_sam_logs_the_loss_and_gradient_of_its_two_passes() -> None:
             if trainer.fit_loop.epoch_loop.batch_progress.current.ready % 2 == 0:
                 seen.append((trainer.callback_metrics[tags.PERTURBED_LOSS], outputs["loss"] * 2))
 
-    cases.fit(Watch(), [IRE(kappa=0.0, perturbation=SAM(0.1)), Look()], accumulate_grad_batches=2, max_epochs=1)
+    settings = {"accumulate_grad_batches": 2, "max_epochs": 1, "log_every_n_steps": 1}
+    cases.fit(Watch(), [IRE(kappa=0.0, perturbation=SAM(0.1)), Look()], **settings)
     for index, (perturbed, reported) in enumerate(seen):
         _, second, moved_first, moved_second = losses[4 * index : 4 * index + 4]
         torch.testing.assert_close(perturbed, (moved_first + moved_second) / 2)

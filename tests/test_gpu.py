@@ -196,7 +196,7 @@ def test_an_estimate_of_a_network_that_runs_as_cuda_graphs() -> None:
     eager, graphs = same_net_twice()
     eager.net[3].p = graphs.net[3].p = 0.0
     graphs.net.compile(mode="reduce-overhead", dynamic=False)
-    one = {"max_epochs": 1, "limit_train_batches": 3}
+    one = {"max_epochs": 1, "limit_train_batches": 3, "log_every_n_steps": 1}
     values: list[Tensor] = []
     for module in (eager, graphs):
         with warnings.catch_warnings():

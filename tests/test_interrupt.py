@@ -98,7 +98,7 @@ def fit_until_it_raises(
 ) -> tuple[Look, pl.Trainer]:
     look = Look()
     callbacks = [OnExceptionCheckpoint(tmp_path), Clock(), *([ire, look] if first else [look, ire])]
-    run = cases.trainer(callbacks, **{"max_epochs": 1, "enable_checkpointing": True, **kwargs})
+    run = cases.trainer(callbacks, **{"max_epochs": 1, "log_every_n_steps": 1, "enable_checkpointing": True, **kwargs})
     # Lightning's graceful shutdown ends in sys.exit
     expected = SystemExit if isinstance(module.error, KeyboardInterrupt) else type(module.error)
     with pytest.raises(expected):
@@ -241,7 +241,7 @@ class Traced(pl.Callback):
 def interrupted(line: int, settings: dict[str, Any], function: str | None = None) -> tuple[int, list[str]]:
     """Ctrl-C at that line: the number of lines that ran, and what is wrong afterwards."""
     module, ire, tracer, look = Raises(), IRE(**settings), Tracer(line, function), Look()
-    run = cases.trainer([look, ire, Traced(tracer)], max_steps=BATCH + 1)
+    run = cases.trainer([look, ire, Traced(tracer)], max_steps=BATCH + 1, log_every_n_steps=1)
     try:
         run.fit(module, cases.loader(cases.data()))
     except SystemExit:
