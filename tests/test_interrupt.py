@@ -117,7 +117,7 @@ def assert_plain(module: Victim, run: pl.Trainer, allowed_hooks: int = 1) -> Non
     other = type(module)()
     other.load_state_dict(module.state_dict())
     for each in (module, other):
-        cases.fit(each, [Clock()])
+        cases.fit(each, [Clock()], max_epochs=1)
     cases.assert_same_bits(module, other)
 
 
@@ -170,7 +170,7 @@ def test_weights_are_unmoved_before_anybody_hears_of_it(where: str, error: BaseE
     assert_plain(module, run)
     # the checkpoint goes on, with the callback
     again = Raises()
-    cases.fit(again, [Clock(), IRE(**SAM_IRE)], max_epochs=2, ckpt_path=str(tmp_path / "on_exception.ckpt"))
+    cases.fit(again, [Clock(), IRE(**SAM_IRE)], max_epochs=1, ckpt_path=str(tmp_path / "on_exception.ckpt"))
     assert torch.isfinite(again.net[0].weight).all()
 
 

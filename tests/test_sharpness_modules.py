@@ -234,7 +234,7 @@ def test_compiled_modules(backend: str, what: str) -> None:
 def test_complex_weights_are_pairs_of_real_numbers(hvp: str, optimizer: Any) -> None:
     found = []
     for pairs in (True, False):
-        monitor = SharpnessMonitor(quantities=QUANTITIES, hvp=hvp, max_vectors=8, max_iterations=20, num_batches=2)
+        monitor = SharpnessMonitor(quantities=QUANTITIES, hvp=hvp, max_vectors=4, max_iterations=10, num_batches=2)
         data = cases.loader(cases.data(32, torch.float64))
         cases.fit(Classifier(Complex(pairs, torch.complex128), optimizer), [monitor], data, max_epochs=1)
         assert not monitor.last.skipped
@@ -418,12 +418,15 @@ class Moving(Module):
 def test_every_evaluation_has_the_same_buffers_and_draws(mode: str, hvp: str) -> None:
     module = Moving()
     trainer = trained(module)
-    monitor = Numbers(quantities=HESSIAN, mode=mode, hvp=hvp, **{**TIGHT, "tolerance": 1e-7})
+    # differences see that spectral_norm's buffers follow the weights, which derivatives leave out: no truth to reach
+    compared = mode == "eval" or hvp == "auto"
+    settings = {**TIGHT, "tolerance": 1e-7, "max_iterations": 300 if compared else 20}
+    monitor = Numbers(quantities=HESSIAN, mode=mode, hvp=hvp, **settings)
     first = monitor.measure(trainer, module).values
     torch.rand(7)
     assert monitor.measure(trainer, module).values == first
-    if mode == "train" and hvp != "auto":
-        return  # differences see that spectral_norm's buffers follow the weights, which derivatives leave out
+    if not compared:
+        return
     other = copy.deepcopy(module).train(mode == "train")
     with seeded(mixed_seed(0, "pass", 0, 0)):
         loss = other.loss(monitor._probe._batches[0])
