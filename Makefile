@@ -12,7 +12,7 @@ THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX ?= $(CURDIR)/$(VENV)/bytecode
 
-.PHONY: help env run test test-all test-weekly bench claims notebooks lint clean
+.PHONY: help env run test fast format types test-all test-weekly bench claims notebooks lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,7 +29,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 run: env  ## train the embedded digits config with SGD-IRE (another one: make run CONFIG=configs/...)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python cli.py fit --config $(CONFIG)
 
-test: env lint  ## lint, types and the fast tests
+# mypy's first run takes a minute on one core: the tests go on beside it with the other
+test: env format  ## lint, types and the fast tests
+	@$(MAKE) --no-print-directory -j 2 types fast
+
+fast: env
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup -m 'not slow'
 
 test-all: env  ## the long cells too
@@ -50,9 +54,13 @@ claims: env  ## test the paper's claims: makes the runs that benchmarks/claims/r
 notebooks: env  ## execute the notebooks again and keep their outputs
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py
 
-lint: env  ## ruff and mypy
+lint: format types  ## ruff and mypy
+
+format: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: env
 	$(BIN)/mypy
 
 clean:  ## remove caches (keeps logs and the environment)

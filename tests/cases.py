@@ -1,43 +1,32 @@
-"""Small modules, data and runs that the tests of the callback share."""
+"""Data, runs, records of them and comparisons to the bit, which the tests share; the modules are in modules.py."""
 
 import copy
+import hashlib
 import os
+import random
 import signal
 import subprocess
 import sys
 import warnings
 from collections import UserList
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_ire import Curvature
+from lightning_ire import IRE, Curvature
 
 FEATURES, CLASSES = 6, 4
-OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-
-
-class Net(nn.Sequential):
-    """Two layers, with BatchNorm and dropout on request."""
-
-    def __init__(self, batch_norm: bool = False, dropout: float = 0.0) -> None:
-        layers: list[nn.Module] = [nn.Linear(FEATURES, 8)]
-        layers += [nn.BatchNorm1d(8)] if batch_norm else []
-        layers += [nn.Tanh()]
-        layers += [nn.Dropout(dropout)] if dropout else []
-        super().__init__(*layers, nn.Linear(8, CLASSES))
 
 
 class Notes(UserList):
@@ -51,40 +40,20 @@ class Notes(UserList):
         return self.data[index]
 
 
-class Classifier(pl.LightningModule):
-    """A user's module: nothing in it knows of IRE."""
-
-    def __init__(
-        self,
-        net: nn.Module | None = None,
-        optimizer: OptimizerFactory = sgd,
-        scheduler: Callable[..., Any] | None = None,
-    ) -> None:
-        super().__init__()
-        self.net = Net() if net is None else net
-        self.make_optimizer = optimizer
-        self.make_scheduler = scheduler
-        self.calls = 0
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.calls += 1
-        x, y = batch
-        return F.cross_entropy(self.net(x), y)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self)
-        if self.make_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
-        }
-
-
 def data(samples: int = 64, dtype: torch.dtype = torch.float32, seed: int = 1) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, FEATURES, generator=generator, dtype=torch.float64).to(dtype)
     return TensorDataset(x, torch.randint(CLASSES, (samples,), generator=generator))
+
+
+class Stream(IterableDataset):
+    """The same samples, of which nobody knows how many they are."""
+
+    def __init__(self, samples: int = 64) -> None:
+        self.samples = samples
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(data(self.samples))
 
 
 def loader(dataset: TensorDataset, batch_size: int = 8, shuffle: bool = False) -> DataLoader:
@@ -100,7 +69,7 @@ def trainer(callbacks: Sequence[pl.Callback] = (), **kwargs: Any) -> pl.Trainer:
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "log_every_n_steps": 1,
+        "log_every_n_steps": 1 if kwargs.get("logger") else 8,  # IRE's row costs half a step of these
     }
     return pl.Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
 
@@ -120,6 +89,23 @@ def fit(
     return run
 
 
+class Rows(Logger):
+    """A logger that keeps what it is given."""
+
+    name = "rows"
+    version = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
 def first_at_once(cases: Iterable[Any], count: int = 1) -> list[Any]:
     """The cases of a parametrization, all but the first of them for `make test-all`."""
     return [
@@ -131,6 +117,26 @@ def first_at_once(cases: Iterable[Any], count: int = 1) -> list[Any]:
 def every_second(cases: Iterable[Any]) -> list[Any]:
     """The cases of a parametrization, every second of them for `make test-all`."""
     return [pytest.param(case, marks=[pytest.mark.slow] if index % 2 else []) for index, case in enumerate(cases)]
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def random_streams() -> dict[str, Any]:
+    _, keys, *rest = np.random.get_state()
+    return {
+        "torch": digest([torch.get_rng_state()]),
+        "numpy": (hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest(), *rest),
+        "python": hash(random.getstate()),
+    }
+
+
+def under(strategy: type) -> Any:
+    """A trainer with a strategy that this machine may be unable to run."""
+    return SimpleNamespace(strategy=strategy.__new__(strategy), optimizers=[])
 
 
 def clone(module: pl.LightningModule) -> pl.LightningModule:
@@ -152,10 +158,69 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
     return torch.equal(*(tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (first, second)))
 
 
+def digest(tensors: Sequence[Tensor | None]) -> str:
+    """A name for the exact bits of some tensors."""
+    total = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        if tensor is None:
+            total.update(b"none")
+            continue
+        dense = tensor.detach().to_dense().contiguous().reshape(-1)
+        total.update(str((tensor.dtype, tuple(tensor.shape), tensor.layout)).encode())
+        total.update(dense.view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
+    """Where two nested structures differ, to the last bit of every tensor and number."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if digest([first]) != digest([second]):
+            yield f"{path}: {first} != {second}"
+    elif isinstance(first, Mapping) and isinstance(second, Mapping):
+        if list(first) != list(second):
+            yield f"{path}: keys {list(first)} != {list(second)}"
+            return
+        for key in first:
+            yield from differences(first[key], second[key], f"{path}.{key}")
+    elif isinstance(first, (list, tuple, Notes)) and isinstance(second, (list, tuple, Notes)):
+        for index, pair in enumerate(zip(first, second, strict=False)):
+            yield from differences(*pair, f"{path}[{index}]")
+        if len(first) != len(second):
+            yield f"{path}: length {len(first)} != {len(second)}"
+    elif isinstance(first, float) and isinstance(second, float):
+        if first != second and not (first != first and second != second):
+            yield f"{path}: {first!r} != {second!r}"
+    elif type(first) is not type(second) or first != second:
+        yield f"{path}: {first!r} != {second!r}"
+
+
 def moved(first: nn.Module, second: nn.Module) -> float:
     """Largest difference between the parameters of two modules."""
     pairs = zip(first.parameters(), second.parameters(), strict=True)
     return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
+
+
+def loss_of(model: nn.Module) -> Callable[[Any], Tensor]:
+    """The loss of a batch as a plain loop computes it."""
+    return lambda batch: F.cross_entropy(model.net(batch[0]), batch[1])
+
+
+def flat_like(gradients: Any, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One vector of gradients, 0 where there is none."""
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([torch.zeros(p.numel(), dtype=p.dtype) if g is None else g.reshape(-1) for g, p in pairs])
+
+
+def dense_hessian(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """All second derivatives, one coordinate after the other."""
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    rows = []
+    for element in flat_like(gradients, parameters):
+        row: Any = (None,) * len(parameters)
+        if element.requires_grad:
+            row = torch.autograd.grad(element, parameters, retain_graph=True, allow_unused=True)
+        rows.append(flat_like(row, parameters))
+    return torch.stack(rows)
 
 
 def script_environment() -> dict[str, str]:
@@ -208,6 +273,14 @@ def recorded(curvature: Curvature) -> list[list[Tensor | None] | None]:
         return estimate
 
     curvature.begin = begin_recorded  # type: ignore[method-assign]
+    return found
+
+
+def estimates(module: pl.LightningModule, curvature: Curvature, train: Any = None, **kwargs: Any) -> list[Any]:
+    """Those of all steps of one epoch of IRE."""
+    found = recorded(curvature)
+    ire = IRE(kappa=1.0, interval=1, curvature=curvature, perturbation=kwargs.pop("perturbation", None))
+    fit(module, [ire], train, **{"max_epochs": 1, "log_every_n_steps": 100, **kwargs})
     return found
 
 

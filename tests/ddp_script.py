@@ -13,9 +13,9 @@ import cases
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from cases import Classifier, Net
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from modules import Classifier, Manual, Net
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ire import (
@@ -51,26 +51,6 @@ class OwnFisher(Classifier):
         x, y = batch
         self.draws.append(float(torch.rand(())))
         return F.cross_entropy(self.net(x), (y + 1) % cases.CLASSES), len(x)
-
-
-class ByHand(Classifier):
-    """The same steps in manual optimization."""
-
-    def __init__(self) -> None:
-        super().__init__(Net())
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-
-        def closure() -> torch.Tensor:
-            self.calls += 1
-            optimizer.zero_grad()
-            loss = F.cross_entropy(self.net(batch[0]), batch[1])
-            self.manual_backward(loss)
-            return loss
-
-        optimizer.step(closure)
 
 
 class PartlyUsed(Classifier):
@@ -199,7 +179,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "nan-fisher": {"ire": BOOST, "module": lambda: FisherNotANumber(Net())},
     "unused-search": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "strategy": {"find_unused_parameters": True}},
-    "by-hand": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": ByHand},
+    "by-hand": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "module": lambda: Manual(closure=True)},
     "bucket-view": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "strategy": {"gradient_as_bucket_view": True}},
     "bucket-view-accumulated": {
         "ire": {**BOOST, "curvature": "empirical", "perturbation": SAM(0.1, sync=True)},
@@ -252,7 +232,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "ball-local": {"ire": {"kappa": 0.0, "perturbation": AdversarialModelPerturbation(0.2, 0.5, 2, "global")}},
     "ball-by-hand": {
         "ire": {"kappa": 0.0, "perturbation": AdversarialModelPerturbation(0.2, 0.5, 2, "global")},
-        "module": ByHand,
+        "module": lambda: Manual(closure=True),
     },
     "radii": {"ire": {"kappa": 0.0, "perturbation": SAM(0.1, sync=True)}, "module": with_radii},
     "straight": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "epochs": 3},
@@ -299,6 +279,7 @@ def run(name: str, devices: int, batch_size: int, folder: Path | None = None) ->
         "precision": "64-true",
         "max_epochs": spec.get("epochs", 1),
         "accumulate_grad_batches": accumulate,
+        "log_every_n_steps": 1,
     } | ({"limit_train_batches": spec["limit"]} if "limit" in spec else {})
     callbacks = [ire, steps]
     if spec.get("stop"):

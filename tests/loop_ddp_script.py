@@ -10,7 +10,7 @@ from typing import Any
 import cases
 import torch
 import torch.nn.functional as F
-from cases import Classifier, Net
+from modules import Classifier, Net, sgd
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,7 +36,7 @@ def run(name: str, rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     torch.manual_seed(11)
     module = Classifier(Net()).double()
     model: Any = DistributedDataParallel(module.net) if ranks > 1 else module.net
-    optimizer = cases.sgd(module)
+    optimizer = sgd(module)
     step = IREStep(model, optimizer, **settings)
     x, y = cases.data(16 * STEPS, dtype=torch.float64).tensors
     weights, losses = [], []

@@ -21,9 +21,10 @@ import cases
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from cases import Classifier, Net, Notes
+from cases import Notes
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
+from modules import Classifier, Net
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher

@@ -17,12 +17,11 @@ import cases
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
-from cases import Classifier, Net
 from ddp_script import OneSided
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from modules import Classifier, Net, OnceTanh
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -86,19 +85,6 @@ class Coarse(Measured):
         return loss.float() if self.global_rank == 0 else loss.detach().requires_grad_()
 
 
-class Once(torch.autograd.Function):
-    """The identity, which cannot be differentiated twice."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-
 class OnceOnRank1(Measured):
     """Cannot be differentiated twice on rank 1."""
 
@@ -106,7 +92,7 @@ class OnceOnRank1(Measured):
         if self.global_rank == 0:
             return super().training_step(batch, batch_idx)
         self.evaluations += self.inside
-        return F.cross_entropy(Once.apply(self.net(batch[0])), batch[1])
+        return F.cross_entropy(OnceTanh.apply(self.net(batch[0])), batch[1])
 
 
 class Reentrant(Measured):
@@ -473,6 +459,7 @@ def run(name: str, devices: int, batch_size: int, monitored: bool = True, folder
     if devices > 1:
         strategy = DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=30), **spec.get("strategy", {}))
     settings: dict[str, Any] = {"devices": devices, "strategy": strategy, "precision": "64-true", "max_epochs": 1}
+    settings["log_every_n_steps"] = 1
     settings |= {"use_distributed_sampler": False, "accumulate_grad_batches": spec.get("accumulate", 1)}
     if spec.get("logs"):
         assert folder is not None

@@ -12,9 +12,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Classifier, Net
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
+from modules import Classifier, Complex, Net, TakesTheIterator
 from torch import nn
 
 from lightning_ire import (
@@ -70,12 +70,8 @@ def test_lbfgs_is_refused() -> None:
 
 
 def test_dataloader_iter_is_refused() -> None:
-    class Iterates(Classifier):
-        def training_step(self, dataloader_iter: Any) -> Any:
-            return super().training_step(next(dataloader_iter)[0], 0)
-
-    with pytest.raises(ConfigurationError, match=r"Iterates\.training_step` to take a batch"):
-        cases.fit(Iterates(), [IRE()])
+    with pytest.raises(ConfigurationError, match=r"TakesTheIterator\.training_step` to take a batch"):
+        cases.fit(TakesTheIterator(), [IRE()])
 
 
 def test_sharded_strategies_are_refused_by_name() -> None:
@@ -187,20 +183,6 @@ def test_a_start_of_a_baseline_is_not() -> None:
 
 
 # Complex parameters
-
-
-class Complex(nn.Module):
-    """A layer with complex weights, or the same as pairs of real numbers."""
-
-    def __init__(self, pairs: bool) -> None:
-        super().__init__()
-        weight = torch.randn(cases.FEATURES, 5, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
-        self.weight = nn.Parameter(torch.view_as_real(weight).clone() if pairs else weight)
-        self.head = nn.Linear(5, cases.CLASSES)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight if self.weight.is_complex() else torch.view_as_complex(self.weight)
-        return self.head((x.to(torch.complex64) @ weight).abs())
 
 
 @pytest.mark.parametrize("curvature", [None, EmpiricalFisher(), RandomMask()])
@@ -459,7 +441,7 @@ def test_logged_iou_is_that_of_the_sharp_sets_of_the_last_two_masks() -> None:
             seen.append((sharp, *(float(metrics.get(tag, -1.0)) for tag in (tags.MASK_IOU, tags.MASK_IOU_CHANCE))))
 
     ire = IRE(gamma=0.6, interval=1)
-    cases.fit(Classifier(), [ire, Look()])
+    cases.fit(Classifier(), [ire, Look()], log_every_n_steps=1)
     for (before, _, _), (after, iou, chance) in itertools.pairwise(seen):
         assert iou == pytest.approx(float((before & after).sum() / (before | after).sum()))
         first, second = float(before.float().mean()), float(after.float().mean())
@@ -495,7 +477,7 @@ def test_logged_norms_are_those_of_the_whole_step() -> None:
             before["seen"] = before.get("seen", 0) + 1
 
     ire = IRE(kappa=2.0, gamma=0.6, exclude="net.2.bias")
-    cases.fit(Classifier(), [ire, Look()])
+    cases.fit(Classifier(), [ire, Look()], log_every_n_steps=1)
     assert before["seen"] == 16
 
 
@@ -515,7 +497,8 @@ def test_sam_logs_the_loss_and_gradient_of_its_two_passes() -> None:
             if trainer.fit_loop.epoch_loop.batch_progress.current.ready % 2 == 0:
                 seen.append((trainer.callback_metrics[tags.PERTURBED_LOSS], outputs["loss"] * 2))
 
-    cases.fit(Watch(), [IRE(kappa=0.0, perturbation=SAM(0.1)), Look()], accumulate_grad_batches=2, max_epochs=1)
+    settings = {"accumulate_grad_batches": 2, "max_epochs": 1, "log_every_n_steps": 1}
+    cases.fit(Watch(), [IRE(kappa=0.0, perturbation=SAM(0.1)), Look()], **settings)
     for index, (perturbed, reported) in enumerate(seen):
         _, second, moved_first, moved_second = losses[4 * index : 4 * index + 4]
         torch.testing.assert_close(perturbed, (moved_first + moved_second) / 2)

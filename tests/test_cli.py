@@ -51,10 +51,8 @@ class FolderlessLogger(DummyLogger):
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def _seed(own_folder, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
-    monkeypatch.setattr(sys, "argv", ["cli.py"])  # Lightning warns if both args and sys.argv are there
 
 
 def write(path: str, content: dict) -> str:

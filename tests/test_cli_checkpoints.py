@@ -18,9 +18,7 @@ from lightning_ire._cli_checkpoints import check_checkpoint, find_checkpoint, mi
 GOOD = {"state_dict": {}, "pytorch-lightning_version": pl.__version__, "optimizer_states": []}
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def trainer(*callbacks, logger=None, **settings) -> Trainer:

@@ -4,7 +4,6 @@ The configs of the vision experiments run on tiny data in the real on-disk forma
 """
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +145,7 @@ PAPER: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cli.py"])  # Lightning warns if both args and sys.argv are there
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 def test_there_are_configs():

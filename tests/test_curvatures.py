@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from cases import CLASSES, FEATURES, Classifier, Net, recorded
+from cases import CLASSES, recorded
+from modules import Attention, Classifier, Custom, Net, OnceTanh, Recurrent
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
@@ -36,26 +37,6 @@ from lightning_ire import (
 from lightning_ire.curvature import hutchinson
 from lightning_ire.functional import rademacher
 from lightning_ire.functional.seeds import mixed_seed
-
-
-class Custom(Classifier):
-    """A classifier whose loss is any function of (outputs, targets, module); its weights stay where they are."""
-
-    def __init__(self, loss: Callable[[Tensor, Tensor, nn.Module], Tensor], net: nn.Module | None = None) -> None:
-        super().__init__(net, optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=0.0))
-        self.loss = loss
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.calls += 1
-        x, y = batch
-        return self.loss(self.net(x), y, self)
-
-
-def estimates(module: pl.LightningModule, curvature: Curvature, train: Any = None, **kwargs: Any) -> list[Any]:
-    found = recorded(curvature)
-    ire = IRE(kappa=1.0, interval=1, curvature=curvature, perturbation=kwargs.pop("perturbation", None))
-    cases.fit(module, [ire], train, **{"max_epochs": 1, "log_every_n_steps": 100, **kwargs})
-    return found
 
 
 def cross_entropy(z: Tensor, y: Tensor, module: nn.Module) -> Tensor:
@@ -94,7 +75,7 @@ class Quadratic(Custom):
 def test_any_signs_give_a_diagonal_hessian_exactly(num_vectors: int, loop: dict[str, Any]) -> None:
     """0 for what is only linear, nothing for what is unused or frozen."""
     module = Quadratic()
-    found = estimates(module, HutchinsonHessian(num_vectors), precision="64-true", **loop)
+    found = cases.estimates(module, HutchinsonHessian(num_vectors), precision="64-true", **loop)
     assert len(found) == 8 // loop.get("accumulate_grad_batches", 1)
     for w, linear, unused in found:
         torch.testing.assert_close(w.reshape(-1), module.curvatures, rtol=1e-12, atol=1e-15)
@@ -126,15 +107,9 @@ def small_data(samples: int, repeats: int = 1) -> TensorDataset:
     return TensorDataset(x[:, :2].repeat(repeats, 1), y.repeat(repeats))
 
 
-def dense_hessian(net: nn.Module, loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    names, values = zip(*net.named_parameters(), strict=True)
-    sizes = [value.numel() for value in values]
-
-    def of(vector: Tensor) -> Tensor:
-        parts = [part.view(value.shape) for part, value in zip(vector.split(sizes), values, strict=True)]
-        return loss(torch.func.functional_call(net, dict(zip(names, parts, strict=True)), (x,)))
-
-    return torch.autograd.functional.hessian(of, joined(values))
+def small_hessian(module: Custom, dataset: TensorDataset) -> Tensor:
+    x, y = dataset.tensors
+    return cases.dense_hessian(small_loss(module.net(x), y, module), list(module.net.parameters()))
 
 
 class EverySign:
@@ -175,11 +150,11 @@ def test_mean_over_all_signs_is_the_diagonal_and_the_variance_the_rest_of_the_ro
     """Bekas et al.: Var(v_i (H v)_i) = sum over j != i of H_ij^2. At the unmoved weights, whatever SAM does."""
     module, curvature = Custom(small_loss, small_net()), HutchinsonHessian()
     dataset = small_data(8)
-    matrix = dense_hessian(module.net, lambda z: small_loss(z, dataset.tensors[1], module), dataset.tensors[0])
+    matrix = small_hessian(module, dataset)
     assert (matrix.diagonal() < 0).any()
     EverySign(monkeypatch, curvature)
     train = cases.loader(small_data(8, repeats=64), 8 // loop.get("accumulate_grad_batches", 1))
-    h = torch.stack([joined(one) for one in estimates(module, curvature, train, precision="64-true", **loop)])
+    h = torch.stack([joined(one) for one in cases.estimates(module, curvature, train, precision="64-true", **loop)])
     assert h.shape == (64, 6)
     torch.testing.assert_close(h.mean(0), matrix.diagonal(), rtol=1e-10, atol=1e-13)
     rest = matrix.square().sum(1) - matrix.diagonal().square()
@@ -197,8 +172,8 @@ def signs_of(module: nn.Module, step: int, index: int) -> Tensor:
 def test_several_signs_are_averaged(num_vectors: int, accumulate: int) -> None:
     """The same signs in every micro-batch, other ones at every step."""
     module, dataset = Custom(small_loss, small_net()), small_data(8)
-    matrix = dense_hessian(module.net, lambda z: small_loss(z, dataset.tensors[1], module), dataset.tensors[0])
-    found = estimates(
+    matrix = small_hessian(module, dataset)
+    found = cases.estimates(
         module,
         HutchinsonHessian(num_vectors),
         cases.loader(small_data(8, repeats=3), 8 // accumulate),
@@ -237,39 +212,11 @@ def test_hutchinson_in_manual_optimization(closure: bool) -> None:
 
     train = cases.loader(small_data(24))
     loop = {"precision": "64-true", **({"perturbation": SAM(0.1)} if closure else {})}
-    by_hand = estimates(ByHand(), HutchinsonHessian(), train, **loop)
-    automatic = estimates(Custom(small_loss, small_net()), HutchinsonHessian(), train, **loop)
+    by_hand = cases.estimates(ByHand(), HutchinsonHessian(), train, **loop)
+    automatic = cases.estimates(Custom(small_loss, small_net()), HutchinsonHessian(), train, **loop)
     assert len(by_hand) == len(automatic) == 3
     for ours, theirs in zip(by_hand, automatic, strict=True):
         assert all(cases.same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-class Attention(nn.Module):
-    def __init__(self, kernel: bool) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.kernel = kernel
-        self.inner, self.outer = nn.Linear(FEATURES, 8), nn.Linear(8, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        heads = self.inner(x).view(len(x) // 4, 4, 2, 4)
-        if self.kernel:
-            mixed = F.scaled_dot_product_attention(heads, heads, heads)
-        else:
-            mixed = (heads @ heads.mT / 2).softmax(-1) @ heads
-        return self.outer(mixed.reshape(len(x), 8))
-
-
-class OnceSine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * ctx.saved_tensors[0].cos()
 
 
 def compiled_net() -> nn.Module:
@@ -283,6 +230,11 @@ def plain_net() -> nn.Module:
     return Net()
 
 
+def attention(kernel: bool) -> nn.Module:
+    torch.manual_seed(1)
+    return Attention(kernel)
+
+
 def checkpointed(reentrant: bool) -> Any:
     def loss(z: Tensor, y: Tensor, module: nn.Module) -> Tensor:
         return F.cross_entropy(checkpoint(torch.sin, z.tanh(), use_reentrant=reentrant), y)
@@ -291,11 +243,11 @@ def checkpointed(reentrant: bool) -> Any:
 
 
 def once(z: Tensor, y: Tensor, module: nn.Module) -> Tensor:
-    return F.cross_entropy(OnceSine.apply(z), y)
+    return F.cross_entropy(OnceTanh.apply(z), y)
 
 
 def twice(z: Tensor, y: Tensor, module: nn.Module) -> Tensor:
-    return F.cross_entropy(z.sin(), y)
+    return F.cross_entropy(z.tanh(), y)
 
 
 SHARE, TWICE = (
@@ -305,7 +257,7 @@ SHARE, TWICE = (
 # loss and net; the same, differentiable twice; the warnings; passes per batch (training's included); tolerance
 FALLBACKS: dict[str, Any] = {
     "attention": (
-        (cross_entropy, lambda: Attention(True)), (cross_entropy, lambda: Attention(False)), [SHARE], 2, 1e-4
+        (cross_entropy, lambda: attention(True)), (cross_entropy, lambda: attention(False)), [SHARE], 2, 1e-4
     ),
     "compiled": ((cross_entropy, compiled_net), (cross_entropy, plain_net), [SHARE], 2, 1e-5),
     "once-differentiable": ((once, plain_net), (twice, plain_net), [SHARE, TWICE], 4, 2e-2),
@@ -338,9 +290,9 @@ def test_where_the_training_graph_cannot_be_differentiated_twice(
         warnings.simplefilter("always")
         module = Custom(refuses[0], refuses[1]())
         loop = {"accumulate_grad_batches": accumulate, "limit_train_batches": 2}
-        got = estimates(module, HutchinsonHessian(), **loop)
+        got = cases.estimates(module, HutchinsonHessian(), **loop)
         ours = {str(one.message) for one in caught if "HutchinsonHessian" in str(one.message)}
-        expected = estimates(Custom(plain[0], plain[1]()), HutchinsonHessian(), **loop)
+        expected = cases.estimates(Custom(plain[0], plain[1]()), HutchinsonHessian(), **loop)
     assert len(got) == len(expected) == 2 // accumulate
     for one, other in zip(got, expected, strict=True):
         assert (joined(one) - joined(other)).norm() / joined(other).norm() < tolerance
@@ -351,23 +303,13 @@ def test_where_the_training_graph_cannot_be_differentiated_twice(
         assert module.calls == 2 * passes
 
 
-class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.inner, self.outer = kind(2, 3, batch_first=True), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(self.inner(x.view(len(x), 3, 2))[0][:, -1])
-
-
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_hutchinson_of_a_recurrent_layer(kind: Any) -> None:
     net = Recurrent(kind).double()
     module, dataset = Custom(lambda z, y, m: F.cross_entropy(z, y % 2), net), cases.data(8, dtype=torch.float64)
     x, y = dataset.tensors
-    matrix = dense_hessian(net, lambda z: F.cross_entropy(z, y % 2), x)
-    (got,) = estimates(module, HutchinsonHessian(), cases.loader(dataset), precision="64-true")
+    matrix = cases.dense_hessian(F.cross_entropy(net(x), y % 2), list(net.parameters()))
+    (got,) = cases.estimates(module, HutchinsonHessian(), cases.loader(dataset), precision="64-true")
     signs = signs_of(module, 0, 0)
     torch.testing.assert_close(joined(got), signs * (matrix @ signs), rtol=1e-8, atol=1e-11)
 
@@ -379,8 +321,8 @@ def test_hutchinson_in_half_precision(precision: str) -> None:
     if precision == "fp16":
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         loop = {"plugins": [pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)]}
-    (exact,) = estimates(Custom(cross_entropy, plain_net()), HutchinsonHessian(), limit_train_batches=1)
-    (got,) = estimates(Custom(cross_entropy, plain_net()), HutchinsonHessian(), limit_train_batches=1, **loop)
+    (exact,) = cases.estimates(Custom(cross_entropy, plain_net()), HutchinsonHessian(), limit_train_batches=1)
+    (got,) = cases.estimates(Custom(cross_entropy, plain_net()), HutchinsonHessian(), limit_train_batches=1, **loop)
     assert all(h.dtype == torch.float32 for h in got)
     assert (joined(got) - joined(exact)).norm() / joined(exact).norm() < 0.05
 
@@ -388,7 +330,7 @@ def test_hutchinson_in_half_precision(precision: str) -> None:
 def test_hutchinson_of_an_overflow_is_tried_again() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=5)
     loop = {"plugins": [pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)]}
-    found = estimates(Custom(cross_entropy), HutchinsonHessian(), limit_train_batches=2, **loop)
+    found = cases.estimates(Custom(cross_entropy), HutchinsonHessian(), limit_train_batches=2, **loop)
     assert found == [None, None]
 
 
@@ -446,7 +388,7 @@ def test_second_moment_of_a_constant_gradient_is_its_square(optimizer: Any, fact
     """Averages are without the bias of the first steps; Adagrad keeps a sum. No pass is run."""
     module = constant(optimizer)
     expected = squared_gradient(module)
-    found = estimates(module, SecondMoment(), **ONE_BATCH)
+    found = cases.estimates(module, SecondMoment(), **ONE_BATCH)
     assert len(found) == module.calls == 5
     for step, h in enumerate(found[1:], start=1):
         torch.testing.assert_close(joined(h), factor(step) * expected, rtol=1e-5, atol=1e-12)
@@ -516,7 +458,7 @@ def test_optimizers_without_a_second_moment(optimizer: str) -> None:
     module = Custom(cross_entropy)
     module.make_optimizer = lambda m: getattr(torch.optim, optimizer)(m.parameters(), lr=0.01)
     with pytest.raises(ConfigurationError, match=rf"^Expected .*{optimizer}.*keeps none.*SampledFisher") as caught:
-        estimates(module, SecondMoment())
+        cases.estimates(module, SecondMoment())
     assert "\n" not in str(caught.value)
     assert module.calls <= 2
 

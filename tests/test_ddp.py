@@ -9,7 +9,7 @@ import ddp_script
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Classifier, Net
+from modules import Classifier, Net, sgd
 
 
 class Results(dict):
@@ -76,7 +76,7 @@ def test_each_device_climbs_by_its_own_gradients_twice(ranks: list[dict[str, Any
     torch.manual_seed(11)
     module = Classifier(Net()).double()
     weights = list(module.parameters())
-    optimizer = cases.sgd(module)
+    optimizer = sgd(module)
     x, y = cases.data(16 * ddp_script.STEPS, dtype=torch.float64).tensors
     for step in range(ddp_script.STEPS):
         base = [w.detach().clone() for w in weights]
@@ -126,7 +126,7 @@ def test_each_device_perturbs_with_its_own_gradient(ranks: list[dict[str, Any]],
     torch.manual_seed(11)
     module = Classifier(Net()).double()
     weights = list(module.parameters())
-    optimizer = cases.sgd(module)
+    optimizer = sgd(module)
     x, y = cases.data(16 * ddp_script.STEPS, dtype=torch.float64).tensors
     for step in range(ddp_script.STEPS):
         gradients = []

@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import cases
-import ecosystem
-import matrix
 import pytest
 import pytorch_optimizer
 import torch
-from ecosystem import ARMS, KINDS, ROWS, SAVED, STEPS, Exercise, Outcome, Row, ecosystem_table
+from ecosystem import optimizers
+from ecosystem.batches import STEPS
+from ecosystem.modules import Exercise, TwiceDifferentiable
+from ecosystem.rows import ROWS
+from ecosystem.runs import ARMS, SAVED, Outcome, Row, train
+from ecosystem.table import KINDS, ecosystem_table
+from modules import Classifier
 
 from lightning_ire import IRE, tags
 from lightning_ire._checks import ConfigurationError
@@ -47,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             if how == "resumed":
                 get(row, arm)
             save = path if not how and arm in ("base", "sam-ire") else None
-            known[row.id, name] = ecosystem.train(row, ARMS[arm](row), save, path if how == "resumed" else None)
+            known[row.id, name] = train(row, ARMS[arm](row), save, path if how == "resumed" else None)
             if how == "resumed":
                 path.unlink()
         return known[row.id, name]
@@ -73,8 +77,8 @@ def cells() -> list[Any]:
 def differences(first: Outcome, second: Outcome) -> list[str]:
     """Weights, buffers and entries of the optimizer's state that differ in a bit."""
     return [
-        *matrix.differences(first.weights, second.weights, "weights"),
-        *matrix.differences(first.optimizers, second.optimizers, "optimizers"),
+        *cases.differences(first.weights, second.weights, "weights"),
+        *cases.differences(first.optimizers, second.optimizers, "optimizers"),
     ]
 
 
@@ -126,41 +130,41 @@ def test_a_resumed_run_is_the_one_that_was_never_killed(row: Row, runs: Runs) ->
 @pytest.mark.parametrize("name", ["adahessian", "sophiah"])
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
 def test_ire_alone_with_an_optimizer_that_differentiates_gradients(name: str) -> None:
-    make = ecosystem.of_package(name)
-    row = Row(name, "", module=lambda: ecosystem.TwiceDifferentiable(optimizer=make))
-    base = ecosystem.train(row)
-    assert differences(ecosystem.train(row, [IRE(kappa=1.0, interval=5, exclude="*")]), base) == []
-    ours = ecosystem.train(row, [IRE(kappa=1.0, interval=5)])
+    make = optimizers.of_package(name)
+    row = Row(name, "", module=lambda: TwiceDifferentiable(optimizer=make))
+    base = train(row)
+    assert differences(train(row, [IRE(kappa=1.0, interval=5, exclude="*")]), base) == []
+    ours = train(row, [IRE(kappa=1.0, interval=5)])
     assert ours.finite
     assert ours.weights != base.weights
 
 
 def test_an_optimizer_that_runs_the_closure_twice_is_refused() -> None:
     """As LBFGS is: which of its passes the mask, the climb and the old weights belong to cannot be known."""
-    row = Row("twice", "", module=lambda: Exercise(optimizer=lambda module: ecosystem.Twice(module.parameters())))
+    row = Row("twice", "", module=lambda: Exercise(optimizer=lambda module: optimizers.Twice(module.parameters())))
     with pytest.raises(ConfigurationError, match="closure"):
-        ecosystem.train(row, [IRE(kappa=1.0)])
+        train(row, [IRE(kappa=1.0)])
 
 
 @pytest.mark.parametrize("name", ["alig", "a2grad"])
 def test_kappa_cannot_follow_a_learning_rate_that_is_not_there(name: str) -> None:
-    make = ecosystem.of_package(name, **({"max_lr": 0.1} if name == "alig" else {}))
+    make = optimizers.of_package(name, **({"max_lr": 0.1} if name == "alig" else {}))
     row = Row(name, "", module=lambda: Exercise(optimizer=make))
     with pytest.raises(ConfigurationError, match="kappa_schedule"):
-        ecosystem.train(row, [IRE(kappa=1.0, kappa_schedule="lr")])
+        train(row, [IRE(kappa=1.0, kappa_schedule="lr")])
 
 
 @pytest.mark.parametrize("name", ["prodigy", "apollo", "splus", "adams", "adafactor"])
 def test_a_decay_that_is_not_lr_times_weight_decay_is_not_taken_for_it(name: str) -> None:
-    make = ecosystem.of_package(name, weight_decay=0.1)
+    make = optimizers.of_package(name, weight_decay=0.1)
     row = Row(name, "", module=lambda: Exercise(optimizer=make))
     with pytest.raises(ConfigurationError, match="scale_weight_decay"):
-        ecosystem.train(row, [IRE(kappa=1.0, scale_weight_decay=False)])
+        train(row, [IRE(kappa=1.0, scale_weight_decay=False)])
 
 
 def test_an_optimizer_that_keeps_norms_keeps_them_under_the_boost() -> None:
     """RELATED_WORK 13: the boost leaves the sphere, and `project()` of the optimizer puts the weights back on it."""
-    module = cases.Classifier(optimizer=lambda module: ecosystem.KeepsNorms(module.parameters()))
+    module = Classifier(optimizer=lambda module: optimizers.KeepsNorms(module.parameters()))
     before = [parameter.norm().item() for parameter in module.parameters()]
     plain = cases.clone(module)
     cases.fit(plain)
@@ -181,12 +185,12 @@ def test_ids_and_kinds() -> None:
 def test_every_optimizer_of_torch_has_a_row_or_a_reason() -> None:
     optim = torch.optim.Optimizer
     names = {name for name, one in vars(torch.optim).items() if isinstance(one, type) and issubclass(one, optim)}
-    assert names - {"Optimizer"} == set(ecosystem.TORCH) | set(ecosystem.NOT_OF_TORCH)
+    assert names - {"Optimizer"} == set(optimizers.TORCH) | set(optimizers.NOT_OF_TORCH)
 
 
-@pytest.mark.skipif(version("pytorch_optimizer") != ecosystem.VERSION, reason="the lists are those of one release")
+@pytest.mark.skipif(version("pytorch_optimizer") != optimizers.VERSION, reason="the lists are those of one release")
 def test_every_optimizer_of_the_package_has_a_row_or_a_reason() -> None:
-    lists = [*ecosystem.PACKAGE, *ecosystem.OTHERS, *ecosystem.UNUSABLE]
+    lists = [*optimizers.PACKAGE, *optimizers.OTHERS, *optimizers.UNUSABLE]
     assert sorted(lists) == sorted(pytorch_optimizer.get_supported_optimizers())
 
 

@@ -23,8 +23,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
-from cases import Classifier, Net
 from lightning.pytorch.loops.optimization.automatic import Closure
+from modules import Classifier, Manual, Net, TakesTheIterator, sgd
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -53,12 +53,6 @@ PASSES: dict[str, Callable[[], pl.Callback]] = {
 
 def states(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    different = [name for name in first if not cases.same_bits(first[name], second[name])]
-    assert not different
 
 
 # weights that the module moves
@@ -99,7 +93,7 @@ class Momentum(Classifier):
         return states(self) | {f"keys.{name}": value.clone() for name, value in self.keys[0].state_dict().items()}
 
 
-class Manual(Momentum):
+class ManualMomentum(Momentum):
     """The same in manual optimization."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +105,7 @@ class Manual(Momentum):
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = super(Manual, self).training_step(batch, batch_idx)
+            loss = super(ManualMomentum, self).training_step(batch, batch_idx)
             self.manual_backward(loss)
             return loss
 
@@ -131,10 +125,10 @@ def test_weights_that_the_step_moves_move_once(passes: str, move: Callable[..., 
         ends.append(module.states())
     if passes == "fraction":
         ends = [{name: value for name, value in end.items() if "net" not in name} for end in ends]
-    assert_same(*ends)
+    assert not list(cases.differences(*ends))
 
 
-@pytest.mark.parametrize(("kind", "loop"), [(Momentum, {"accumulate_grad_batches": 2}), (Manual, {})])
+@pytest.mark.parametrize(("kind", "loop"), [(Momentum, {"accumulate_grad_batches": 2}), (ManualMomentum, {})])
 def test_they_start_where_the_first_pass_did(kind: type[Momentum], loop: dict[str, Any]) -> None:
     ends = []
     for callbacks in ([], [PASSES["SAM"]()]):
@@ -142,7 +136,7 @@ def test_they_start_where_the_first_pass_did(kind: type[Momentum], loop: dict[st
         module = kind()
         cases.fit(module, callbacks, max_epochs=1, **loop)
         ends.append(module.states())
-    assert_same(*ends)
+    assert not list(cases.differences(*ends))
 
 
 class Prototypes(Classifier):
@@ -168,7 +162,7 @@ def test_what_a_training_pass_was_seen_to_change_is_put_back_beside_a_large_froz
         module.make_optimizer = lambda m: torch.optim.SGD(m.net[1].parameters(), lr=0.0)
         cases.fit(module, callbacks, max_epochs=1)
         ends.append(states(module))
-    assert_same(*ends)
+    assert not list(cases.differences(*ends))
 
 
 class Teacher(Classifier):
@@ -195,7 +189,7 @@ def test_a_teacher_of_any_kind_moves_once(frozen: bool, backbone: bool, passes: 
         module = Teacher(frozen, backbone)
         cases.fit(module, callbacks, max_epochs=1)
         ends.append(states(module))
-    assert_same(*ends)
+    assert not list(cases.differences(*ends))
 
 
 class Rearranged(Classifier):
@@ -318,7 +312,7 @@ def test_training_is_the_same_whatever_the_step_moves_and_makes(how: str, passes
         module = Rearranged(how)
         cases.fit(module, callbacks, max_epochs=1)
         ends.append(states(module))
-    assert_same(*ends)
+    assert not list(cases.differences(*ends))
 
 
 def test_weights_that_the_step_decays_are_perturbed_from_what_they_were() -> None:
@@ -382,7 +376,7 @@ def test_a_backbone_is_not_copied_in_every_step() -> None:
     }
     assert not moving.offload
     student = Momentum()
-    few = MovingWeights([cases.sgd(student)]).parameters(weights_of(modules_of(student)))
+    few = MovingWeights([sgd(student)]).parameters(weights_of(modules_of(student)))
     assert {id(parameter) for parameter in few} == {id(parameter) for parameter in student.keys.parameters()}
 
 
@@ -462,7 +456,7 @@ def test_what_a_module_keeps_in_attributes_is_what_training_showed_it(passes: st
         ends.append(states(module))
     assert notes[0] == notes[1]
     if passes != "fraction":
-        assert_same(*ends)
+        assert not list(cases.differences(*ends))
 
 
 class Annealed(Classifier):
@@ -482,7 +476,7 @@ def test_a_replay_sees_the_attributes_of_its_micro_batch() -> None:
         module = Annealed()
         cases.fit(module, callbacks, max_epochs=1, accumulate_grad_batches=4)
         ends.append(states(module))
-    assert_same(*ends)
+    assert not list(cases.differences(*ends))
 
 
 class Counts(Classifier):
@@ -704,20 +698,6 @@ class Nest(Classifier):
         self.inner = Classifier()
 
 
-class ManualPlain(Classifier):
-    """In manual optimization."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
-
-
 def copies(module: nn.Module) -> Iterator[nn.Module]:
     yield copy.deepcopy(module)
     yield copy.copy(module)
@@ -738,12 +718,12 @@ class KeepBest(pl.Callback):
             copy.deepcopy(optimizer)
 
 
-@pytest.mark.parametrize("kind", [Nest, ManualPlain])
+@pytest.mark.parametrize("kind", [Nest, Manual])
 def test_copies_and_pickles_have_the_plain_methods(kind: type[Classifier]) -> None:
     keep = KeepBest()
     for callbacks in ([], [IRE(kappa=1.0, interval=2)]):
         module = kind()
-        module.make_optimizer = cases.sgd
+        module.make_optimizer = sgd
         cases.fit(module, [*callbacks, keep], max_epochs=1)
         for kept in keep.kept:
             attributes = {
@@ -856,18 +836,10 @@ def test_an_overridden_optimizer_step_gets_lightnings_closure(direct: bool) -> N
     assert modules[1].calls == 16
 
 
-class FromIterator(Classifier):
-    """Takes its batches itself."""
-
-    def training_step(self, dataloader_iter: Any) -> Tensor:  # type: ignore[override]
-        batch, batch_idx, _ = next(dataloader_iter)
-        return super().training_step(batch, batch_idx)
-
-
 @pytest.mark.parametrize("curvature", [EmpiricalFisher(), SecondMoment()], ids=str)
 def test_a_step_that_takes_the_iterator_with_estimates_that_replay_nothing(curvature: Any) -> None:
     modules = []
-    for kind in (Classifier, FromIterator):
+    for kind in (Classifier, TakesTheIterator):
         torch.manual_seed(0)
         modules.append(kind(optimizer=lambda m: torch.optim.Adam(m.parameters())))
         ire = IRE(kappa=2.0, interval=2, curvature=curvature)
@@ -882,7 +854,7 @@ def test_a_step_that_takes_the_iterator_with_estimates_that_replay_nothing(curva
 )
 def test_a_step_that_takes_the_iterator_cannot_be_replayed(ire: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match="`dataloader_iter`: its batches cannot be replayed"):
-        cases.fit(FromIterator(), [IRE(**ire)])
+        cases.fit(TakesTheIterator(), [IRE(**ire)])
 
 
 # constraints

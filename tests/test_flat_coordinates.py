@@ -9,8 +9,8 @@ import cases
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import Classifier, Net
 from lightning.pytorch.loggers import TensorBoardLogger
+from modules import Classifier, Net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_ire import (

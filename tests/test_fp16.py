@@ -5,8 +5,8 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import Classifier, Net
 from lightning.pytorch.plugins.precision import MixedPrecision
+from modules import Classifier, Net
 
 from lightning_ire import IRE, SAM, EmpiricalFisher, tags
 
@@ -65,18 +65,17 @@ def test_skipped_steps_are_neither_counted_nor_boosted(fused: bool, device: str)
 
 @pytest.mark.parametrize("curvature", [None, EmpiricalFisher()])
 def test_logged_values_do_not_depend_on_the_scale(curvature: Any) -> None:
-    start = Classifier(Net())
+    start, one = Classifier(Net()), {"max_epochs": 1, "limit_train_batches": 1, "log_every_n_steps": 1}
     values = []
     for scale in (2.0**4, 2.0**10):
         module = cases.clone(start)
         ire = IRE(kappa=1.0, interval=1, curvature=curvature, perturbation=SAM(0.1))
-        trainer, _ = fit(module, [ire], scale, max_epochs=1, limit_train_batches=1)
+        trainer, _ = fit(module, [ire], scale, **one)
         values.append({tag: float(trainer.callback_metrics[tag]) for tag in (tags.GRAD_NORM, tags.THRESHOLD)})
     assert values[0] == pytest.approx(values[1], rel=0.05)
     full = cases.fit(
         cases.clone(start),
         [IRE(kappa=1.0, interval=1, curvature=curvature, perturbation=SAM(0.1))],
-        max_epochs=1,
-        limit_train_batches=1,
+        **one,
     )
     assert values[0] == pytest.approx({tag: float(full.callback_metrics[tag]) for tag in values[0]}, rel=0.05)

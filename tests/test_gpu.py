@@ -9,9 +9,9 @@ import cases
 import pytest
 import sharded_script
 import torch
-from cases import Classifier, Net
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
+from modules import Classifier, Net, sgd
 from torch import Tensor, nn
 
 from lightning_ire import IRE, SAM, EmpiricalFisher, RandomMask, SampledFisher, SecondMoment, tags
@@ -111,7 +111,7 @@ class Watched(Callback):
 
 
 OPTIMIZERS = {
-    "sgd": cases.sgd,
+    "sgd": sgd,
     "sgd-fused": lambda module: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, fused=True),
     "adamw": adam(foreach=False),
     "adamw-foreach": adam(foreach=True),
@@ -155,7 +155,7 @@ def test_threshold_and_masks_are_those_of_the_cpu(dtype: torch.dtype, exclude_ze
         assert all(torch.equal(mask.cpu(), expected) for mask, expected in pairs)
 
 
-def same_net_twice(optimizer: Any = cases.sgd) -> tuple[Classifier, Classifier]:
+def same_net_twice(optimizer: Any = sgd) -> tuple[Classifier, Classifier]:
     torch.manual_seed(0)
     module = Classifier(Net(batch_norm=True, dropout=0.2), optimizer=optimizer)
     return module, cases.clone(module)
@@ -220,7 +220,7 @@ def test_an_estimate_of_a_network_that_runs_as_cuda_graphs() -> None:
     eager, graphs = same_net_twice()
     eager.net[3].p = graphs.net[3].p = 0.0
     graphs.net.compile(mode="reduce-overhead", dynamic=False)
-    one = {"max_epochs": 1, "limit_train_batches": 3}
+    one = {"max_epochs": 1, "limit_train_batches": 3, "log_every_n_steps": 1}
     values: list[Tensor] = []
     for module in (eager, graphs):
         with warnings.catch_warnings():

@@ -13,9 +13,9 @@ import cases
 import lightning.pytorch as pl
 import pytest
 import torch
-from cases import Classifier, Net
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from modules import Classifier, Net
 from resume_script import Clock, Victim
 
 import lightning_ire
@@ -98,7 +98,7 @@ def fit_until_it_raises(
 ) -> tuple[Look, pl.Trainer]:
     look = Look()
     callbacks = [OnExceptionCheckpoint(tmp_path), Clock(), *([ire, look] if first else [look, ire])]
-    run = cases.trainer(callbacks, **{"max_epochs": 1, "enable_checkpointing": True, **kwargs})
+    run = cases.trainer(callbacks, **{"max_epochs": 1, "log_every_n_steps": 1, "enable_checkpointing": True, **kwargs})
     # Lightning's graceful shutdown ends in sys.exit
     expected = SystemExit if isinstance(module.error, KeyboardInterrupt) else type(module.error)
     with pytest.raises(expected):
@@ -117,7 +117,7 @@ def assert_plain(module: Victim, run: pl.Trainer, allowed_hooks: int = 1) -> Non
     other = type(module)()
     other.load_state_dict(module.state_dict())
     for each in (module, other):
-        cases.fit(each, [Clock()])
+        cases.fit(each, [Clock()], max_epochs=1)
     cases.assert_same_bits(module, other)
 
 
@@ -170,7 +170,7 @@ def test_weights_are_unmoved_before_anybody_hears_of_it(where: str, error: BaseE
     assert_plain(module, run)
     # the checkpoint goes on, with the callback
     again = Raises()
-    cases.fit(again, [Clock(), IRE(**SAM_IRE)], max_epochs=2, ckpt_path=str(tmp_path / "on_exception.ckpt"))
+    cases.fit(again, [Clock(), IRE(**SAM_IRE)], max_epochs=1, ckpt_path=str(tmp_path / "on_exception.ckpt"))
     assert torch.isfinite(again.net[0].weight).all()
 
 
@@ -241,7 +241,7 @@ class Traced(pl.Callback):
 def interrupted(line: int, settings: dict[str, Any], function: str | None = None) -> tuple[int, list[str]]:
     """Ctrl-C at that line: the number of lines that ran, and what is wrong afterwards."""
     module, ire, tracer, look = Raises(), IRE(**settings), Tracer(line, function), Look()
-    run = cases.trainer([look, ire, Traced(tracer)], max_steps=BATCH + 1)
+    run = cases.trainer([look, ire, Traced(tracer)], max_steps=BATCH + 1, log_every_n_steps=1)
     try:
         run.fit(module, cases.loader(cases.data()))
     except SystemExit:

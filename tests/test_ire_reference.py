@@ -7,7 +7,7 @@ import cases
 import pytest
 import reference
 import torch
-from cases import Classifier, Net
+from modules import Classifier, Net
 from torch import nn
 
 from lightning_ire import (

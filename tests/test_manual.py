@@ -10,41 +10,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Classifier, Net
+from modules import Classifier, Manual, Net, TwoPlayers
 from torch import Tensor, nn
 
 from lightning_ire import IRE, SAM, AverageSAM, ConfigurationError, EmpiricalFisher, tags
 
 BOOST = {"kappa": 2.0, "gamma": 0.7, "interval": 3}
-
-
-class Manual(Classifier):
-    """The classifier of the other tests, stepping by itself: with a closure or without."""
-
-    def __init__(self, net: nn.Module | None = None, closure: bool = False, **kwargs: Any) -> None:
-        super().__init__(net, **kwargs)
-        self.automatic_optimization = False
-        self.with_closure = closure
-
-    def loss(self, batch: Any) -> Tensor:
-        self.calls += 1
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-
-        def closure() -> Tensor:
-            loss = self.loss(batch)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            self.log("loss", loss)
-            return loss
-
-        if self.with_closure:
-            optimizer.step(closure)
-        else:
-            closure()
-            optimizer.step()
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {
@@ -268,35 +239,6 @@ def test_frozen_weights_that_the_optimizer_has_are_not_perturbed() -> None:
     cases.assert_same_bits(*ends)
 
 
-class TwoPlayers(pl.LightningModule):
-    """GAN-like: two optimizers, one of them stepping twice a batch, each toggled."""
-
-    def __init__(self, toggle: bool = True) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.first, self.second = Net(), Net(batch_norm=True)
-        self.toggle = toggle
-
-    def configure_optimizers(self) -> Any:
-        return (
-            torch.optim.SGD(self.first.parameters(), lr=0.1, momentum=0.9),
-            torch.optim.AdamW(self.second.parameters(), lr=0.01),
-        )
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = batch
-        one, two = self.optimizers()
-        for optimizer in (one, two, two):
-            if self.toggle:
-                self.toggle_optimizer(optimizer)
-            loss = F.cross_entropy(self.first(x) + self.second(x), y)
-            optimizer.zero_grad()
-            self.manual_backward(loss)
-            optimizer.step()
-            if self.toggle:
-                self.untoggle_optimizer(optimizer)
-
-
 def by_hand(module: TwoPlayers, batches: Any, curvature: str, kappa: float = 2.0, interval: int = 3) -> None:
     """The two players with the boost written out, the empirical Fisher as curvature."""
     optimizers = module.configure_optimizers()
@@ -476,7 +418,7 @@ def test_an_exception_in_a_closure_leaves_unmoved_weights(where: int) -> None:
 
 def test_a_step_inside_the_capture_of_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here only what is asked of torch; with a real graph: tests/test_gpu.py."""
-    module = cases.Classifier()
+    module = Classifier()
     start = cases.clone(module)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

@@ -6,10 +6,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matrix
+import cases
 import pytest
 import torch
-from cases import Classifier
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -17,7 +16,10 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from matrix import COMPATIBILITY, ELSEWHERE, ROWS, Record, Row, compatibility_table
+from matrix.rows import ROWS
+from matrix.runs import Row, assert_same, estimated, forced, run
+from matrix.table import COMPATIBILITY, ELSEWHERE, compatibility_table
+from modules import Classifier, TakesTheIterator
 
 from lightning_ire import IRE, SAM
 from lightning_ire._checks import ConfigurationError
@@ -42,23 +44,15 @@ def cells(arm: str) -> list[Any]:
     return cells
 
 
-def assert_same(row: Row, plain: Record, ours: Record) -> None:
-    different = []
-    for part in plain.parts:
-        if part not in row.leave_out:
-            different += list(matrix.differences(plain.parts[part], ours.parts[part], part))
-    assert not different, f"{len(different)} differences:\n" + "\n".join(line[:300] for line in different[:12])
-
-
 @pytest.mark.parametrize("row", cells("forced"))
 def test_forced_second_pass(row: Row, plain_runs: Any, tmp_path: Path) -> None:
     """IRE(kappa=0, perturbation=SAM(0)): every micro-batch that was back-propagated runs exactly twice."""
     if row.refused:
         with pytest.raises(ConfigurationError, match=row.refused):
-            matrix.run(row, matrix.forced(), tmp_path)
+            run(row, forced(), tmp_path)
         return
     plain = plain_runs(row)
-    ours = matrix.run(row, matrix.forced(), tmp_path)
+    ours = run(row, forced(), tmp_path)
     assert_same(row, plain, ours)
     assert plain.back_propagated > 0
     assert ours.back_propagated == plain.back_propagated
@@ -71,9 +65,9 @@ def test_forced_second_pass(row: Row, plain_runs: Any, tmp_path: Path) -> None:
 def test_estimates_without_a_boost(row: Row, plain_runs: Any, tmp_path: Path) -> None:
     """IRE(kappa=5, exclude="*"): estimates are made, and no weight is boosted. The callback comes last here."""
     plain = plain_runs(row)
-    ire = matrix.estimated()
+    ire = estimated()
     with pytest.warns(UserWarning, match=row.warns) if row.warns else nullcontext():
-        ours = matrix.run(row, ire, tmp_path, last=True)
+        ours = run(row, ire, tmp_path, last=True)
     assert_same(row, plain, ours)
     assert ire.curvature.begun > 0
     assert (ire.curvature.made > 0) is row.made
@@ -108,32 +102,22 @@ def test_the_readme_shows_the_table() -> None:
     assert readme.split(begin)[1].split(end)[0] == compatibility_table()
 
 
-class TakesTheIterator(Classifier):
-    def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
-        return super().training_step(next(dataloader_iter)[0], 0)
-
-
-def under(strategy: type) -> Any:
-    """A trainer with a strategy that this machine may be unable to run."""
-    return SimpleNamespace(strategy=strategy.__new__(strategy), optimizers=[])
-
-
 def static_graph() -> Any:
-    trainer = under(DDPStrategy)
+    trainer = cases.under(DDPStrategy)
     trainer.strategy._model = SimpleNamespace(static_graph=True)
     return trainer
 
 
 def plain_trainer(optimizer: Any = None) -> Any:
-    trainer = under(SingleDeviceStrategy)
+    trainer = cases.under(SingleDeviceStrategy)
     trainer.optimizers = [] if optimizer is None else [optimizer]
     return trainer
 
 
 REFUSALS: dict[str, tuple[Any, Any, str]] = {
-    "FSDP": (lambda: under(FSDPStrategy), Classifier, "got FSDPStrategy"),
-    "DeepSpeed": (lambda: under(DeepSpeedStrategy), Classifier, "got DeepSpeedStrategy"),
-    "ModelParallelStrategy": (lambda: under(ModelParallelStrategy), Classifier, "got ModelParallelStrategy"),
+    "FSDP": (lambda: cases.under(FSDPStrategy), Classifier, "got FSDPStrategy"),
+    "DeepSpeed": (lambda: cases.under(DeepSpeedStrategy), Classifier, "got DeepSpeedStrategy"),
+    "ModelParallelStrategy": (lambda: cases.under(ModelParallelStrategy), Classifier, "got ModelParallelStrategy"),
     "training_step(dataloader_iter)": (plain_trainer, TakesTheIterator, "dataloader_iter"),
     "LBFGS": (lambda: plain_trainer(torch.optim.LBFGS([torch.ones(1)])), Classifier, "LBFGS"),
     "DDP with static_graph, each device with its own SAM": (static_graph, Classifier, "static_graph"),
@@ -144,7 +128,7 @@ REFUSALS: dict[str, tuple[Any, Any, str]] = {
 def test_refusals_come_before_any_compute_in_one_line(feature: str) -> None:
     make_trainer, make_module, words = REFUSALS[feature]
     with pytest.raises(ConfigurationError, match=words) as error:
-        matrix.forced().on_fit_start(make_trainer(), make_module())
+        forced().on_fit_start(make_trainer(), make_module())
     assert "\n" not in str(error.value)
 
 
@@ -152,8 +136,8 @@ def test_a_search_for_a_learning_rate_in_between_does_not_count_as_training(tmp_
     """The search steps the same optimizer, and puts callbacks back to a checkpoint, without starting the fit anew."""
     row = next(row for row in ROWS if row.id == "lr-finder-in-between")
     ire = IRE(kappa=1.0, interval=2, exclude="*", perturbation=SAM(0.0))
-    plain = matrix.run(row, None, tmp_path / "plain")
-    matrix.run(row, ire, tmp_path / "ire")
+    plain = run(row, None, tmp_path / "plain")
+    run(row, ire, tmp_path / "ire")
     assert ire._progress.step == plain.parts["global_step"]
     assert ire.state_dict()["optimizers"][0]["step"] == plain.parts["global_step"]
 
@@ -163,8 +147,8 @@ def test_what_a_step_logs_is_what_it_saw_before_the_ascent(id: str, tmp_path: Pa
     """At rho = 0 a second pass that logs can go unseen; here it climbs far."""
     row = next(row for row in ROWS if row.id == id)
     row = replace(row, trainer=lambda made=row.trainer: {**made(), "max_steps": 1})
-    plain = matrix.run(row, None, tmp_path / "plain").parts["rows"]
-    ours = matrix.run(row, IRE(kappa=0.0, perturbation=SAM(3.0)), tmp_path / "ours").parts["rows"]
+    plain = run(row, None, tmp_path / "plain").parts["rows"]
+    ours = run(row, IRE(kappa=0.0, perturbation=SAM(3.0)), tmp_path / "ours").parts["rows"]
     assert plain[0][0] == 0
     assert len(plain) > 1
     trained = {name for _, metrics in plain for name in metrics if "val" not in name}

@@ -7,7 +7,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Classifier, Net
+from modules import Exact, Net
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
@@ -18,28 +18,13 @@ from lightning_ire.sharpness import QUANTITIES
 FEW = {"max_vectors": 4, "max_iterations": 20, "num_eigenvalues": 2}
 
 
-class Probed(Classifier):
-    """In float64, with batches of its own for the monitor."""
-
-    def __init__(self) -> None:
-        super().__init__(Net(batch_norm=True, dropout=0.3))
-        self.double()
-
-    def probe_dataloader(self) -> Any:
-        return batches()
-
-
 def batches() -> Any:
     return cases.loader(cases.data(24, torch.float64))
 
 
-def loss_of(model: Classifier) -> Any:
-    return lambda batch: F.cross_entropy(model.net(batch[0]), batch[1])
-
-
 def assert_the_numbers_of_the_monitor(settings: dict[str, Any], quantities: tuple[str, ...], mode: str) -> None:
     torch.manual_seed(0)
-    theirs = Probed()
+    theirs = Exact(Net(batch_norm=True, dropout=0.3))
     ours = cases.clone(theirs)
     monitor = SharpnessMonitor(quantities=quantities, num_batches=3, mode=mode, **FEW)
     train = cases.loader(cases.data(dtype=torch.float64))
@@ -48,14 +33,14 @@ def assert_the_numbers_of_the_monitor(settings: dict[str, Any], quantities: tupl
     step = IREStep(ours, ours.configure_optimizers(), **settings)
     torch.manual_seed(3)
     for batch in train:
-        step(loss_of(ours), batch)
+        step(cases.loss_of(ours), batch)
     cases.assert_same_bits(ours, theirs)
     assert monitor.last is not None
     assert monitor._probe is not None
     with warnings.catch_warnings():  # the same ones
         warnings.simplefilter("ignore")
         measured = measure_sharpness(
-            ours, loss_of(ours), monitor._probe._batches, quantities, step=step, mode=mode, **FEW
+            ours, cases.loss_of(ours), monitor._probe._batches, quantities, step=step, mode=mode, **FEW
         )
     assert measured.values == monitor.last.values
     assert measured.skipped == monitor.last.skipped
@@ -106,10 +91,10 @@ def test_the_dense_hessian() -> None:
 
 def test_it_leaves_no_trace() -> None:
     torch.manual_seed(0)
-    model = Probed()
+    model = Exact(Net(batch_norm=True, dropout=0.3))
     data = list(batches())
     before, stream = cases.clone(model), torch.get_rng_state()
-    measure_sharpness(model, loss_of(model), data, mode="train", **FEW)
+    measure_sharpness(model, cases.loss_of(model), data, mode="train", **FEW)
     cases.assert_same_bits(model, before)
     assert torch.equal(torch.get_rng_state(), stream)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -152,20 +137,26 @@ def test_a_loss_of_ones_own_has_a_fisher_loss() -> None:
     ],
 )
 def test_wrong_arguments_are_one_line(settings: dict[str, Any], words: str) -> None:
-    model = Probed()
-    arguments = {"model": model, "loss_of": loss_of(model), "batches": list(batches()), **settings}
+    model = Exact(Net(batch_norm=True, dropout=0.3))
+    arguments = {"model": model, "loss_of": cases.loss_of(model), "batches": list(batches()), **settings}
     with pytest.raises(ConfigurationError, match=words) as caught:
         measure_sharpness(**arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_stability_needs_an_optimizer() -> None:
-    model = Probed()
+    model = Exact(Net(batch_norm=True, dropout=0.3))
     with pytest.warns(UserWarning, match="skips stability: there is no optimizer outside of fit"):
-        measure_sharpness(model, loss_of(model), list(batches()), ["stability"], **FEW)
+        measure_sharpness(model, cases.loss_of(model), list(batches()), ["stability"], **FEW)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     measured = measure_sharpness(
-        model, loss_of(model), list(batches()), ["stability", "lambda_max"], optimizer=optimizer, mode="train", **FEW
+        model,
+        cases.loss_of(model),
+        list(batches()),
+        ["stability", "lambda_max"],
+        optimizer=optimizer,
+        mode="train",
+        **FEW,
     )
     assert measured.values[tags.EDGE] == pytest.approx(2 / 0.1)
     top = measured.values[tags.LAMBDA_MAX]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from methods import METHODS, Method, methods_table
+from modules import Classifier
 from torch import Tensor, nn
 
 import lightning_ire
@@ -67,7 +68,7 @@ class CountedNet(nn.Module):
 
 def passes_of(ire: IRE | None) -> tuple[int, int]:
     """Samples that went forward and backward in a run of `STEPS` steps."""
-    module = cases.Classifier(CountedNet(), lambda module: torch.optim.Adam(module.parameters(), lr=0.01))
+    module = Classifier(CountedNet(), lambda module: torch.optim.Adam(module.parameters(), lr=0.01))
     Counted.forwards = Counted.backwards = 0
     cases.fit(module, [] if ire is None else [ire], cases.loader(cases.data(STEPS * BATCH), BATCH), max_epochs=1)
     return Counted.forwards, Counted.backwards

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CLASSES, FEATURES, Classifier, Net
+from cases import CLASSES, FEATURES
 from lightning.pytorch.loggers import CSVLogger
+from modules import Classifier, Net
 from torch import nn
 from torchmetrics import MetricCollection
 from torchmetrics.aggregation import CatMetric
@@ -70,9 +71,7 @@ class Outputs(pl.Callback):
 def run(
     ire: list[pl.Callback], tmp_path: Path, module_class: type[Everything] = Everything, **kwargs: Any
 ) -> dict[str, Any]:
-    torch.manual_seed(5)
-    np.random.seed(5)
-    random.seed(5)
+    cases.seed_all(5)
     module, outputs = module_class(), Outputs()
     trainer = cases.fit(
         module,

@@ -5,21 +5,13 @@ from typing import Any
 import cases
 import lightning.pytorch as pl
 import pytest
-from cases import Classifier
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import CombinedLoader
-from test_manual import Manual, TwoPlayers
-from torch.utils.data import DataLoader, IterableDataset
+from modules import Classifier, Manual, TwoPlayers
+from torch.utils.data import DataLoader
 
 from lightning_ire import IRE, ConfigurationError
 from lightning_ire._run_length import batches_of_run, steps_of_run
-
-
-class Stream(IterableDataset):
-    """Does not know its length."""
-
-    def __iter__(self) -> Any:
-        return iter(cases.data())
 
 
 class First(Classifier):
@@ -31,7 +23,7 @@ class First(Classifier):
 
 
 def stream() -> DataLoader:
-    return DataLoader(Stream(), batch_size=8)
+    return DataLoader(cases.Stream(), batch_size=8)
 
 
 def short() -> DataLoader:

@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CLASSES, Classifier, Net, recorded
+from cases import CLASSES, recorded
+from modules import Custom, Net, standing_still
 from torch import Tensor, nn
 from torch import distributions as td
 from torch.nn.functional import cross_entropy as imported_directly
@@ -27,30 +28,13 @@ from lightning_ire.functional import SAMPLED, sampled_losses
 SLOW = "takes the samples one by one here, which is slow"
 
 
-class Custom(Classifier):
-    """A classifier whose loss is any function of (logits, targets, module)."""
-
-    def __init__(self, loss: Callable[[Tensor, Tensor, nn.Module], Tensor], net: nn.Module | None = None) -> None:
-        super().__init__(net)
-        self.loss = loss
-        self.sizes = cases.Notes()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.calls += 1
-        x, y = batch
-        return self.loss(self.net(x), y, self)
-
-
 def estimates(
     module: pl.LightningModule, train: DataLoader | None = None, curvature: Curvature | None = None, **kwargs: Any
 ) -> list[Any]:
     """The estimates of a run in which the weights stay where they are."""
     curvature = SampledFisher() if curvature is None else curvature
-    found = recorded(curvature)
-    module.make_optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.0)  # type: ignore[assignment]
-    ire = IRE(kappa=1.0, interval=1, curvature=curvature, perturbation=kwargs.pop("perturbation", None))
-    cases.fit(module, [ire], train, **{"max_epochs": 1, "log_every_n_steps": 100, **kwargs})
-    return found
+    module.make_optimizer = standing_still  # type: ignore[assignment]
+    return cases.estimates(module, curvature, train, **kwargs)
 
 
 def assert_same_estimates(first: list[Any], second: list[Any], exact: bool = True, **tolerances: float) -> None:

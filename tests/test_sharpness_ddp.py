@@ -11,7 +11,7 @@ import pytest
 import sharpness_ddp_script as script
 import torch
 import torch.nn.functional as F
-from cases import Classifier
+from modules import Classifier
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import DataLoader

@@ -5,7 +5,8 @@ from typing import Any
 import cases
 import pytest
 import torch
-from cases import CLASSES, FEATURES, Classifier
+from cases import CLASSES, FEATURES
+from modules import Classifier, Net
 from torch import Tensor, nn
 
 from lightning_ire import SharpnessMonitor, tags
@@ -28,7 +29,7 @@ class Attending(nn.Module):
         return self.head(self.recurrent(self.attention(self.embed(x.unsqueeze(-1))))[0][:, -1])
 
 
-@pytest.mark.parametrize("net", [lambda: cases.Net(batch_norm=True, dropout=0.2), Attending], ids=["norm", "attention"])
+@pytest.mark.parametrize("net", [lambda: Net(batch_norm=True, dropout=0.2), Attending], ids=["norm", "attention"])
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
 def test_same_numbers_as_on_the_cpu_and_the_same_training_as_without(net: Any, precision: str) -> None:
     quantities = ["trace_fisher", "trace_hessian", "lambda_max", "ascent_gap", "stability", "spectral_density"]

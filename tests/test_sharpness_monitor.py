@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CLASSES, Classifier, Net
-from matrix import Rows
+from cases import CLASSES, Rows
+from modules import Classifier, Exact, Net, sgd
 from torch import Tensor, nn
 
 from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor, tags
@@ -17,17 +17,6 @@ from lightning_ire.sharpness.quantities import KINDS, QUANTITIES
 
 SAMPLES, BATCH = 24, 8
 EXACT = {"relative_error": 0.0, "tolerance": 1e-10, "max_iterations": 300}
-
-
-class Exact(Classifier):
-    """In float64, so that the only differences are the estimators' own."""
-
-    def __init__(self, net: nn.Module | None = None, optimizer: Callable[..., Any] = cases.sgd) -> None:
-        super().__init__(Net() if net is None else net, optimizer)
-        self.double()
-
-    def probe_dataloader(self) -> Any:
-        return cases.loader(cases.data(SAMPLES, torch.float64), BATCH)
 
 
 def trained(module: pl.LightningModule, monitor: SharpnessMonitor, *others: pl.Callback, **kwargs: Any) -> pl.Trainer:
@@ -87,7 +76,7 @@ def test_the_hessian_is_that_of_the_probe(num_batches: int, hvp: str) -> None:
     module = Exact()
     monitor = SharpnessMonitor(
         quantities=["trace_hessian", "trace_normalized", "layer_traces", "lambda_max", "lambda_min", "ascent_gap"],
-        num_batches=num_batches, hvp=hvp, num_eigenvalues=3, max_vectors=400, rho=0.3, **EXACT,
+        num_batches=num_batches, hvp=hvp, num_eigenvalues=3, max_vectors=200, rho=0.3, **EXACT,
     )  # fmt: skip
     trained(module, monitor)
     batches = probe_batches(monitor)
@@ -106,7 +95,7 @@ def test_the_hessian_is_that_of_the_probe(num_batches: int, hvp: str) -> None:
     # the traces are estimates: within three standard errors, smaller than without the subspace of the eigenvalues
     error = values[tags.TRACE_HESSIAN + tags.STDERR]
     off_diagonal = hessian - hessian.diag().diag()
-    assert error < 0.8 * (2 * float(off_diagonal.square().sum()) / 400) ** 0.5
+    assert error < 0.8 * (2 * float(off_diagonal.square().sum()) / 200) ** 0.5
     assert abs(values[tags.TRACE_HESSIAN] - float(hessian.trace())) < 3 * error
     blocks = block_traces(module, hessian)
     assert found.layer_traces.keys() == blocks.keys()
@@ -126,12 +115,12 @@ def test_the_hessian_is_that_of_the_probe(num_batches: int, hvp: str) -> None:
 
 def test_a_trace_alone_is_hutchinsons() -> None:
     module = Exact()
-    monitor = SharpnessMonitor(quantities=["trace_hessian", "layer_traces"], relative_error=0.0, max_vectors=2000)
+    monitor = SharpnessMonitor(quantities=["trace_hessian", "layer_traces"], relative_error=0.0, max_vectors=800)
     trained(module, monitor)
     hessian = dense_hessian(module, probe_batches(monitor))
     value, error = (monitor.last.values[tags.TRACE_HESSIAN + suffix] for suffix in ("", tags.STDERR))
     off_diagonal = hessian - hessian.diag().diag()
-    assert error == pytest.approx((2 * float(off_diagonal.square().sum()) / 2000) ** 0.5, rel=0.1)
+    assert error == pytest.approx((2 * float(off_diagonal.square().sum()) / 800) ** 0.5, rel=0.1)
     assert abs(value - float(hessian.trace())) < 3 * error
     for name, truth in block_traces(module, hessian).items():
         assert monitor.last.layer_traces[name] == pytest.approx(truth, abs=0.05 * value)
@@ -170,11 +159,11 @@ def test_draws_stop_at_the_relative_error() -> None:
 
 def test_the_fisher_of_several_batches_is_the_mean_of_theirs() -> None:
     module = Exact()
-    monitor = SharpnessMonitor(quantities=["trace_fisher"], num_batches=3, relative_error=0.0, max_vectors=400)
+    monitor = SharpnessMonitor(quantities=["trace_fisher"], num_batches=3, relative_error=0.0, max_vectors=150)
     trained(module, monitor)
     truth = float(dense_fisher(module, probe_batches(monitor)).trace())
     value, error = (monitor.last.values[tags.TRACE_FISHER + suffix] for suffix in ("", tags.STDERR))
-    assert abs(value - truth) < 3 * error < 0.15 * truth
+    assert abs(value - truth) < 3 * error < 0.25 * truth
 
 
 def test_the_spectral_density_has_the_moments_of_the_hessian() -> None:
@@ -258,7 +247,7 @@ def test_the_boost_of_a_step_follows_the_schedule_of_kappa_and_the_start() -> No
     def falling(optimizer: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 3 else 0.25)
 
-    module = Exact(optimizer=cases.sgd)
+    module = Exact(optimizer=sgd)
     module.make_scheduler = falling
     ire = IRE(4.0, gamma=0.5, kappa_schedule="lr", exclude="net.0.bias", interval=1)
     trainer = trained(module, SharpnessMonitor(None, None), ire)
@@ -332,7 +321,7 @@ def test_groups_with_their_own_rates_and_decays_and_weights_outside_the_optimize
 UNKNOWN: dict[str, tuple[Callable[..., Any], list[Any], str]] = {
     "optimizer": (lambda net: torch.optim.RMSprop(net.parameters(), lr=0.01), [], "RMSprop"),
     "subclass": (lambda net: type("Mine", (torch.optim.SGD,), {})(net.parameters(), lr=0.1), [], "Mine"),
-    "interval": (cases.sgd, [IRE(0.0, perturbation=SAM(interval=2))], "every 2th step"),
+    "interval": (sgd, [IRE(0.0, perturbation=SAM(interval=2))], "every 2th step"),
     "maximize": (lambda net: torch.optim.SGD(net.parameters(), lr=0.1, maximize=True), [], "maximizes"),
     "momenta": (
         lambda net: torch.optim.SGD(
@@ -369,7 +358,7 @@ def test_sgd_ratio_converges_to_its_definition(accumulate: int) -> None:
     norm = sum(float(h.square().sum()) for h in hessians) / sum(float(h.trace()) for h in hessians)
     truth = 0.3 * 0.8 / 0.5 / 2 * norm
     value, error = (monitor.last.values[tags.SGD_RATIO + suffix] for suffix in ("", tags.STDERR))
-    assert abs(value - truth) < 3 * error < 0.15 * truth
+    assert abs(value - truth) < 3 * error < 0.25 * truth
 
 
 def test_sgd_ratio_is_skipped_where_it_is_not_known() -> None:

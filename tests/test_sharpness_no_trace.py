@@ -19,18 +19,22 @@ from typing import Any
 
 import cases
 import lightning.pytorch as pl
-import matrix
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CLASSES, FEATURES, Classifier
+from cases import CLASSES, FEATURES
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from matrix import OUR_TAGS, ROWS, Record, Row, Subject
+from matrix import recorder
+from matrix.modules import Subject
+from matrix.modules import loader as shuffled_loader
+from matrix.recorder import OUR_TAGS, Record, Recorder
+from matrix.rows import ROWS
+from matrix.runs import Row, assert_same, run
+from modules import Classifier, Manual, Net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_matrix import assert_same, under
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
@@ -136,7 +140,7 @@ def test_a_run_with_measurements_is_the_run_without(row: Row, last: bool, plain_
     monitor = Monitored(every_n_steps=7, every_n_epochs=1, quantities=CHEAP, **FEW)
     plain = plain_runs(row)
     with cases.monitor_warnings() as said:
-        ours = matrix.run(row, monitor, tmp_path, last=last)
+        ours = run(row, monitor, tmp_path, last=last)
     assert_same(row, without_transfers(plain), without_transfers(ours))
     # no hook of a callback and no backward pass: only the step and the transfer of its batch
     announced = {"module.training_step", "module.on_before_batch_transfer", "module.on_after_batch_transfer"}
@@ -199,7 +203,7 @@ def test_all_quantities_with_batchnorm_dropout_and_attention(
     mode: str, accumulate: int, together: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With IRE (SAM) active too: IRE and the monitor is IRE alone, down to what IRE logs."""
-    monkeypatch.setattr(matrix, "OUR_TAGS", OUR_TAGS - {*tags.IRE_TAGS, *tags.SAM_TAGS})
+    monkeypatch.setattr(recorder, "OUR_TAGS", OUR_TAGS - {*tags.IRE_TAGS, *tags.SAM_TAGS})
 
     def others(folder: Path) -> list[pl.Callback]:
         ire = IRE(kappa=2.0, gamma=0.6, interval=2, start_step=1, perturbation=SAM(0.05))
@@ -210,9 +214,9 @@ def test_all_quantities_with_batchnorm_dropout_and_attention(
     )
     settings = {"mode": mode, "num_batches": accumulate, "every_n_steps": every, "every_n_epochs": None}
     monitor = Monitored(quantities=QUANTITIES, **settings, **FEW)
-    plain = matrix.run(row, None, tmp_path / "plain")
+    plain = run(row, None, tmp_path / "plain")
     with cases.monitor_warnings() as said:
-        ours = matrix.run(row, monitor, tmp_path / "ours", last=accumulate == 1)
+        ours = run(row, monitor, tmp_path / "ours", last=accumulate == 1)
     assert_same(row, plain, ours)
     assert any(name.startswith("ire/") for _, metrics in plain.parts["rows"] for name in metrics) is bool(
         others(Path())
@@ -247,14 +251,14 @@ class OnDemand(pl.Callback):
 
 @pytest.mark.parametrize("together", ["alone", "IRE"])
 def test_measurements_on_demand_between_the_batches_of_a_step(together: str, tmp_path: Path) -> None:
-    def run(monitor: Any, folder: Path) -> Record:
+    def trained(monitor: Any, folder: Path) -> Record:
         ire = [IRE(kappa=2.0, gamma=0.6, interval=1, perturbation=SAM(0.05))] if together == "IRE" else []
         row = Row("", "", trainer=lambda: {"accumulate_grad_batches": 3}, callbacks=lambda _: [*ire, OnDemand(monitor)])
-        return matrix.run(row, monitor, folder)
+        return run(row, monitor, folder)
 
     monitor = Monitored(every_n_epochs=None, quantities=CHEAP, **FEW)
-    plain = run(None, tmp_path / "plain")
-    assert_same(Row("", ""), plain, run(monitor, tmp_path / "ours"))
+    plain = trained(None, tmp_path / "plain")
+    assert_same(Row("", ""), plain, trained(monitor, tmp_path / "ours"))
     assert len(monitor.measurements) > 15
     assert not any(result.skipped for result in monitor.measurements)
 
@@ -266,7 +270,7 @@ class Troubled(Subject):
     """Its step has trouble in measurements: `trouble(module, which measurement, which call in it)`."""
 
     def __init__(self, trouble: Any) -> None:
-        super().__init__(cases.Net(batch_norm=True, dropout=0.3))
+        super().__init__(Net(batch_norm=True, dropout=0.3))
         self.trouble, self.calls, self.inside_calls = trouble, 0, cases.Notes([0])
 
     def step(self, batch: Any, batch_idx: int) -> Any:
@@ -293,9 +297,9 @@ def with_trouble(trouble: Any, tmp_path: Path, quantities: Any = CHEAP, **settin
     """A run with trouble in its measurements, which has to be the run without measurements."""
     row = Row("trouble", "", lambda: Troubled(trouble))
     monitor = Monitored(every_n_steps=4, every_n_epochs=None, quantities=quantities, **{**FEW, **settings})
-    plain = matrix.run(row, None, tmp_path / "plain")
+    plain = run(row, None, tmp_path / "plain")
     with cases.monitor_warnings() as said:
-        ours = matrix.run(row, monitor, tmp_path / "ours")
+        ours = run(row, monitor, tmp_path / "ours")
     assert_same(row, plain, ours)
     assert len(monitor.measurements) == 3
     return monitor, said
@@ -441,9 +445,9 @@ def test_an_error_of_the_probes_data_skips_everything(where: str, tmp_path: Path
         train=lambda module: DataLoader(Troublesome(*cases.data(44).tensors), batch_size=8, shuffle=True),
     )
     monitor = Reads(every_n_steps=4, quantities=CHEAP, **FEW)
-    plain = matrix.run(row, None, tmp_path / "plain")
+    plain = run(row, None, tmp_path / "plain")
     with cases.monitor_warnings() as said:
-        ours = matrix.run(row, monitor, tmp_path / "ours")
+        ours = run(row, monitor, tmp_path / "ours")
     assert_same(row, plain, ours)
     assert [text for text in said if text] == ["SharpnessMonitor skips everything: the disk is gone"]
     assert all(result.skipped == dict.fromkeys(CHEAP, "the disk is gone") for result in monitor.measurements)
@@ -461,9 +465,9 @@ def test_weights_that_are_not_numbers(hvp: str, tmp_path: Path) -> None:
 
     row = Row("nan", "", Diverges)
     monitor = Monitored(every_n_steps=3, quantities=QUANTITIES, hvp=hvp, **FEW)
-    plain = matrix.run(row, None, tmp_path / "plain")
+    plain = run(row, None, tmp_path / "plain")
     with cases.monitor_warnings() as said:
-        ours = matrix.run(row, monitor, tmp_path / "ours")
+        ours = run(row, monitor, tmp_path / "ours")
     assert_same(row, plain, ours)
     assert math.isnan(monitor.last.values[tags.TRACE_HESSIAN])
     assert math.isnan(monitor.last.values[tags.LAMBDA_MAX])
@@ -487,7 +491,7 @@ def test_a_module_whose_only_trainable_parameter_is_empty(tmp_path: Path) -> Non
 
 def state_of(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
     return {
-        **matrix.Recorder.look(trainer),
+        **Recorder.look(trainer),
         "modes": {name: child.training for name, child in module.named_modules()},
         "identities": [(id(p), id(p.grad)) for p in module.parameters()] + [id(b) for b in module.buffers()],
         "optimizers": copy.deepcopy([optimizer.state_dict() for optimizer in trainer.optimizers]),
@@ -524,9 +528,9 @@ def test_an_interrupt_in_a_measurement_leaves_the_module_as_it_was(
 ) -> None:
     """At sampled moments, in all quantities; gradients are there, as between the micro-batches of a step."""
     module = Subject(nn.Sequential(Attentive(), parametrizations.spectral_norm(nn.Linear(CLASSES, CLASSES))))
-    module.recorder = matrix.Recorder()
+    module.recorder = Recorder()
     trainer = cases.trainer(max_steps=3, max_epochs=-1)
-    trainer.fit(module, matrix.loader())
+    trainer.fit(module, shuffled_loader())
     monitor = SharpnessMonitor(quantities=CHEAP, num_batches=2, mode="train", hvp=hvp, **FEW)
     bar = Bar(-1)
     monkeypatch.setattr(monitor, "_progress_bar", lambda *args: bar)
@@ -546,13 +550,13 @@ def test_an_interrupt_in_a_measurement_leaves_the_module_as_it_was(
     before = state_of(trainer, module)
     monitor.measure(trainer, module)
     assert not monitor.last.skipped
-    assert not list(matrix.differences(before, state_of(trainer, module)))
+    assert not list(cases.differences(before, state_of(trainer, module)))
     total = calls if where == "step" else bar.count
     for moment in sorted({1, 2, 3, *range(5, total, max(total // 6, 1)), total}):
         bar.at, bar.count, calls, at = (moment, 0, 0, 0) if where == "tick" else (-1, 0, 0, moment)
         with pytest.raises(KeyboardInterrupt):
             monitor.measure(trainer, module)
-        assert not list(matrix.differences(before, state_of(trainer, module)))
+        assert not list(cases.differences(before, state_of(trainer, module)))
 
 
 # When
@@ -583,11 +587,11 @@ def test_moments_of_measurements_and_their_steps_in_the_loggers(name: str, tmp_p
     """The step is that of Lightning's own metrics of the same batch or epoch, in every logger."""
     settings, kwargs, expected = TIMES[name]
     monitor = Monitored(quantities=["ascent_gap"], **settings)
-    rows, csv, board = matrix.Rows(), CSVLogger(tmp_path), TensorBoardLogger(tmp_path, default_hp_metric=False)
+    rows, csv, board = cases.Rows(), CSVLogger(tmp_path), TensorBoardLogger(tmp_path, default_hp_metric=False)
     module = Counts()
-    module.recorder = matrix.Recorder()
+    module.recorder = Recorder()
     trainer = cases.trainer([monitor, module.recorder], logger=[rows, csv, board], default_root_dir=tmp_path, **kwargs)
-    trainer.fit(module, matrix.loader(), matrix.loader(16))  # with the sanity check
+    trainer.fit(module, shuffled_loader(), shuffled_loader(16))  # with the sanity check
     assert [result.step for result in monitor.measurements] == expected
     of_batches = {int(metrics["before"]) + 1: step for step, metrics in rows.rows if "before" in metrics}
     of_epochs = [step for step, metrics in rows.rows if "epoch_mean" in metrics]
@@ -664,7 +668,7 @@ class Validated(Classifier):
     inference_mode = True
 
     def __init__(self, *args: Any) -> None:
-        super().__init__(cases.Net(batch_norm=True, dropout=0.3), *args)
+        super().__init__(Net(batch_norm=True, dropout=0.3), *args)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         assert torch.is_inference_mode_enabled() is self.inference_mode
@@ -685,16 +689,16 @@ def test_validate_measures_too(where: str, inference_mode: bool, tmp_path: Path)
     quantities = [name for name in CHEAP if name != "stability"]
     monitor = SharpnessMonitor(quantities=quantities, **FEW)
     data = {"datamodule": Data()} if where == "datamodule" else {"dataloaders": Data().val_dataloader()}
-    random_before = matrix.random_streams()
+    random_before = cases.random_streams()
     module.inference_mode = inference_mode
     plain = cases.trainer(inference_mode=inference_mode).validate(module, **data, verbose=False)[0]
-    random_after, before = matrix.random_streams(), copy.deepcopy(module.state_dict())
+    random_after, before = cases.random_streams(), copy.deepcopy(module.state_dict())
     data = {"datamodule": Data()} if where == "datamodule" else {"dataloaders": Data().val_dataloader()}
-    trainer = cases.trainer([monitor], logger=(rows := matrix.Rows()), inference_mode=inference_mode)
+    trainer = cases.trainer([monitor], logger=(rows := cases.Rows()), inference_mode=inference_mode)
     with cases.monitor_warnings() as said:
         (found,) = trainer.validate(module, **data, verbose=False)
-    assert (random_before == random_after) == (random_after == matrix.random_streams())
-    assert not list(matrix.differences(before, module.state_dict()))
+    assert (random_before == random_after) == (random_after == cases.random_streams())
+    assert not list(cases.differences(before, module.state_dict()))
     assert not any(parameter.grad is not None or parameter.is_inference() for parameter in module.parameters())
     assert found["val_loss"] == plain["val_loss"]
     assert rows.rows[-1][1].keys() >= found.keys()
@@ -740,7 +744,7 @@ def test_on_demand_after_a_fit_and_copies_of_a_monitor() -> None:
         assert (other._probe is None) is (other is not monitor)
         assert other.measure(trainer, module).values == last.values
         assert (other.state_key, other.seed, other.quantities) == ("SharpnessMonitor", 0, tuple(CHEAP))
-    assert not list(matrix.differences(before, state_of(trainer, module)))
+    assert not list(cases.differences(before, state_of(trainer, module)))
     assert monitor.state_dict() == {}
 
 
@@ -757,37 +761,30 @@ def test_one_monitor_in_two_fits() -> None:
     assert monitor.last.values == other.last.values
 
 
-class ByHand(Classifier):
+class WithNorm(Manual):
     def __init__(self) -> None:
-        super().__init__(cases.Net(batch_norm=True, dropout=0.3))
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
-        optimizer.step()
+        super().__init__(Net(batch_norm=True, dropout=0.3))
 
 
-class ByHandWithLoss(ByHand):
+class WithNormAndLoss(WithNorm):
     def sharpness_loss(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
 
 def test_manual_optimization_needs_a_method_for_the_loss() -> None:
-    module = ByHand()
+    module = WithNorm()
     before = copy.deepcopy(module.state_dict())
-    with pytest.raises(ConfigurationError, match=r"ByHand, which is in manual.*`sharpness_loss") as error:
+    with pytest.raises(ConfigurationError, match=r"WithNorm, which is in manual.*`sharpness_loss") as error:
         cases.fit(module, [SharpnessMonitor()])
     assert "\n" not in str(error.value)
-    assert not list(matrix.differences(before, module.state_dict()))
-    plain, ours = ByHandWithLoss(), ByHandWithLoss()
+    assert not list(cases.differences(before, module.state_dict()))
+    plain, ours = WithNormAndLoss(), WithNormAndLoss()
     ours.load_state_dict(plain.state_dict())
     cases.fit(plain)
     monitor = SharpnessMonitor(every_n_steps=3, quantities=CHEAP, **FEW)
     trainer = cases.fit(ours, [monitor])
     cases.assert_same_bits(plain, ours)
-    automatic = Classifier(cases.Net(batch_norm=True, dropout=0.3))
+    automatic = Classifier(Net(batch_norm=True, dropout=0.3))
     automatic.load_state_dict(ours.state_dict())
     for tag, value in monitor.measure(trainer, automatic).values.items():
         assert tag in tags.STABILITY_TAGS or "stability" in tag or value == monitor.measure(trainer, ours).values[tag]
@@ -795,7 +792,7 @@ def test_manual_optimization_needs_a_method_for_the_loss() -> None:
 
 def test_validate_of_a_module_in_manual_optimization_keeps_its_result() -> None:
     """Without the method nothing is measured, which is said; the batches' result is not lost."""
-    for module, measured in ((ByHand(), False), (ByHandWithLoss(), True)):
+    for module, measured in ((WithNorm(), False), (WithNormAndLoss(), True)):
         module.validation_step = lambda batch, batch_idx, module=module: module.log("val_loss", torch.tensor(3.0))
         monitor = SharpnessMonitor(quantities=["ascent_gap"])
         module.train_dataloader = lambda: cases.loader(cases.data())
@@ -804,7 +801,7 @@ def test_validate_of_a_module_in_manual_optimization_keeps_its_result() -> None:
         assert found["val_loss"] == 3.0
         assert (tags.ASCENT_GAP in found, monitor.last is not None) == (measured, measured)
         assert [re.sub("method.*", "", text) for text in said] == [
-            "SharpnessMonitor skips everything: Expected ByHand, which is in manual optimization, to have a "
+            "SharpnessMonitor skips everything: Expected WithNorm, which is in manual optimization, to have a "
         ] * (not measured)
 
 
@@ -841,7 +838,7 @@ def test_two_monitors_do_not_measure_the_same_at_the_same_time(name: str) -> Non
         cases.fit(module, monitors, **kwargs)
     if refused:
         assert "\n" not in str(error.value)
-        assert not list(matrix.differences(before, module.state_dict()))
+        assert not list(cases.differences(before, module.state_dict()))
 
 
 def test_two_monitors_of_the_same_in_validate_are_refused_before_the_batches() -> None:
@@ -935,7 +932,7 @@ def test_data_with_a_state_of_its_own_is_left_as_it_was(kind: str, make: Any, wo
         cases.fit(module, callbacks, loader)
         kept = (data.drawn, data.cache, data.uses.tolist(), data.words.tell(), len(SEEN), TOTAL, Augmented.made)
         found.append((module.state_dict(), kept))
-    assert not list(matrix.differences(*found))
+    assert not list(cases.differences(*found))
 
 
 def test_a_loader_that_is_iterated_for_the_probe_is_left_as_it_was() -> None:
@@ -956,7 +953,7 @@ def test_a_loader_that_is_iterated_for_the_probe_is_left_as_it_was() -> None:
         module.probe_dataloader = lambda stream=stream: DataLoader(stream, 8)
         cases.fit(module, callbacks, DataLoader(stream, 8))
         found.append(module.state_dict())
-    assert not list(matrix.differences(*found))
+    assert not list(cases.differences(*found))
 
 
 def test_what_is_put_back_without_looking_at_data() -> None:
@@ -1001,7 +998,7 @@ def test_what_is_put_back_without_looking_at_data() -> None:
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
 def test_sharded_strategies_are_refused(strategy: type) -> None:
     with pytest.raises(ConfigurationError, match=f"got {strategy.__name__}: SharpnessMonitor does not") as error:
-        SharpnessMonitor().on_fit_start(under(strategy), Classifier())
+        SharpnessMonitor().on_fit_start(cases.under(strategy), Classifier())
     assert "\n" not in str(error.value)
 
 

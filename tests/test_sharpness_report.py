@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,8 +13,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Classifier
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from modules import Classifier
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -536,12 +535,6 @@ def test_the_summary_says_when_what_and_at_what_cost(tmp_path: Path, caplog: pyt
 # The command line
 
 
-@pytest.fixture
-def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cli.py"])
-
-
 CONFIG = f"--config {ROOT}/configs/digits_resnet_sgd_ire.yaml"
 QUIET = (
     "--ire.kappa 0 --trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false"
@@ -549,7 +542,7 @@ QUIET = (
 SMALL = "--trainer.max_epochs 2 --trainer.limit_train_batches 3 --sharpness.max_vectors 8 --sharpness.max_iterations 5"
 
 
-@pytest.mark.usefixtures("_own_folder")
+@pytest.mark.usefixtures("own_folder")
 def test_one_flag_fills_tensorboard_and_validate_measures_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *f"{CONFIG} {QUIET} {SMALL} --sharpness.every_n_epochs 1".split()]) == 0
     run = Path("logs/digits_resnet_sgd_ire/version_0")
@@ -569,7 +562,7 @@ def test_one_flag_fills_tensorboard_and_validate_measures_the_same(capsys: pytes
         assert float(shown[tag]) == pytest.approx(value, rel=1e-5)
 
 
-@pytest.mark.usefixtures("_own_folder")
+@pytest.mark.usefixtures("own_folder")
 def test_the_monitor_is_off_unless_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *f"{CONFIG} {QUIET} {SMALL}".split()]) == 0
     (path, *_) = sorted(Path("logs/digits_resnet_sgd_ire/version_0").glob("events.*"))
@@ -586,7 +579,7 @@ WRONG = {
 }
 
 
-@pytest.mark.usefixtures("_own_folder")
+@pytest.mark.usefixtures("own_folder")
 @pytest.mark.parametrize("flags", WRONG)
 def test_a_wrong_key_or_value_is_one_line(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -595,7 +588,7 @@ def test_a_wrong_key_or_value_is_one_line(flags: str, capsys: pytest.CaptureFixt
     assert WRONG[flags] in line
 
 
-@pytest.mark.usefixtures("_own_folder")
+@pytest.mark.usefixtures("own_folder")
 def test_the_key_and_a_listed_monitor_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     Path("more.yaml").write_text("trainer:\n  callbacks:\n    - class_path: SharpnessMonitor\n")
     with pytest.raises(SystemExit):

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +115,7 @@ PARAMETERS = {
 NAMED = {"wikitext2": 8e6, "llama60m": 60e6, "llama119m": 119e6, "llama229m": 229e6}
 
 
-@pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cli.py"])
+pytestmark = pytest.mark.usefixtures("own_folder")
 
 
 @pytest.fixture(scope="session")

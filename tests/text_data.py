@@ -9,10 +9,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import zstandard
 
+from lightning_ire.data._windows import CropOrder, Crops
+
+LENGTH = 5
 COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 
 NASTY = (
@@ -62,6 +66,19 @@ def prose(documents: int, lines: int = 5, seed: int = 0) -> list[str]:
         "".join(f"{' '.join(draw.choices(words, k=draw.randint(1, 9)))} {number}.{line}\n" for line in range(lines))
         for number in range(documents)
     ]
+
+
+def row(count: int, dtype: type = np.uint16) -> np.ndarray:
+    """Tokens that are their own places."""
+    return np.arange(count, dtype=dtype)
+
+
+def order(tokens: int, batch: int, devices: int = 1, rank: int = 0, shuffled: bool = True, **settings) -> CropOrder:
+    sampler = CropOrder(
+        Crops(row(tokens), settings.get("length", LENGTH)), batch, devices, rank, settings.get("seed", 0), shuffled
+    )
+    sampler.set_epoch(settings.get("epoch", 0))
+    return sampler
 
 
 def documents(pieces: Iterable[Any]) -> list[str]:

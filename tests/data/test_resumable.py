@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from cases import trainer
-from test_windows import LENGTH, order, row
+from text_data import LENGTH, order, row
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from lightning_ire import ConfigurationError

@@ -5,27 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from text_data import LENGTH, order, row
 from torch.utils.data import DataLoader
 
 from lightning_ire import ConfigurationError
 from lightning_ire.data._batches import Share
 from lightning_ire.data._windows import CropOrder, Crops, Windows
-
-LENGTH = 5
-
-
-def row(count: int, dtype: type = np.uint16) -> np.ndarray:
-    """Tokens that are their own places."""
-    return np.arange(count, dtype=dtype)
-
-
-def order(tokens: int, batch: int, devices: int = 1, rank: int = 0, shuffled: bool = True, **settings) -> CropOrder:
-    sampler = CropOrder(
-        Crops(row(tokens), settings.get("length", LENGTH)), batch, devices, rank, settings.get("seed", 0), shuffled
-    )
-    sampler.set_epoch(settings.get("epoch", 0))
-    return sampler
-
 
 # Crops and windows.
 

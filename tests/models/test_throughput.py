@@ -1,40 +1,18 @@
 """Images per second, by a clock that only these tests move."""
 
 import csv
-import time
 from pathlib import Path
 
 import cases
 import pytest
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small import classifier, loader, trainer
+from small import Clock, classifier, loader, trainer
 
 from lightning_ire import IRE, SAM
 from lightning_ire.models._throughput import Throughput
 
 CPU = torch.device("cpu")
-
-
-class Clock(Callback):
-    """A training step takes 2 seconds (in the second epoch 4), a batch of validation 100, other hooks 1,000."""
-
-    def __init__(self, monkeypatch):
-        self.now = 5.0
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-
-    def on_before_backward(self, trainer, pl_module, loss):
-        self.now += 2 * (1 + trainer.current_epoch)
-
-    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
-        self.now += 100
-
-    def on_train_epoch_end(self, trainer, pl_module):  # comes before the module's own
-        self.now += 1000
-
-    def on_train_start(self, trainer, pl_module):
-        self.now += 1000
 
 
 @pytest.fixture
