@@ -79,9 +79,12 @@ def test_sharded_strategies_are_refused_by_name() -> None:
 
     class Run:
         strategy = FSDPStrategy()
+        lightning_module = Classifier()
         optimizers: tuple[Any, ...] = ()
 
-    with pytest.raises(ConfigurationError, match="Expected a single device or DDP, got FSDPStrategy"):
+    with pytest.raises(
+        ConfigurationError, match="got FSDPStrategy, .* set `trainer.strategy` to ModelParallelStrategy"
+    ):
         check_supported(Run(), Classifier(), local_gradients=False, replays=True)
 
 

@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
-    ModelParallelStrategy,
     SingleDeviceStrategy,
 )
 from matrix.rows import ROWS
@@ -115,9 +114,8 @@ def plain_trainer(optimizer: Any = None) -> Any:
 
 
 REFUSALS: dict[str, tuple[Any, Any, str]] = {
-    "FSDP": (lambda: cases.under(FSDPStrategy), Classifier, "got FSDPStrategy"),
+    "FSDPStrategy (FSDP1)": (lambda: cases.under(FSDPStrategy), Classifier, "got FSDPStrategy"),
     "DeepSpeed": (lambda: cases.under(DeepSpeedStrategy), Classifier, "got DeepSpeedStrategy"),
-    "ModelParallelStrategy": (lambda: cases.under(ModelParallelStrategy), Classifier, "got ModelParallelStrategy"),
     "training_step(dataloader_iter)": (plain_trainer, TakesTheIterator, "dataloader_iter"),
     "LBFGS": (lambda: plain_trainer(torch.optim.LBFGS([torch.ones(1)])), Classifier, "LBFGS"),
     "DDP with static_graph, each device with its own SAM": (static_graph, Classifier, "static_graph"),

@@ -106,14 +106,18 @@ COMPATIBILITY: list[tuple[str, str, str]] = [
         "refused",
         "edits of the first pass's gradient are lost in the second: edit in on_before_optimizer_step",
     ),
-    ("FSDP", "refused", "the norms and masks of a shard are not those of the whole"),
-    ("DeepSpeed", "refused", "the norms and masks of a shard are not those of the whole"),
-    ("ModelParallelStrategy", "refused", "the norms and masks of a shard are not those of the whole"),
+    ("FSDPStrategy (FSDP1)", "refused", "its parts of weights look like whole ones: use ModelParallelStrategy"),
+    ("DeepSpeed", "refused", "its engine reduces, clips and steps by itself"),
     ("training_step(dataloader_iter)", "refused", "its batches cannot be replayed"),
     ("LBFGS", "refused", "it runs the closure several times per step"),
     ("DDP with static_graph, each device with its own SAM", "refused", "set `perturbation.sync` to true"),
     ("DDP", "works", "replicas are bit-identical after every step"),
     ("DDP with find_unused_parameters, gradient_as_bucket_view or static_graph", "works", ""),
+    (
+        "ModelParallelStrategy: fully_shard (FSDP2), tensor parallel, both",
+        "works",
+        "equal to one process, masks to the bit; SAM with `sync: true`, SampledFisher with form 'batch': docs/sharded.md",
+    ),
     ("resuming from a checkpoint", "works", "goes on bit for bit where Lightning itself does"),
     ("manual optimization, several optimizers", "works", "IRE around each step; SAM where step gets a closure"),
     ("manual optimization, SAM and step() without a closure", "refused", "the gradient cannot be taken again"),
@@ -123,6 +127,9 @@ ELSEWHERE = {
     "DDP": "test_ddp.py::test_replicas_are_bit_identical_after_every_step",
     "DDP with find_unused_parameters, gradient_as_bucket_view or static_graph": (
         "test_ddp.py::test_options_of_ddp_and_a_resume_change_nothing"
+    ),
+    "ModelParallelStrategy: fully_shard (FSDP2), tensor parallel, both": (
+        "test_sharded.py::test_equals_one_process_on_the_joined_batch"
     ),
     "resuming from a checkpoint": "test_resume.py::test_killed_and_resumed_equals_never_interrupted",
     "manual optimization, several optimizers": "test_manual.py::test_every_optimizer_has_its_own_masks_and_counts",
