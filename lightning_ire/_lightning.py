@@ -252,8 +252,8 @@ def check_strategy(trainer: pl.Trainer, who: str, sharded: bool) -> None:
     if sharded and isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise ConfigurationError(
             f"Expected a single device, DDP or ModelParallelStrategy, got {type(strategy).__name__}, whose parts of "
-            f"parameters {who} cannot tell from whole ones: set `trainer.strategy` to ModelParallelStrategy and let the "
-            "module's `configure_model` call `fully_shard`, or use 'ddp'."
+            f"parameters {who} cannot tell from whole ones: set `trainer.strategy` to ModelParallelStrategy and let "
+            "the module's `configure_model` call `fully_shard`, or use 'ddp'."
         )
     others = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # subclasses of the two that are supported
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, others):

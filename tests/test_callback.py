@@ -79,12 +79,9 @@ def test_sharded_strategies_are_refused_by_name() -> None:
 
     class Run:
         strategy = FSDPStrategy()
-        lightning_module = Classifier()
         optimizers: tuple[Any, ...] = ()
 
-    with pytest.raises(
-        ConfigurationError, match="got FSDPStrategy, .* set `trainer.strategy` to ModelParallelStrategy"
-    ):
+    with pytest.raises(ConfigurationError, match=r"got FSDPStrategy, .* set `trainer.strategy` to Model"):
         check_supported(Run(), Classifier(), local_gradients=False, replays=True)
 
 

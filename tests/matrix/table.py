@@ -116,7 +116,7 @@ COMPATIBILITY: list[tuple[str, str, str]] = [
     (
         "ModelParallelStrategy: fully_shard (FSDP2), tensor parallel, both",
         "works",
-        "equal to one process, masks to the bit; SAM with `sync: true`, SampledFisher with form 'batch': docs/sharded.md",
+        "equal to one process, masks to the bit; SAM with `sync: true`, SampledFisher in batches: docs/sharded.md",
     ),
     ("resuming from a checkpoint", "works", "goes on bit for bit where Lightning itself does"),
     ("manual optimization, several optimizers", "works", "IRE around each step; SAM where step gets a closure"),
