@@ -30,7 +30,7 @@ def is_sharded(tensor: object) -> bool:
         tensor: Anything.
     """
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and isinstance(tensor, getattr(module, "DTensor", ()))  # none while a thread loads it
 
 
 @torch.no_grad()
