@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lightning_ire import functional
+from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.functional import _shards
 from lightning_ire.functional._shards import Shards, local, part_of_whole, whole_of_part
 
@@ -209,11 +210,12 @@ def kinds(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list
 
 
 def gathered_copies() -> dict[str, Any]:
-    """What FSDP2 leaves after a forward pass without gradients, and what `reshard` makes of it."""
+    """What FSDP2 leaves after a forward pass without gradients, and what dropping it makes of that."""
     from torch.distributed.fsdp import fully_shard
 
     model: Any = network("fully-shard")
     fully_shard(model)
+    gathered = GatheredWeights(model)
     x = torch.ones(1, 5, dtype=torch.float64)
     names = [_shards.is_sharded(parameter) for parameter in model.parameters()]
     parameters = list(model.parameters())
@@ -223,11 +225,11 @@ def gathered_copies() -> dict[str, Any]:
         moves = [torch.ones_like(local(parameter)) for parameter in parameters]
         with functional.perturbed(parameters, moves):
             unseen = model(x)
-            _shards.reshard(model)
+            gathered.drop()
             seen = model(x)
-        _shards.reshard(model)
+        gathered.drop()
         after = model(x)
-        _shards.reshard(model)
+        gathered.drop()
     same = [one is other for one, other in zip(parameters, model.parameters(), strict=True)]
     return {"sharded": names, "stale": stale, "same": same, "outputs": [before, unseen, seen, after]}
 

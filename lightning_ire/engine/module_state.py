@@ -169,7 +169,7 @@ class ModuleState:
         self._buffers = BufferState.capture([one for one in modules if registered(one)[1]])
         self._parameters = [
             (part, part.detach().to("cpu" if offload else part.device, copy=True))
-            for part in map(local, parameters)  # not detached: a pass may give a parameter other data
+            for part in [local(p) for p in parameters]  # not detached: a pass may give a parameter other data
         ]
 
     def restore(self, for_the_graph: bool = False) -> None:

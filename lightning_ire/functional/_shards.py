@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["Shards", "is_sharded", "local", "part_of_whole", "reshard", "whole_of_part"]
+__all__ = ["Shards", "is_sharded", "local", "part_of_whole", "whole_of_part"]
 
 _TensorOrNone = TypeVar("_TensorOrNone", Tensor, "Tensor | None")
 
@@ -96,23 +96,6 @@ def part_of_whole(whole: Tensor, like: Tensor) -> Tensor:
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return same.redistribute(mesh, placements).to_local().to(whole.device).contiguous()
-
-
-def reshard(module: nn.Module) -> None:
-    """Drop the gathered weights of all FSDP2 modules inside; no-op where there is none, nothing is communicated.
-
-    Gathered weights are copies. They stay in the root module after a forward pass without gradients, and in modules
-    with `reshard_after_forward=False`; the next forward pass then does not see that the shards were moved, and
-    `module.parameters()` yields the copies. So: before parameters are looked up, after shards are moved, and after
-    they are put back. Not between a forward pass and its backward pass.
-
-    Args:
-        module: Any module.
-    """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    for part in [] if fsdp is None else module.modules():
-        if isinstance(part, fsdp.FSDPModule):  # type: ignore[union-attr]
-            part.reshard()
 
 
 class Shards:

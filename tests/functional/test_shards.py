@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_ire.functional import count_true, flat_mask, masks_and_threshold
-from lightning_ire.functional._shards import Shards, local, part_of_whole, reshard, whole_of_part
+from lightning_ire.functional._shards import Shards, local, part_of_whole, whole_of_part
 
 DTYPES = shards_script.DTYPES
 CELLS = [
@@ -109,7 +109,7 @@ def test_each_element_has_one_owner(ranks: Callable[[int], list[dict[str, Any]]]
 def test_gathered_copies_do_not_see_that_shards_move_until_they_are_dropped(
     ranks: Callable[[int], list[dict[str, Any]]], count: int
 ) -> None:
-    """A contract with FSDP2: were the second line no longer true, `reshard` would not be needed."""
+    """A contract with FSDP2: were the second line no longer true, nothing would have to be dropped."""
     for rank in ranks(count):
         found = rank["gathered-copies"]
         assert (all(found["sharded"]), any(found["stale"]), all(found["same"])) == (True, False, True)
@@ -238,4 +238,3 @@ def test_plain_tensors_are_their_own_parts() -> None:
     assert shards.every(flag) is flag
     assert tensors[0] is not None
     assert whole_of_part(tensors[0], tensors[0]) is part_of_whole(tensors[0], tensors[0]) is tensors[0]
-    reshard(torch.nn.Linear(1, 1))
