@@ -158,6 +158,13 @@ class OnceTanh(torch.autograd.Function):
         return gradient * (1 - ctx.saved_tensors[0] ** 2)
 
 
+class OnceNet(Net):
+    """`Net` whose tanh has one derivative only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[-1](OnceTanh.apply(self[0](x)))
+
+
 # LightningModules
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ddp_script import OneSided
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from modules import Classifier, Net, OnceTanh
+from modules import Classifier, Net, OnceNet
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.utils.checkpoint import checkpoint
@@ -92,7 +92,7 @@ class OnceOnRank1(Measured):
         if self.global_rank == 0:
             return super().training_step(batch, batch_idx)
         self.evaluations += self.inside
-        return F.cross_entropy(OnceTanh.apply(self.net(batch[0])), batch[1])
+        return F.cross_entropy(OnceNet.forward(self.net, batch[0]), batch[1])
 
 
 class Reentrant(Measured):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from cases import CLASSES, FEATURES
 from lightning.pytorch.utilities import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
-from modules import Attention, Checkpointed, Classifier, Complex, Net, Odd, OnceTanh, Recurrent
+from modules import Attention, Checkpointed, Classifier, Complex, Net, Odd, OnceNet, Recurrent
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import (
@@ -126,13 +126,6 @@ def assert_numbers(values: dict[str, float], hessian: Tensor, rel: float = 1e-7)
 
 def checkpointed(reentrant: bool | None) -> nn.Module:
     return Checkpointed(reentrant, nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), width=5)
-
-
-class OnceNet(Net):
-    """tanh as a function of the user's own, with a derivative but not two."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self[-1](OnceTanh.apply(self[0](x)))
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module]]] = {
