@@ -222,7 +222,7 @@ def test_devices_share_a_batch(corpus, monkeypatch):
     for rank in range(2):
         data = text(corpus, max_batch_per_device=2)
         data.trainer = SimpleNamespace(
-            world_size=2, global_rank=rank, accumulate_grad_batches=1, progress_bar_callback=None,
+            world_size=2, global_rank=rank, strategy=None, accumulate_grad_batches=1, progress_bar_callback=None,
             lightning_module=SimpleNamespace(automatic_optimization=True),
         )  # fmt: skip
         data.prepare_data()
