@@ -145,7 +145,8 @@ class LanguageModel(Task):
             return MixedPrecisionPolicy()
         if (precision := self.trainer.precision) != "bf16-mixed":
             raise ConfigurationError(
-                f"Expected `gather_bf16` to be false with a trainer.precision other than 'bf16-mixed', got {precision!r}."
+                "Expected `gather_bf16` to be false with a trainer.precision other than 'bf16-mixed', got "
+                f"{precision!r}."
             )
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
@@ -202,7 +203,8 @@ class LanguageModel(Task):
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Seed what is random in the network by (`seed_everything`, epoch, batch, device), if there is such a seed.
 
-        Devices that share a batch (tensor parallel) draw the same. Lightning's checkpoints do not hold the state of random streams: so a resumed run has the same dropout.
+        Devices that share a batch (tensor parallel) draw the same. Lightning's checkpoints do not hold the state of
+        random streams: so a resumed run has the same dropout.
         """
         if "PL_GLOBAL_SEED" in os.environ:
             torch.manual_seed(_seed("train", self.current_epoch, batch_idx, data_parallel(self.trainer)[1]))
