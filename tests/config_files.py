@@ -15,7 +15,9 @@ REPOSITORY = Path(__file__).parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 EMBEDDED = [path for path in CONFIGS if path.name.startswith(("digits_", "stdlib_"))]
 VISION = [path for path in CONFIGS if path.name.startswith(("cifar", "imagenet_"))]
-TEXT = [path for path in CONFIGS if path.name.startswith(("stdlib_", "wikitext", "minipile_", "openwebtext_"))]
+TEXT = [
+    path for path in CONFIGS if path.name.startswith(("stdlib_", "wikitext", "minipile_", "openwebtext_", "fineweb_"))
+]
 
 QUIET = "--trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.enable_model_summary false"
 FROM_THE_FIRST_STEP = "--ire.start_step null --ire.start_epoch null --ire.start_loss null"
@@ -35,13 +37,13 @@ def by_name(paths: list[Path], slow: str = "") -> list:
     return [pytest.param(path, id=path.stem, marks=mark) for path, mark in zip(paths, marks, strict=True)]
 
 
-def in_two_processes(commands: list[list[str]], folder: Path) -> None:
+def in_two_processes(commands: list[list[str]], folder: Path, strategy: str = "--trainer.strategy ddp") -> None:
     """The command line in two CPU processes, begun at the same time as torchrun or Slurm would, once per command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    (folder / "commands.json").write_text(json.dumps([[*arguments, *ddp] for arguments in commands]))
+    devices = ["--trainer.devices", "2", *strategy.split()]
+    (folder / "commands.json").write_text(json.dumps([[*arguments, *devices] for arguments in commands]))
     environment = {**cases.script_environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(

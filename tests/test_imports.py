@@ -43,7 +43,7 @@ ALLOWED = {
     },
     "_cli_messages": {"_checks"},
     "_cli_checkpoints": {"_checks"},
-    "models": {"_checks", "_run_length", "models"},
+    "models": {"_checks", "_lightning", "_run_length", "models"},
     "data": {"_checks", "_lightning", "data"},
     "sweeps": {"_checks", "__version__", "sweeps"},
 }

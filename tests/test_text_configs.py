@@ -15,6 +15,7 @@ from config_files import QUIET, TEXT, by_name, in_two_processes, scalars, value
 import lightning_ire.models
 from lightning_ire import IRE
 from lightning_ire.cli import IRECLI, main
+from lightning_ire.data._batches import plan_batches
 
 # The paper's experiments, typed from ../shared/ALGORITHM.md section 4 apart from the configs.
 COMMON = {
@@ -104,6 +105,18 @@ PAPER: dict[str, dict[str, Any]] = {
         "ire.kappa": 4.0,
     },
 }
+# Settings of ours, in place of the paper's: scaled from its largest Llama.
+SCALED: dict[str, Any] = {
+    **PAPER["openwebtext_llama229m_admire"],
+    "model.model.num_layers": 22,
+    "model.model.num_heads": 16,
+    "model.model.width": 2048,
+    "model.model.feed_forward": 5632,
+    "model.optimizer.lr": 6e-4 * 768 / 2048,
+    "data.source": "hub:HuggingFaceFW/fineweb:sample-10BT",
+    "data.sequence_length": 2048,
+    "data.global_batch_size": 256,
+}
 # Counted; the names' 60, 119 and 229 millions and the paper's 8 millions are met to within 12 %.
 PARAMETERS = {
     "stdlib_transformer_admire": 462_593,
@@ -111,8 +124,10 @@ PARAMETERS = {
     "wikitext103_llama60m_admire": 63_409_370,
     "minipile_llama119m_admire": 119_744_256,
     "openwebtext_llama229m_admire": 228_287_232,
+    "fineweb_llama1b_admire": 1_336_502_272,
 }
-NAMED = {"wikitext2": 8e6, "llama60m": 60e6, "llama119m": 119e6, "llama229m": 229e6}
+NAMED = {"wikitext2": 8e6, "llama60m": 60e6, "llama119m": 119e6, "llama229m": 229e6, "llama1b": 1.3e9}
+ADAMW_GB = 16e-9  # per parameter: weight, gradient and two averages in single precision
 
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -131,12 +146,17 @@ def tiny(path: Path, tokens: Path, flags: str = "") -> list[str]:
     network = "--model.model.num_layers 1 --model.model.width 16 --model.model.num_heads 2 --model.model.vocab_size 260"
     network += " --model.model.feed_forward 24 --model.model.context_length 12"
     network += " --model.model.head_dim 8" if "llama" in path.stem else ""
+    network += " --model.gather_bf16 false --trainer.strategy auto" if "fineweb" in path.stem else ""
     given = f"{QUIET} --ire.start_step 0 {data} {network} --trainer.devices 1 {flags}"
     return ["fit", "--config", str(path), *given.split()]
 
 
 def test_there_are_text_configs():
-    assert {path.stem for path in TEXT} == {"stdlib_transformer_admire", *PAPER} == set(PARAMETERS)
+    assert (
+        {path.stem for path in TEXT}
+        == {"stdlib_transformer_admire", "fineweb_llama1b_admire", *PAPER}
+        == set(PARAMETERS)
+    )
 
 
 @pytest.mark.parametrize("path", by_name([path for path in TEXT if path.stem in PAPER]))
@@ -144,6 +164,49 @@ def test_settings_of_the_paper(path):
     config = yaml.safe_load(path.read_text())
     assert {key: value(config, key) for key in PAPER[path.stem]} == PAPER[path.stem]
     assert ("gradient_clip_val" in config["trainer"]) == ("llama" in path.stem)
+
+
+def named(name: str) -> Path:
+    (path,) = (path for path in TEXT if path.stem == name)
+    return path
+
+
+def test_settings_that_are_scaled_from_the_paper():
+    path = named("fineweb_llama1b_admire")
+    config, text = yaml.safe_load(path.read_text()), path.read_text()
+    assert {key: value(config, key) for key in SCALED} == pytest.approx(SCALED)
+    count, step = PARAMETERS[path.stem], 256 * 2048
+    for said in (f"{count:,} parameters", f"{step:,}; there 491,520", f"{step * 50_000 / 1e9:.1f} billion tokens"):
+        assert said in text
+    assert f"{step * 50_000 / count:.1f} per\n# parameter" in text
+    assert f"{4e-9 * count:.1f} GB (8 processes: {8 * 4e-9 * count:.0f} GB)" in text
+    assert f"{ADAMW_GB * count:.1f} GB together" in text
+
+
+STRATEGY = r"--trainer\.strategy\.data_parallel_size (\d+) --trainer\.strategy\.tensor_parallel_size (\d+)"
+
+
+@pytest.mark.parametrize("path", by_name([path for path in TEXT if "llama" in path.stem]))
+def test_header_has_a_command_that_spreads_the_network(path):
+    """As many devices as there are, which share the batch of the paper equally and divide what they split."""
+    text, config = path.read_text(), yaml.safe_load(path.read_text())
+    given = config["trainer"].get("strategy", {}).get("init_args", {})
+    meshes = [(1, 8, int(replicas), int(parts)) for replicas, parts in re.findall(STRATEGY, text)]
+    if given:
+        meshes = [(8, 8, *meshes[0][2:]), (1, 8, given["data_parallel_size"], given["tensor_parallel_size"])]
+        assert "--trainer.num_nodes 8 --trainer.devices 8" in text
+    else:
+        assert "--trainer.devices 8 \\\n#       --trainer.strategy ModelParallelStrategy" in text
+    for nodes, devices, replicas, parts in meshes:
+        assert nodes * devices == replicas * parts
+        assert value(config, "data.global_batch_size") % replicas == 0
+        for key in ("num_heads", "feed_forward", "vocab_size"):
+            assert value(config, f"model.model.{key}") % parts == 0
+    plan = plan_batches(
+        value(config, "data.global_batch_size"), meshes[-1][2], 1, value(config, "data.max_batch_per_device")
+    )
+    if plan.accumulation > 1 and not given:
+        assert f"{plan.devices} x {plan.accumulation} micro-batches of {plan.per_device}" in text
 
 
 @pytest.mark.parametrize("path", by_name(TEXT))
@@ -216,8 +279,7 @@ def test_text_on_a_gpu(path, tokens):
 
 
 def stdlib() -> Path:
-    (path,) = (path for path in TEXT if path.stem == "stdlib_transformer_admire")
-    return path
+    return named("stdlib_transformer_admire")
 
 
 @pytest.mark.slow
@@ -297,3 +359,35 @@ def test_a_resumed_run_goes_on_bit_for_bit_in_two_processes(tokens, tmp_path):
     resumed = keeping_every_step(tokens, flags, "resumed", "--ckpt_path", "whole/step=2.ckpt")
     in_two_processes([whole, resumed], tmp_path)
     assert_same_weights(tmp_path, "whole", "resumed")
+
+
+SPREAD = "--trainer.strategy ModelParallelStrategy --trainer.strategy.process_group_backend gloo"
+SPREAD += " --trainer.strategy.data_parallel_size {} --trainer.strategy.tensor_parallel_size {}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["fsdp", "tensor parallel"])
+def test_a_network_that_is_spread_over_two_processes(sizes, tokens, tmp_path):
+    """By the strategy of the shown commands: trained, evaluated, saved, resumed in the middle, asked to go on.
+
+    There are three prompts: a device that made one more forward pass than the other would wait for ever.
+    """
+    flags = "--trainer.max_steps 4 --model.lr_scheduler.warmup 1 --model.model.num_layers 2 --ire.interval 2"
+    flags += " --ire.perturbation SAM --ire.perturbation.rho 0.1 --ire.perturbation.sync true --data.val_size 0.002"
+    flags += " --ire.curvature EmpiricalFisher --data.eval_batch_size 64 --trainer.val_check_interval 4 --trainer.log_every_n_steps 1"
+    command = tiny(named("openwebtext_llama229m_admire"), tokens, flags)
+    IRECLI([*command, "--trainer.default_root_dir", "one", "--trainer.logger.save_dir", "one"])
+    one = scalars(tmp_path / "one")
+    kept = {"dirpath": "kept", "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
+    keeping = ["--trainer.callbacks", json.dumps([{"class_path": "ModelCheckpoint", "init_args": kept}])]
+    resumed = [*command, "--trainer.logger.name", "resumed", "--ckpt_path", "kept/step=2.ckpt"]
+    predict = [*command, "--ckpt_path", "kept/step=4.ckpt", "--model.max_new_tokens", "3", "--trainer.logger", "false"]
+    needs_it = tiny(named("fineweb_llama1b_admire"), tokens, "--trainer.fast_dev_run 2 --model.gather_bf16 true")
+    commands = [[*command, *keeping], resumed, ["predict", *predict[1:]], needs_it]
+    (tmp_path / "two").mkdir()
+    in_two_processes(commands, tmp_path / "two", SPREAD.format(*sizes))
+    for folder in ("openwebtext_llama229m_admire", "resumed"):
+        two = scalars(tmp_path / "two" / "logs" / folder)
+        for tag in ("val/loss", "val/bits_per_byte", "sam/grad_norm", "ire/step_norm_sharp"):
+            assert two[tag] == pytest.approx(one[tag], rel=1e-3), (folder, tag)
+    assert (tmp_path / "two" / "kept" / "step=4.ckpt" / "meta.pt").is_file()

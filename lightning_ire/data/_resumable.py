@@ -127,13 +127,10 @@ class ResumableData(LightningDataModule):
         A key that a checkpoint of an older release does not have is not compared with it.
         """
 
-    def order_seed(self, devices: int) -> int:
-        """Seed of the training order: `seed_everything`, or else any (several devices: 0, as in Lightning).
-
-        Args:
-            devices: Number of devices.
-        """
-        return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32 if devices == 1 else 0))
+    def order_seed(self) -> int:
+        """Seed of the training order: `seed_everything`, or else any (several devices: 0, as in Lightning)."""
+        alone = self.trainer is None or self.trainer.world_size == 1
+        return int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32 if alone else 0))
 
     def resumable(self, loader: DataLoader) -> ResumableLoader:
         """Return the training loader, after it was told where to begin.

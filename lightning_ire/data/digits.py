@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ire._checks import ConfigurationError, check_whole
+from lightning_ire._lightning import data_parallel
 from lightning_ire.data._batches import EpochOrder, WholeBatches, own_draws
 from lightning_ire.data._resumable import ResumableData, ResumableLoader
 
@@ -131,9 +132,9 @@ class Digits(ResumableData):
         """The order of the training images."""
         trainer, train = self.trainer, self._parts["train"]
         assert trainer is not None
-        devices = trainer.world_size
+        devices, rank = data_parallel(trainer)
         batch = min(self.batch_size, len(train) // devices) * devices
-        return WholeBatches(train, batch, devices, trainer.global_rank, self.order_seed(devices))
+        return WholeBatches(train, batch, devices, rank, self.order_seed())
 
     def batch_per_device(self, order: EpochOrder) -> int:
         """Images of a batch on a device.

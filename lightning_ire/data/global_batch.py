@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sized
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ire._checks import ConfigurationError, check_whole
+from lightning_ire._lightning import data_parallel
 from lightning_ire.data._batches import BatchPlan, EpochOrder, Share, plan_batches
 from lightning_ire.data._resumable import ResumableData, ResumableLoader
 
@@ -21,6 +25,7 @@ class GlobalBatchData(ResumableData):
     An optimizer step sees `global_batch_size` samples: each of D devices gets batches of
     `global_batch_size / (D * A)`, where A, the number of accumulated micro-batches, is the smallest that keeps them
     within `max_batch_per_device` (it is set as `trainer.accumulate_grad_batches`, unless that was given already).
+    Devices that share a batch (tensor parallel) are one here.
     """
 
     batch_key: ClassVar[str] = "global_batch_size"
@@ -61,8 +66,13 @@ class GlobalBatchData(ResumableData):
 
     @property
     def rank(self) -> int:
-        """This process."""
-        return self.trainer.global_rank if self.trainer is not None else 0
+        """This process, or the group of those that share a batch (tensor parallel)."""
+        return data_parallel(self.trainer)[1] if self.trainer is not None else 0
+
+    @property
+    def in_step(self) -> bool:
+        """Whether devices have parts of the network, so that all have to make the same number of forward passes."""
+        return self.trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
 
     def make_plan(self, fitting: bool) -> None:
         """Cut the batch for the devices there are, and tell the trainer how much to accumulate.
@@ -78,7 +88,8 @@ class GlobalBatchData(ResumableData):
             return
         trainer = self.trainer
         asked = trainer.accumulate_grad_batches
-        self._plan = plan_batches(self.global_batch_size, trainer.world_size, asked, self.max_batch_per_device)
+        devices, _ = data_parallel(trainer)
+        self._plan = plan_batches(self.global_batch_size, devices, asked, self.max_batch_per_device)
         if not fitting or self._plan.accumulation == asked:
             return
         if not trainer.lightning_module.automatic_optimization:
@@ -113,6 +124,8 @@ class GlobalBatchData(ResumableData):
             dataset: What has a length.
         """
         size = self.eval_batch_size or self.plan.per_device
+        if self.in_step:
+            size = even_size(dataset, self.plan.devices, size)  # type: ignore[arg-type]
         return self.loader(dataset, size, Share(dataset, self.plan.devices, self.rank))  # type: ignore[arg-type]
 
     def loader(
@@ -141,6 +154,21 @@ class GlobalBatchData(ResumableData):
             pin_memory=self.pin_memory and torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
+
+
+def even_size(dataset: Sized, devices: int, size: int) -> int:
+    """Return a batch size with which all devices have equally many batches of their shares of a dataset.
+
+    A device has n or n + 1 samples: these make equally many batches if the size does not divide n.
+
+    Args:
+        dataset: What has a length, at least the number of devices.
+        devices: Number of devices.
+        size: The size that was asked for: the result is the largest one that is not larger, or else the smallest one.
+    """
+    least, more = divmod(len(dataset), devices)
+    sizes = itertools.chain(range(size, 1, -1), itertools.count(size + 1))
+    return next(size for size in sizes if least % size) if more else size
 
 
 def _optional(name: str, value: int | None) -> int | None:

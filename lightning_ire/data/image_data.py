@@ -179,7 +179,7 @@ class ImageData(GlobalBatchData, ABC):
         """The order of the training images."""
         train = _Images(self._sources["train"], self._kept, self._training_transform(), self._mixing is not None)
         devices = self.plan.devices
-        return WholeBatches(train, self.global_batch_size, devices, self.rank, self.order_seed(devices))
+        return WholeBatches(train, self.global_batch_size, devices, self.rank, self.order_seed())
 
     def order_depends_on(self) -> dict[str, Any]:
         """The images that are trained on, and the seed."""
@@ -192,7 +192,7 @@ class ImageData(GlobalBatchData, ABC):
         return {
             "images": f"{len(self._kept)} images, checksum {checksum:08x}",
             **({} if fingerprint is None else {"contents": fingerprint}),
-            "seed_everything": self.order_seed(self.plan.devices),
+            "seed_everything": self.order_seed(),
         }
 
     def probe_dataloader(self) -> DataLoader:

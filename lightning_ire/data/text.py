@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_path, check_whole
+from lightning_ire.data._batches import Share
 from lightning_ire.data._text_files import FileSource
 from lightning_ire.data._text_hub import HUB, HubSource
 from lightning_ire.data._text_sources import StandardLibrary, TextSource, is_unicode
@@ -180,29 +181,27 @@ class Text(GlobalBatchData):
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Return the prompts, each as tokens [1, T]; with several devices each has its share."""
+        """Return the prompts, each as tokens [1, T]; several devices have a share each, or, of a network each, all."""
         if self.prompts is None:
             windows = self._windows("val" if "val" in self._parts else "train", self.prompt_length)
             step = max(len(windows) // 3, 1)
             prompts = [windows[index][0] for index in range(0, len(windows), step)[:3]]
         else:
             prompts = [self._encoded(prompt) for prompt in self.prompts]
-        return DataLoader(prompts, batch_size=1)  # type: ignore[arg-type]
+        return DataLoader(prompts, batch_size=1, sampler=Share(prompts, 1, 0) if self.in_step else None)  # type: ignore[arg-type]
 
     def training_order(self) -> CropOrder:
         """The order of the training sequences."""
         crops = Crops(self._part("train").tokens, self.sequence_length)
-        devices = self.plan.devices
-        return CropOrder(
-            crops, self.global_batch_size, devices, self.rank, self.order_seed(devices), self.order == "random"
-        )
+        devices, shuffled = self.plan.devices, self.order == "random"
+        return CropOrder(crops, self.global_batch_size, devices, self.rank, self.order_seed(), shuffled)
 
     def order_depends_on(self) -> dict[str, Any]:
         """The text, how it is cut, and the seed; in rows that go on, their number."""
         part = self._part("train")
         tokens = part.tokens
         some = tokens[np.linspace(0, len(tokens) - 1, 4096).astype(int)]  # all that older releases compare
-        last = ("seed_everything", self.order_seed(self.plan.devices))
+        last = ("seed_everything", self.order_seed())
         if self.order == "contiguous":
             last = ("global_batch_size", self.global_batch_size)
         return {

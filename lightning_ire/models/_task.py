@@ -7,9 +7,11 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_ire._checks import ConfigurationError, check_choice
 from lightning_ire.models._optimization import optimization
+from lightning_ire.models._sharding import is_sharded, shard_
 from lightning_ire.models._throughput import Throughput
 
 __all__ = ["Task"]
@@ -17,6 +19,8 @@ __all__ = ["Task"]
 
 class Task(LightningModule):
     """A network with its optimizer and schedule, compiled on request, and a clock that stands still in validation.
+
+    Under Lightning's `ModelParallelStrategy` each device keeps a part of the network.
 
     The arguments are those of the subclasses, which describe them.
     """
@@ -42,9 +46,20 @@ class Task(LightningModule):
         self.throughput = Throughput()
 
     def configure_model(self) -> None:
-        """Compile the network; doing it again changes nothing."""
-        if self.compile_network:
-            self.model.compile()  # in place: the names in checkpoints stay
+        """Spread the network over the devices of a `ModelParallelStrategy`, and compile it; again changes nothing.
+
+        Raises:
+            ConfigurationError: If the network cannot be spread so.
+        """
+        if self.device_mesh is None:
+            if self.compile_network:
+                self.model.compile()  # in place: the names in checkpoints stay
+        elif not is_sharded(self.model):
+            shard_(self.model, self.device_mesh, self.sharding_policy(), self.compile_network)
+
+    def sharding_policy(self) -> MixedPrecisionPolicy:
+        """What a sharded network's weights are gathered in, and its gradients summed: as they are kept."""
+        return MixedPrecisionPolicy()
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and, if there is one, its schedule in Lightning's form.

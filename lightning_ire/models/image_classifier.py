@@ -112,7 +112,16 @@ class ImageClassifier(Task):
             )
 
     def configure_model(self) -> None:
-        """Bring the weights into their memory format and compile the network; doing it again changes nothing."""
+        """Bring the weights into their memory format, spread and compile the network; again changes nothing.
+
+        Raises:
+            ConfigurationError: If the network cannot be spread so.
+        """
+        if self.channels_last and self.device_mesh is not None:
+            raise ConfigurationError(
+                "Expected `channels_last` to be false with ModelParallelStrategy, whose `fully_shard` takes no weights "
+                "in this memory format, got true."
+            )
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
         super().configure_model()

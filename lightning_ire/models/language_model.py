@@ -12,10 +12,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from lightning_ire._checks import ConfigurationError, check_number, check_whole
+from lightning_ire._lightning import data_parallel
 from lightning_ire.models._task import Task
 from lightning_ire.models.llama import Llama
 from lightning_ire.models.transformer import Transformer
@@ -53,8 +55,17 @@ class LanguageModel(Task):
     has one), without tokens that the data do not have. It costs one forward pass per token. The draws depend on
     `seed_everything` and the batch's index alone.
 
-    With a seed (`seed_everything`) dropout is drawn from it, the epoch, the batch and the device alone. So a run that
-    is resumed in the middle of an epoch goes on bit for bit, if the loader does (that of `Text` does).
+    With a seed (`seed_everything`) dropout is drawn from it, the epoch, the batch and the device (of several that share
+    a batch: their group) alone. So a run that is resumed in the middle of an epoch goes on bit for bit, if the loader
+    does (that of `Text` does).
+
+    **Large networks.** Under Lightning's `ModelParallelStrategy` each device keeps a part of every parameter, of its
+    gradient and of the optimizer's state: `data_parallel_size` devices by FSDP2, layer by layer (what the longest
+    `nn.ModuleList` holds) and the rest together; `tensor_parallel_size` devices, which get the same batch, by splitting
+    heads and feed-forward parts (`Llama` only). Both have to be given: by default Lightning takes all devices of a
+    machine for tensor parallel. Results are those of one device, up to rounding, if the network's random numbers
+    (dropout) are left out. Every process makes the whole network in its memory first (of 1.34 B parameters in single
+    precision: 5.3 GB per process, 43 GB for 8 on one machine), and gives it up layer by layer.
 
     No hyper-parameters are saved in checkpoints, so that a resumed run takes every value from its config and flags.
     Outside the command line: `LanguageModel.load_from_checkpoint(path, model=Llama(...))`.
@@ -71,6 +82,7 @@ class LanguageModel(Task):
         max_new_tokens: int = 200,
         temperature: float = 0.8,
         top_k: int | None = None,
+        gather_bf16: bool = False,
     ) -> None:
         """Keep the parts.
 
@@ -83,10 +95,16 @@ class LanguageModel(Task):
             decay_norm_and_bias: Whether weight decay acts on biases and normalisation weights (all parameters with
                 fewer than two dimensions), too.
             compile: Whether the network is compiled (`torch.compile`), at its first batch: the same results up to
-                rounding. Checkpoints fit both. Prompts are continued without it, as their length changes.
+                rounding. Checkpoints fit both. Prompts are continued without it, as their length changes. Where the
+                network is spread over devices, each layer is compiled by itself.
             max_new_tokens: Tokens that are added to a prompt.
             temperature: Divides the logits before a draw; 0: always the likeliest token.
             top_k: Draw from this many of the likeliest tokens only; none: from all.
+            gather_bf16: Whether, with `trainer.precision` bf16-mixed, a network that is spread over devices gathers its
+                weights in bfloat16 (FSDP2's `MixedPrecisionPolicy`; gradients are summed, and weights kept, in single
+                precision): half the traffic, and no device keeps a bfloat16 copy of the whole network until the end
+                of the backward pass, as autocast alone does. What goes from layer to layer is bfloat16 then, too, as
+                with `bf16-true`; without it only products are.
 
         Raises:
             ConfigurationError: If a value is out of range.
@@ -95,6 +113,7 @@ class LanguageModel(Task):
         self.max_new_tokens = check_whole("max_new_tokens", max_new_tokens, low=1)
         self.temperature = check_number("temperature", temperature)
         self.top_k = None if top_k is None else check_whole("top_k", top_k, low=1)
+        self.gather_bf16 = gather_bf16
         self._last_row = 0  # optimizer steps at the last row of rates
         self._samples = 0  # prompts continued so far
         self.val_loss, self.test_loss = MeanMetric(), MeanMetric()
@@ -115,6 +134,21 @@ class LanguageModel(Task):
                 f"Expected `vocab_size` to be at least {wanted}, as the tokens of {type(data).__name__} have, got "
                 f"{has}."
             )
+
+    def sharding_policy(self) -> MixedPrecisionPolicy:
+        """What a sharded network's weights are gathered in, and its gradients summed.
+
+        Raises:
+            ConfigurationError: If `gather_bf16` does not fit the precision.
+        """
+        if not self.gather_bf16:
+            return MixedPrecisionPolicy()
+        if (precision := self.trainer.precision) != "bf16-mixed":
+            raise ConfigurationError(
+                "Expected `gather_bf16` to be false with a trainer.precision other than 'bf16-mixed', got "
+                f"{precision!r}."
+            )
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits [B, L, vocabulary] of token ids [B, L].
@@ -169,10 +203,11 @@ class LanguageModel(Task):
     def on_train_batch_start(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Seed what is random in the network by (`seed_everything`, epoch, batch, device), if there is such a seed.
 
-        Lightning's checkpoints do not hold the state of random streams: so a resumed run has the same dropout.
+        Devices that share a batch (tensor parallel) draw the same. Lightning's checkpoints do not hold the state of
+        random streams: so a resumed run has the same dropout.
         """
         if "PL_GLOBAL_SEED" in os.environ:
-            torch.manual_seed(_seed("train", self.current_epoch, batch_idx, self.global_rank))
+            torch.manual_seed(_seed("train", self.current_epoch, batch_idx, data_parallel(self.trainer)[1]))
 
     def on_train_batch_end(self, outputs: Any, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Count the tokens, once for all passes of a step; where Lightning writes a row, log the rates."""
@@ -244,7 +279,7 @@ class LanguageModel(Task):
         self.throughput.stop(self.device)
         rate = self.throughput.rate()
         if rate is not None:
-            self.log("train/tokens_per_second", rate * self.trainer.world_size)
+            self.log("train/tokens_per_second", rate * data_parallel(self.trainer)[0])
         self.throughput.start(self.device)
         total, per_step = getattr(self._data, "train_tokens", None), getattr(self._data, "tokens_per_step", None)
         if total and per_step:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_ire._checks import ConfigurationError, check_number, check_whole
 from lightning_ire.models.transformer import check_length
@@ -115,6 +118,69 @@ class Llama(nn.Module):
         """
         check_length(tokens.shape[1], self.context_length)
         return self.network(tokens).logits
+
+    def split_(self, mesh: DeviceMesh) -> None:
+        """Split heads, feed-forward parts and vocabulary over devices (tensor parallel), in place.
+
+        The plan of torch's tutorial on tensor parallel, without its sequence parallel: each device has its own heads
+        and its own columns of the feed-forward part, and its rows of embedding and output matrix; norms are the same on
+        all. All devices get the same tokens and return all logits. Two sums over the devices per layer in the forward
+        pass, and two in the backward pass, of a tensor of the size [B, L, width].
+
+        Args:
+            mesh: The devices, a mesh of one dimension.
+
+        Raises:
+            ConfigurationError: If they do not divide the heads, `feed_forward` or the vocabulary.
+
+        References:
+            Shoeybi et al., Megatron-LM, arXiv 1909.08053, section 3.
+        """
+        config, devices = self.network.config, mesh.size()
+        divided = {
+            "num_heads": config.num_attention_heads,
+            "feed_forward": config.intermediate_size,
+            "vocab_size": config.vocab_size,
+        }
+        for name, value in divided.items():
+            if value % devices:
+                raise ConfigurationError(
+                    f"Expected trainer.strategy.init_args.tensor_parallel_size to divide `{name}` = {value}, got "
+                    f"{devices}."
+                )
+        layers, columns, rows = "model.layers.*", ColwiseParallel(), RowwiseParallel()
+        parallelize_module(
+            self.network,
+            mesh,
+            {
+                **{f"{layers}.self_attn.{name}_proj": columns for name in "qkv"},
+                f"{layers}.self_attn.o_proj": rows,
+                f"{layers}.mlp.gate_proj": columns,
+                f"{layers}.mlp.up_proj": columns,
+                f"{layers}.mlp.down_proj": rows,
+                "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+                "lm_head": ColwiseParallel(output_layouts=Replicate()),
+            },
+        )
+        if config.tie_word_embeddings:
+            self.network.lm_head.weight = self.network.model.embed_tokens.weight
+        for layer in self.network.model.layers:
+            _replicate_(layer.input_layernorm, mesh)
+            _replicate_(layer.post_attention_layernorm, mesh)
+        _replicate_(self.network.model.norm, mesh)
+
+
+def _replicate_(norm: nn.Module, mesh: DeviceMesh) -> None:
+    """Let all devices do the same, with a DTensor: clipping takes no plain tensors beside them."""
+    distribute_module(
+        norm,
+        mesh,
+        None,
+        lambda _, inputs, mesh: tuple(  # type: ignore[arg-type]  # the stub leaves out the result
+            DTensor.from_local(x, mesh, [Replicate()], run_check=False) for x in inputs
+        ),
+        lambda _, output, mesh: output.to_local(),
+    )
 
 
 def _head_dim(width: int, num_heads: int, head_dim: int | None) -> int:

@@ -5,6 +5,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ire import ConfigurationError
 from lightning_ire.data._batches import BatchPlan, Share, WholeBatches, plan_batches
+from lightning_ire.data.global_batch import even_size
 
 
 @pytest.mark.parametrize(
@@ -91,3 +92,17 @@ def test_every_sample_is_evaluated_once(samples, devices):
 def test_fewer_samples_than_devices():
     with pytest.raises(ConfigurationError, match="at least one sample per device for evaluation, got 2 on 3 devices"):
         Share(range(2), 3, 0)
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_devices_with_parts_of_a_network_have_equally_many_batches(devices, size):
+    """Every sample once; one forward pass more on one device would wait for the others for ever."""
+    for samples in range(devices, 60):
+        data = range(samples)
+        even = even_size(data, devices, size)
+        loaders = [DataLoader(data, even, sampler=Share(data, devices, rank)) for rank in range(devices)]
+        assert len({len(list(loader)) for loader in loaders}) == 1
+        assert sorted(index for loader in loaders for batch in loader for index in batch.tolist()) == list(data)
+        if samples % devices == 0 or samples // devices % size:
+            assert even == size

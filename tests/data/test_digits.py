@@ -91,7 +91,7 @@ def test_each_process_has_full_batches_or_its_share(processes, batch_size, sizes
     seen = []
     for rank in range(processes):
         data = ready(batch_size=batch_size)
-        data.trainer = SimpleNamespace(world_size=processes, global_rank=rank)
+        data.trainer = SimpleNamespace(world_size=processes, global_rank=rank, strategy=None)
         loader = data.train_dataloader()
         assert [len(labels) for _, labels in loader] == sizes
         seen += list(loader.sampler)

@@ -51,11 +51,11 @@ class Numbers(GlobalBatchData):
         self._plan = BatchPlan(self.devices, self.plan.accumulation, per_device)
 
     def training_order(self) -> WholeBatches:
-        seed = self.order_seed(self.devices)
+        seed = self.order_seed()
         return WholeBatches(Drawing(self.count), self.global_batch_size, self.devices, self.rank, seed)
 
     def order_depends_on(self) -> dict[str, Any]:
-        return {"rows": self.rows, "images": f"{self.count} images", "seed_everything": self.order_seed(self.devices)}
+        return {"rows": self.rows, "images": f"{self.count} images", "seed_everything": self.order_seed()}
 
     def train_dataloader(self) -> DataLoader:
         return self.training_loader()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from cases import assert_same_bits, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -222,7 +223,7 @@ def test_devices_share_a_batch(corpus, monkeypatch):
     for rank in range(2):
         data = text(corpus, max_batch_per_device=2)
         data.trainer = SimpleNamespace(
-            world_size=2, global_rank=rank, accumulate_grad_batches=1, progress_bar_callback=None,
+            world_size=2, global_rank=rank, strategy=None, accumulate_grad_batches=1, progress_bar_callback=None,
             lightning_module=SimpleNamespace(automatic_optimization=True),
         )  # fmt: skip
         data.prepare_data()
@@ -235,6 +236,40 @@ def test_devices_share_a_batch(corpus, monkeypatch):
     assert [sorted(first + second) for first, second in zip(*shares, strict=True)] == alone
     assert sorted(val) == evaluated
     assert len(data.train_dataloader()) == 2 * len(alone)
+
+
+class Spread(ModelParallelStrategy):
+    """Two groups of devices, each of which shares a batch."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__()
+        self.group = group
+
+    distributed_sampler_kwargs = property(lambda self: {"num_replicas": 2, "rank": self.group})
+
+
+@pytest.mark.parametrize("eval_batch_size", [1, 2, 3])
+def test_devices_that_share_a_batch_read_the_same(corpus, eval_batch_size, monkeypatch):
+    """Tensor parallel on 4 devices: as on 2, in training; in evaluation all make equally many forward passes."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    trained, evaluated = [], []
+    for rank in range(4):
+        torch.manual_seed(rank)
+        data = text(corpus, eval_batch_size=eval_batch_size, prompts=["a", "b", "c"])
+        data.trainer = SimpleNamespace(
+            world_size=4, global_rank=rank, strategy=Spread(rank // 2), accumulate_grad_batches=1,
+            progress_bar_callback=None, lightning_module=SimpleNamespace(automatic_optimization=True),
+        )  # fmt: skip
+        data.prepare_data()
+        data.setup("fit")
+        trained.append([inputs.tolist() for inputs, _ in data.train_dataloader()])
+        evaluated.append([targets for _, targets in data.val_dataloader()])
+        assert [prompt.shape for prompt in data.predict_dataloader()] == [(1, 1)] * 3
+    assert {len(batch) for batch in trained[0]} == {4}  # of the 8 of all
+    assert trained[0] == trained[1] != trained[2] == trained[3]
+    assert len({len(batches) for batches in evaluated}) == 1
+    seen = [token for rank in (0, 2) for targets in evaluated[rank] for token in targets[targets != -100].tolist()]
+    assert sorted(seen) == sorted(ready(corpus)._parts["val"].tokens.tolist()[1:])
 
 
 def test_worker_processes(corpus):

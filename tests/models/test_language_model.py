@@ -248,7 +248,9 @@ def test_tokens_per_second_and_passes_of_several_devices(clock, monkeypatch):
     model, logged = language_model(), {}
     monkeypatch.setattr(model, "log", lambda name, value, **kwargs: logged.update({name: value}))
     data = SimpleNamespace(train_tokens=1000, tokens_per_step=250)
-    model.trainer = SimpleNamespace(global_step=0, log_every_n_steps=3, world_size=4, datamodule=data)
+    model.trainer = SimpleNamespace(
+        global_step=0, log_every_n_steps=3, world_size=4, global_rank=0, strategy=None, datamodule=data
+    )
     model.on_train_start()
     batch = next(iter(loader()))
     for step in range(1, 5):
