@@ -374,7 +374,8 @@ def test_a_network_that_is_spread_over_two_processes(sizes, tokens, tmp_path):
     """
     flags = "--trainer.max_steps 4 --model.lr_scheduler.warmup 1 --model.model.num_layers 2 --ire.interval 2"
     flags += " --ire.perturbation SAM --ire.perturbation.rho 0.1 --ire.perturbation.sync true --data.val_size 0.002"
-    flags += " --ire.curvature EmpiricalFisher --data.eval_batch_size 64 --trainer.val_check_interval 4 --trainer.log_every_n_steps 1"
+    flags += " --ire.curvature EmpiricalFisher --data.eval_batch_size 64 --trainer.val_check_interval 4"
+    flags += " --trainer.log_every_n_steps 1"
     command = tiny(named("openwebtext_llama229m_admire"), tokens, flags)
     IRECLI([*command, "--trainer.default_root_dir", "one", "--trainer.logger.save_dir", "one"])
     one = scalars(tmp_path / "one")
