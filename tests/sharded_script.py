@@ -45,6 +45,7 @@ from lightning_ire import (
     SampledFisher,
     SecondMoment,
     SharpnessMonitor,
+    measure_sharpness,
     tags,
 )
 from lightning_ire._checks import ConfigurationError
@@ -425,6 +426,12 @@ def refusals(processes: int) -> dict[str, str]:
             cases.trainer([callback], strategy=strategy, devices=processes, max_epochs=1).fit(Sharded(even(), adamw))
         except ConfigurationError as error:
             found[name] = str(error)
+    model = even()
+    fully_shard(model)
+    try:
+        measure_sharpness(model, lambda x: model(x).sum(), [torch.ones(2, 5)], ["trace_hessian"])
+    except ConfigurationError as error:
+        found["measure"] = str(error)
     return found
 
 

@@ -208,6 +208,7 @@ def test_what_does_not_run_says_so(ranks: Any) -> None:
         "Expected a curvature estimate that works with sharded parameters, got SampledFisher(form='micro_batch'): no "
         "device has a gradient of its own to square; set `curvature.form` to 'batch'."
     )
+    assert messages["measure"].startswith("Expected a model whose parameters are whole on each device")
     assert messages["monitor"].startswith("Expected a single device or DDP, got ModelParallelStrategy")
 
 

@@ -12,6 +12,7 @@ from lightning_ire._checks import ConfigurationError, check_choice, check_whole
 from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import LocalHost
 from lightning_ire.engine.state import Progress
+from lightning_ire.functional import is_sharded
 from lightning_ire.sharpness.landscape import Landscape, measurement_mode
 from lightning_ire.sharpness.quantities import (
     QUANTITIES,
@@ -71,7 +72,7 @@ def measure_sharpness(
         The numbers by log tag in `values`; `layer_traces`, `density`; in `skipped` what could not be measured, and why.
 
     Raises:
-        ConfigurationError: If an argument is out of range, or there is nothing to measure.
+        ConfigurationError: If an argument is out of range, there is nothing to measure, or the model is sharded.
 
     Example:
         >>> import torch
@@ -96,6 +97,11 @@ def measure_sharpness(
         raise ConfigurationError("Expected `batches` to be a list of at least one batch, got none.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("Expected a model with parameters that require a gradient, got one without.")
+    if any(map(is_sharded, module.parameters())):
+        raise ConfigurationError(
+            "Expected a model whose parameters are whole on each device, got sharded ones (DTensor): measure a checkpoint "
+            "on one device, or in DistributedDataParallel."
+        )
     host = LocalHost()
     module = host.prepare(model)
     if optimizer is None and step is not None:
