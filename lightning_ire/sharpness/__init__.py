@@ -97,10 +97,10 @@ def measure_sharpness(
         raise ConfigurationError("Expected `batches` to be a list of at least one batch, got none.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("Expected a model with parameters that require a gradient, got one without.")
-    if any(map(is_sharded, module.parameters())):
+    if any(map(is_sharded, model.parameters())):
         raise ConfigurationError(
-            "Expected a model whose parameters are whole on each device, got sharded ones (DTensor): measure a checkpoint "
-            "on one device, or in DistributedDataParallel."
+            "Expected a model whose parameters are whole on each device, got sharded ones (DTensor): measure a "
+            "checkpoint on one device, or in DistributedDataParallel."
         )
     host = LocalHost()
     module = host.prepare(model)
