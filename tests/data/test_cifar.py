@@ -190,7 +190,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_image(root, monkeypatch):
 
 
 def on_device(data: CIFAR10, rank: int = 0) -> None:
-    data.trainer = SimpleNamespace(global_rank=rank)
+    data.trainer = SimpleNamespace(world_size=rank + 1, global_rank=rank, strategy=None)
 
 
 def test_mixing_after_the_transfer(root):
