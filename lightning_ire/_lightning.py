@@ -220,7 +220,7 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradi
     Raises:
         ConfigurationError: With the remedy, in one line.
     """
-    check_strategy(trainer, "IRE", sharded=True)
+    check_strategy(trainer, "IRE")
     if replays and "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise ConfigurationError(
             f"Expected `{type(module).__name__}.training_step` to take a batch, got one that takes `dataloader_iter`: "
@@ -235,31 +235,28 @@ def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradi
         )
 
 
-def check_strategy(trainer: pl.Trainer, who: str, sharded: bool) -> None:
+def check_strategy(trainer: pl.Trainer, who: str) -> None:
     """Refuse strategies that are not supported.
 
     Args:
         trainer: The trainer.
         who: The callback that asks.
-        sharded: Whether it supports models that are sharded by `torch.distributed.tensor`.
 
     Raises:
         ConfigurationError: With the remedy, in one line.
     """
     strategy = trainer.strategy
-    if sharded and isinstance(strategy, ModelParallelStrategy):
-        return
-    if sharded and isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
         raise ConfigurationError(
             f"Expected a single device, DDP or ModelParallelStrategy, got {type(strategy).__name__}, whose parts of "
             f"parameters {who} cannot tell from whole ones: set `trainer.strategy` to ModelParallelStrategy and let "
             "the module's `configure_model` call `fully_shard`, or use 'ddp'."
         )
-    others = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)  # subclasses of the two that are supported
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)) or isinstance(strategy, others):
+    supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    if not supported or isinstance(strategy, (XLAStrategy, SingleDeviceXLAStrategy)):  # subclasses of supported ones
         raise ConfigurationError(
-            f"Expected a single device or DDP, got {type(strategy).__name__}: {who} does not support sharded or other "
-            "strategies yet; set `trainer.strategy` to 'auto' or 'ddp', or remove the callback."
+            f"Expected a single device, DDP or ModelParallelStrategy, got {type(strategy).__name__}, which {who} does "
+            "not support yet; set `trainer.strategy` to 'auto' or 'ddp', or remove the callback."
         )
 
 

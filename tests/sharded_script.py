@@ -44,8 +44,6 @@ from lightning_ire import (
     RandomMask,
     SampledFisher,
     SecondMoment,
-    SharpnessMonitor,
-    measure_sharpness,
     tags,
 )
 from lightning_ire._checks import ConfigurationError
@@ -419,19 +417,12 @@ def refusals(processes: int) -> dict[str, str]:
     for name, callback in (
         ("m-sharpness", IRE(kappa=0.0, perturbation=SAM(0.1))),
         ("form", IRE(curvature=SampledFisher(form="micro_batch"))),
-        ("monitor", SharpnessMonitor()),
     ):
         strategy = ModelParallelStrategy(processes, 1, process_group_backend="gloo")
         try:
             cases.trainer([callback], strategy=strategy, devices=processes, max_epochs=1).fit(Sharded(even(), adamw))
         except ConfigurationError as error:
             found[name] = str(error)
-    model = even()
-    fully_shard(model)
-    try:
-        measure_sharpness(model, lambda x: model(x).sum(), [torch.ones(2, 5)], ["trace_hessian"])
-    except ConfigurationError as error:
-        found["measure"] = str(error)
     return found
 
 

@@ -327,6 +327,17 @@ def test_hutchinson_in_half_precision(precision: str) -> None:
     assert (joined(got) - joined(exact)).norm() / joined(exact).norm() < 0.05
 
 
+def test_hutchinson_by_differences_in_half_precision() -> None:
+    """Their step is one for bfloat16: that for float32 weights is lost in the rounding of the forward pass."""
+    (exact,) = cases.estimates(Custom(twice, plain_net()), HutchinsonHessian(16), limit_train_batches=1)
+    with pytest.warns(UserWarning, match=TWICE):
+        (got,) = cases.estimates(
+            Custom(once, plain_net()), HutchinsonHessian(16), limit_train_batches=1, precision="bf16-mixed"
+        )
+    error = float((joined(got) - joined(exact)).norm() / joined(exact).norm())
+    assert error < 0.1, error
+
+
 def test_hutchinson_of_an_overflow_is_tried_again() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=5)
     loop = {"plugins": [pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)]}

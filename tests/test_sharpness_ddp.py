@@ -224,7 +224,9 @@ def test_odd_numbers_of_samples_give_all_devices_equally_many(devices: int, samp
     loader = DataLoader(script.Numbered(samples), batch_size)
     found = []
     for rank in range(devices):
-        trainer: Any = SimpleNamespace(world_size=devices, global_rank=rank, lightning_module=Classifier())
+        trainer: Any = SimpleNamespace(
+            world_size=devices, global_rank=rank, lightning_module=Classifier(), strategy=None
+        )
         probe = Probe.drawn(trainer, loader, num_batches=2, batch_size=None, seed=0)
         found.append([x[..., 0].reshape(-1).tolist() for x, _ in probe._batches])
     sizes = {tuple(map(len, batches)) for batches in found}

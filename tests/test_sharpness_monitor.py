@@ -167,6 +167,7 @@ def test_the_fisher_of_several_batches_is_the_mean_of_theirs() -> None:
 
 
 def test_the_spectral_density_has_the_moments_of_the_hessian() -> None:
+    torch.manual_seed(0)  # Lanczos is slow to find an eigenvalue that has others beside it
     module = Exact()
     monitor = SharpnessMonitor(quantities=["spectral_density"])
     trained(module, monitor)

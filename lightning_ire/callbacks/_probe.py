@@ -25,7 +25,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from lightning_ire._lightning import moved_batch
+from lightning_ire._lightning import data_parallel, moved_batch
 from lightning_ire.engine.no_trace import devices_of
 from lightning_ire.engine.object_state import kept
 from lightning_ire.functional import seeded
@@ -78,6 +78,8 @@ class Probe:
     ) -> Probe:
         """A random part of the loader's dataset, another one on each device, the same for the same seed.
 
+        Devices that share each batch of training (tensor parallel) have the same part.
+
         All batches are of one size and all devices have equally many: fewer or smaller ones than asked for if the
         dataset has no more. Random transforms of the dataset draw from the seed too.
 
@@ -89,14 +91,15 @@ class Probe:
             seed: Seed.
         """
         allowed = _indices(loader)
+        devices, rank = data_parallel(trainer)
         generator = torch.Generator().manual_seed(seed)
-        per_device = max(len(allowed) // trainer.world_size, 1)
+        per_device = max(len(allowed) // devices, 1)
         batched = loader.batch_sampler is not None  # else every item of the dataset is a batch
         usual = getattr(loader.batch_sampler, "batch_size", 1)
         size = min(batch_size or usual, per_device) if batched else 1
         count = min(num_batches, per_device // size)
-        order = torch.randperm(len(allowed), generator=generator)[: count * size * trainer.world_size]
-        mine = order[trainer.global_rank :: trainer.world_size].tolist() or order[:1].tolist()
+        order = torch.randperm(len(allowed), generator=generator)[: count * size * devices]
+        mine = order[rank::devices].tolist() or order[:1].tolist()
         part = Subset(loader.dataset, [allowed[position] for position in mine])
         workers = min(loader.num_workers, count)
         reader: Iterable[Any] = DataLoader(
@@ -106,9 +109,9 @@ class Probe:
             collate_fn=loader.collate_fn,
             worker_init_fn=loader.worker_init_fn,
             multiprocessing_context=loader.multiprocessing_context if workers else None,
-            generator=torch.Generator().manual_seed(seed + trainer.global_rank),
+            generator=torch.Generator().manual_seed(seed + rank),
         )
-        own = seeded(seed + trainer.global_rank, devices_of(trainer.lightning_module))
+        own = seeded(seed + rank, devices_of(trainer.lightning_module))
         with kept(loader.dataset, loader.collate_fn, leave=(pl.Trainer,)), own:
             return cls(list(reader), moved=False)
 

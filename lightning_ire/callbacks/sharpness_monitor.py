@@ -25,7 +25,8 @@ from lightning_ire.callbacks.ire import IRE
 from lightning_ire.engine.collectives import FailedTogether, raise_on_all_ranks
 from lightning_ire.engine.module_state import modules_of
 from lightning_ire.engine.no_trace import devices_of, no_trace
-from lightning_ire.sharpness.landscape import Landscape, measurement_mode
+from lightning_ire.functional import local
+from lightning_ire.sharpness.landscape import Landscape, all_ranks, check_products, measurement_mode
 from lightning_ire.sharpness.quantities import (
     BASIS,
     Cost,
@@ -99,11 +100,22 @@ class SharpnessMonitor(Callback):
     What fails is skipped with a warning and training goes on: a loss that cannot be differentiated twice is measured by
     differences of gradients (`hvp="auto"`), other errors and lack of memory skip the quantity.
 
+    Sharded models (`ModelParallelStrategy` with FSDP2, tensor parallelism or both): all quantities, the same numbers to
+    the bit on all devices. Hessian products are differences of gradients (`hvp` "auto" or "finite_difference"), whose
+    step is that of the coarsest type of the weights and of FSDP2's mixed-precision policies; layers that compute in a
+    coarser type by themselves are measured badly. Tr F is estimated with the gradient of all devices together, which
+    takes more draws for the same error than one of each device. What fails on one device alone is skipped on all, but
+    not inside of the model's own collectives, where the others wait for it as in training. Models of up to 2^24
+    parameters get the random vectors of a single process.
+
     Cost of one measurement, at most (the line at fit start has the numbers): `max_vectors` backward passes for Tr F,
     `max_vectors` Hessian products for all traces of H together, `max_iterations` for the eigenvalues, as many for
     `stability` (twice with SAM), 120 for the density. A product takes about as long as two forward and backward passes
     (benchmarks/hessian_product.py). Memory: the graph of a gradient (twice what a training step saves), 25 vectors of
-    the model's size for eigenvalues, the probe on the host.
+    the model's size for eigenvalues, the probe on the host. In a sharded model a product takes
+    two forward and two backward passes over each batch, which gather all weights each time, and about ten all-reduces
+    of a few numbers (:class:`~lightning_ire.sharpness.landscape.Landscape`); vectors have the size of the device's part
+    (while a random one is drawn the largest parameter is there as a whole), and are never sent.
 
     Args:
         every_n_steps: Optimizer steps between two measurements; ``None``: not by steps.
@@ -122,9 +134,10 @@ class SharpnessMonitor(Callback):
         seed: Seed of the probe and of all random vectors.
 
     Raises:
-        ConfigurationError: If an argument is out of range; at fit start, for sharded strategies, for a module in
-            manual optimization without `sharpness_loss` (`Trainer.validate` warns and measures nothing) and for two
-            monitors that would measure the same at the same step.
+        ConfigurationError: If an argument is out of range; at fit start, for strategies that are not supported
+            (FSDPStrategy, DeepSpeed), for `hvp="exact"` with sharded parameters, for a module in manual optimization
+            without `sharpness_loss` (`Trainer.validate` warns and measures nothing) and for two monitors that would
+            measure the same at the same step.
 
     Example:
         >>> SharpnessMonitor(every_n_epochs=5, quantities=["trace_fisher", "lambda_max"]).every_n_epochs
@@ -200,7 +213,8 @@ class SharpnessMonitor(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what is not supported, before any compute; keep the HPARAMS tab free for the final metrics."""
         self._reset()
-        check_strategy(trainer, "SharpnessMonitor", sharded=False)
+        check_strategy(trainer, "SharpnessMonitor")
+        check_products(self.hvp, pl_module)
         if (missing := _loss_is_missing(pl_module)) is not None:
             raise ConfigurationError(missing)
         for other in _others(trainer, self):
@@ -274,7 +288,8 @@ class SharpnessMonitor(Callback):
         if trainer.state.fn != TrainerFn.VALIDATING or self.idle:
             return
         self._reset()
-        check_strategy(trainer, "SharpnessMonitor", sharded=False)
+        check_strategy(trainer, "SharpnessMonitor")
+        check_products(self.hvp, pl_module)
         if (other := next(_others(trainer, self), None)) is not None:
             raise _measured_twice(self, other)
         if (missing := _loss_is_missing(pl_module)) is not None:
@@ -353,7 +368,7 @@ class SharpnessMonitor(Callback):
                 raise ValueError("the data for the probe is empty")
             return probe
 
-        self._probe = raise_on_all_ranks(LightningHost(trainer, module), draw, "SharpnessMonitor")
+        self._probe = raise_on_all_ranks(all_ranks(LightningHost(trainer, module)), draw, "SharpnessMonitor")
         if trainer.world_size > 1:  # loaders of the user's own may give unequally many batches
             fewest = torch.tensor(len(self._probe), device=trainer.strategy.root_device)
             self._probe.shorten(int(trainer.strategy.reduce(fewest, reduce_op="min")))
@@ -405,8 +420,9 @@ class SharpnessMonitor(Callback):
         size = self.batch_size or getattr(loader, "batch_size", None)
         batches = _count(self.num_batches, "batch", "batches") + (f" of {size}" if size else "")
         count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        held = sum(local(parameter.detach()).numel() for parameter in module.parameters() if parameter.requires_grad)
         lanczos = {"lambda_max", "lambda_min", "stability"} & set(self.quantities)
-        memory = f", {(BASIS + 5) * count * 4 / 2**20:.1f} MiB of Lanczos vectors" if lanczos else ""
+        memory = f", {(BASIS + 5) * held * 4 / 2**20:.1f} MiB of Lanczos vectors" if lanczos else ""
         return (
             f"SharpnessMonitor: {', '.join(self.quantities)} {' and '.join(times)} on {batches} per device "
             f"({self.mode} mode); {count:,} parameters. A measurement takes at most {cost.forward} forward passes, "
@@ -423,7 +439,7 @@ class SharpnessMonitor(Callback):
 
     def _after_out_of_memory(self, landscape: Landscape, probe: Probe) -> None:
         torch.cuda.empty_cache()
-        vector = landscape.size * 4 / 2**20
+        vector = landscape.coordinates.length * 4 / 2**20
         self._warn(
             "a measurement",
             f"out of memory, with {probe.samples} samples in a batch, {landscape.size:,} parameters and up "

@@ -89,6 +89,10 @@ class Window(Protocol):
         """
 
     @property
+    def precision(self) -> torch.dtype | None:
+        """The coarsest type that the forward pass is known to compute in; ``None``: that of the parameters."""
+
+    @property
     def unmoved(self) -> bool:
         """Whether the training forward runs at the unmoved weights (not so under AverageSAM)."""
 

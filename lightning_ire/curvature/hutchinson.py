@@ -120,9 +120,11 @@ class _SignProducts(SharedForward):
         self, micro_batch: MicroBatch, scale: float, vectors: Sequence[Sequence[Tensor]]
     ) -> list[list[Tensor | None]]:
         """H v for each v from gradients at moved weights."""
-        parameters = self.window.parameters
+        parameters, precision = self.window.parameters, self.window.precision
         return [
-            finite_difference_product(lambda: self._gradients(micro_batch, scale), parameters, signs)
+            finite_difference_product(
+                lambda: self._gradients(micro_batch, scale), parameters, signs, precision=precision
+            )
             for signs in vectors
         ]
 

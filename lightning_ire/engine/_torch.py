@@ -23,6 +23,7 @@ __all__ = [
     "change_marks",
     "differentiable_once",
     "extra_pass",
+    "gathered_dtypes",
     "gradient_marks",
     "graph_number",
     "in_extra_pass",
@@ -156,6 +157,21 @@ def registered(module: nn.Module) -> tuple[dict[Any, Any], ...]:
     """
     names: tuple[dict[Any, Any], ...] = (module._parameters, module._buffers, module._modules)
     return *names, module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def gathered_dtypes(module: nn.Module) -> set[torch.dtype]:
+    """The types that FSDP2 gathers weights in to compute with them, as far as its policies name any.
+
+    Private: the policy that `fully_shard` is given is public nowhere afterwards.
+
+    Args:
+        module: Any module.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = [] if fsdp is None else [one for one in module.modules() if isinstance(one, fsdp.FSDPModule)]
+    policies = [getattr(one._get_fsdp_state(), "_mp_policy", None) for one in sharded]
+    dtypes = [getattr(policy, "param_dtype", None) for policy in policies]
+    return {dtype for dtype in dtypes if dtype is not None}
 
 
 def gradient_marks(parameters: Sequence[nn.Parameter]) -> list[tuple[Tensor | None, int]]:

@@ -65,6 +65,8 @@ def mean_over_ranks(host: Host, compute: Callable[[], Tensor], like: Tensor, who
     value = like
     try:
         value = compute().detach().to(like.dtype)  # of one type on all ranks, whatever it was computed in
+    except FailedTogether:  # on all ranks at the same place inside
+        raise
     except Exception as caught:  # whatever the user's code raises: training has to go on
         error = caught
     failed = error is not None

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire.curvature import Curvature, Estimate, MicroBatch
-from lightning_ire.engine._torch import differentiable_once
+from lightning_ire.engine._torch import differentiable_once, gathered_dtypes
 from lightning_ire.engine.ascent import WeightAscent, unscaled
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
 from lightning_ire.engine.replay import ExtraPasses
 from lightning_ire.engine.sharding import GatheredWeights
-from lightning_ire.functional import is_sharded, local
+from lightning_ire.functional import coarsest, is_sharded, local
 from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.perturbation import Perturbation
 
@@ -220,6 +220,16 @@ class AccumulationWindow:
     def scale(self) -> float:
         """See :class:`~lightning_ire.curvature.Window`."""
         return self.host.loss_scale
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """See :class:`~lightning_ire.curvature.Window`."""
+        dtypes = gathered_dtypes(self.module)
+        kind = self.host.device.type
+        with self.host.autocast():
+            if torch.is_autocast_enabled(kind):
+                dtypes.add(torch.get_autocast_dtype(kind))
+        return coarsest(dtypes)
 
     @property
     def labels(self) -> torch.Generator:

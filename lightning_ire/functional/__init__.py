@@ -33,7 +33,6 @@ from lightning_ire.functional.averages import (
     MeanEstimate,
     adaptive_mean,
     hutchinson_trace,
-    rademacher,
     ratio_of_means,
 )
 from lightning_ire.functional.boost import boost_
@@ -78,11 +77,22 @@ from lightning_ire.functional.spectrum import Extremes, Krylov, SpectralDensity,
 from lightning_ire.functional.stability import adam_limit, effective_product, sgd_limit, stability_edge
 from lightning_ire.functional.state import BufferState, RandomState, kept_buffers, seeded
 from lightning_ire.functional.threshold import flat_threshold
-from lightning_ire.functional.vectors import as_real, flatten, flatten_like, in_double, split_like, widest_dtype
+from lightning_ire.functional.vectors import (
+    Coordinates,
+    as_real,
+    coarsest,
+    flatten,
+    flatten_like,
+    in_double,
+    rademacher,
+    split_like,
+    widest_dtype,
+)
 
 __all__ = [
     "SAMPLED",
     "BufferState",
+    "Coordinates",
     "Extremes",
     "Krylov",
     "MeanEstimate",
@@ -96,6 +106,7 @@ __all__ = [
     "ascent_in_ball",
     "average_sam_displacement",
     "boost_",
+    "coarsest",
     "copied",
     "count_true",
     "deflated_trace",

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_ire.functional.vectors import in_double
+from lightning_ire.functional.vectors import Coordinates, in_double
 
-__all__ = ["MeanEstimate", "adaptive_mean", "hutchinson_trace", "rademacher", "ratio_of_means"]
+__all__ = ["MeanEstimate", "adaptive_mean", "hutchinson_trace", "ratio_of_means"]
 
 _FEWEST = 8  # the standard error of fewer draws is too uncertain to stop by
 
@@ -95,7 +95,7 @@ def adaptive_mean(
 
 def hutchinson_trace(
     quadratic: Callable[[Tensor], Tensor | float],
-    size: int,
+    size: int | Coordinates,
     *,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
@@ -109,7 +109,7 @@ def hutchinson_trace(
     Args:
         quadratic: Returns v^T H v; or, as a vector, the parts of that sum that belong to different layers,
             v_l . (H v)_l.
-        size: Length of v.
+        size: Length of v, or the coordinates of a model that may be sharded.
         generator: Source of v, on the device where v is wanted.
         dtype: Type of v.
         relative_error: See :func:`adaptive_mean`.
@@ -126,23 +126,12 @@ def hutchinson_trace(
         >>> abs(trace.value - 5) < 3 * trace.stderr
         True
     """
+    space = size if isinstance(size, Coordinates) else Coordinates.of_size(size, generator, dtype)
 
     def draw() -> Tensor | float:
-        return quadratic(rademacher(size, generator, dtype))
+        return quadratic(space.signs(generator, dtype))
 
     return adaptive_mean(draw, relative_error=relative_error, max_draws=max_vectors)
-
-
-def rademacher(size: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A vector of independent signs, +1 or -1, on the generator's device.
-
-    Args:
-        size: Length.
-        generator: Source.
-        dtype: Type of the vector.
-    """
-    bits = torch.empty(size, dtype=torch.int8, device=generator.device).random_(0, 2, generator=generator)
-    return bits.to(dtype).mul_(2).sub_(1)
 
 
 def ratio_of_means(estimate: MeanEstimate) -> tuple[float, float]:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ire.functional.averages import MeanEstimate, adaptive_mean, rademacher
+from lightning_ire.functional.averages import MeanEstimate, adaptive_mean
 from lightning_ire.functional.spectrum import Krylov
+from lightning_ire.functional.vectors import Coordinates
 
 __all__ = ["deflated_trace"]
 
@@ -16,7 +17,7 @@ __all__ = ["deflated_trace"]
 def deflated_trace(
     bilinear: Callable[[Tensor, Tensor], Tensor],
     krylov: Krylov,
-    parts: Sequence[int],
+    parts: Sequence[int] | Coordinates,
     *,
     generator: torch.Generator,
     relative_error: float = 0.05,
@@ -32,7 +33,8 @@ def deflated_trace(
     Args:
         bilinear: Returns the parts w_l . (A u)_l of w . A u for two vectors w, u, shape [len(parts)].
         krylov: What :func:`extreme_eigenvalues` leaves behind.
-        parts: Sizes of the blocks, in order.
+        parts: Sizes of the blocks, in order; or the coordinates of a model that may be sharded, each of its tensors
+            a block.
         generator: Source of the signs, on the vectors' device.
         relative_error: See :func:`adaptive_mean`.
         max_vectors: Most products.
@@ -53,17 +55,19 @@ def deflated_trace(
     """
     basis, rest = krylov.basis, krylov.rest
     last = basis[-1]
+    space = parts if isinstance(parts, Coordinates) else Coordinates([last])
+    sizes = [part.numel() for part in parts.parts] if isinstance(parts, Coordinates) else list(parts)
 
     def sums(product: Tensor) -> Tensor:
-        return torch.stack([piece.sum() for piece in product.split(list(parts))])
+        return space.sums(torch.stack([piece.sum() for piece in product.split(sizes)]))
 
     rotated = krylov.matrix.to(basis) @ basis
     exact = sums((basis * rotated).sum(0) + 2 * last * rest)
 
     def draw() -> Tensor:
-        signs = rademacher(basis.size(1), generator, basis.dtype)
-        outside = signs - (basis @ signs) @ basis
+        signs = space.signs(generator, basis.dtype)
+        outside = signs - space.dot(basis, signs) @ basis
         # P A u is known without a product: A q is in the subspace but for what Lanczos has left over, at the last q
-        return exact + bilinear(signs, outside).to(exact) - (rest @ outside) * sums(signs * last)
+        return exact + bilinear(signs, outside).to(exact) - space.dot(rest, outside) * sums(signs * last)
 
     return adaptive_mean(draw, relative_error=relative_error, max_draws=max_vectors)

@@ -52,6 +52,7 @@ def finite_difference_product(
     vector: Sequence[Tensor],
     *,
     step: float | None = None,
+    precision: torch.dtype | None = None,
 ) -> list[Tensor | None]:
     """H v as (g(theta + e v) - g(theta - e v)) / 2e: for losses that cannot be differentiated twice.
 
@@ -62,16 +63,18 @@ def finite_difference_product(
         vector: v, one tensor per parameter; for a DTensor this rank's part will do.
         step: Length of e v in weight units. Default, with the cube root r of the weights' precision (float32: 0.005):
             so long that the weight that moves most moves by r / 25, but at most 0.6 r times the norm of the weights.
+        precision: A coarser type that the loss is computed in, for the default step.
 
     Returns:
         H v, one tensor per parameter (of a DTensor this rank's part); ``None``: zero. The error is of order `step`
-        squared plus precision / `step`.
-        In float32 with the default step it is about 1e-4 of H v for smooth losses and rarely more than 1e-2 (random
-        signs and leading eigenvectors, 3e2 to 2e5 weights of norm 1 to 20); more where weights are huge or the loss
-        is nearly 0. Gradients that jump (ReLU) are another matter: each jump on the way counts as curvature, divided
-        by `step`, and the result can be anywhere from near to H v, which leaves jumps out, to many times as large.
+        squared plus precision / `step`. In float32 with the default step it is about 1e-4 of H v for smooth losses and
+        rarely more than 1e-2 (random signs and leading eigenvectors, 3e2 to 2e5 weights of norm 1 to 20); more where
+        weights are huge or the loss is nearly 0. Gradients that jump (ReLU) are another matter: each jump on the way
+        counts as curvature, divided by `step`, and the result can be anywhere from near to H v, which leaves jumps out,
+        to many times as large.
 
-    Cost: two calls of `gradient`, one copy of the weights and two of the gradient.
+    Cost: two calls of `gradient`, one copy of the weights and two of the gradient; of DTensors three all-reduces of a
+    number more.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -83,7 +86,7 @@ def finite_difference_product(
     vector = [local(piece, parameter) for piece, parameter in zip(vector, parameters, strict=True)]
     if length == 0:
         return [None] * len(parameters)
-    scale = _default_scale(parameters, vector, length) if step is None else step / length
+    scale = _default_scale(parameters, vector, length, precision) if step is None else step / length
     wide = [piece.to(torch.promote_types(piece.dtype, p.dtype)) for piece, p in zip(vector, parameters, strict=True)]
     sides = []
     for sign in (1, -1):
@@ -96,13 +99,16 @@ def finite_difference_product(
     ]
 
 
-def _default_scale(parameters: Sequence[Tensor], vector: Sequence[Tensor], length: float) -> float:
+def _default_scale(
+    parameters: Sequence[Tensor], vector: Sequence[Tensor], length: float, precision: torch.dtype | None
+) -> float:
     """The e of :func:`finite_difference_product`.
 
     Of the rules tried (constants, multiples of the norm of the weights, of the root of their number) the one that was
     near the best step for directions spread over all weights, whose best step is long, and for concentrated ones.
     """
-    coarse = max(torch.finfo(parameter.dtype).eps for parameter in parameters) ** (1 / 3)
+    dtypes = {parameter.dtype for parameter in parameters} | ({precision} if precision is not None else set())
+    coarse = max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
     largest = max((float(torch.linalg.vector_norm(piece, torch.inf)) for piece in vector if piece.numel()), default=0.0)
     largest = float(Shards(parameters).largest(in_double(largest)))
     weights = float(global_norm(parameters))

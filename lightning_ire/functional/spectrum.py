@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_ire.functional.vectors import in_double
+from lightning_ire.functional.vectors import Coordinates, in_double
 
 __all__ = ["Extremes", "Krylov", "SpectralDensity", "extreme_eigenvalues", "spectral_density"]
 
@@ -63,6 +63,7 @@ def extreme_eigenvalues(
     tolerance: float = 0.01,
     max_products: int = 50,
     basis: int = 20,
+    coordinates: Coordinates | None = None,
 ) -> Extremes:
     """Eigenvalues at both ends by the Lanczos method with full reorthogonalization and thick restarts.
 
@@ -84,6 +85,8 @@ def extreme_eigenvalues(
         tolerance: Relative to the largest absolute eigenvalue found: the residual to be reached.
         max_products: Most products.
         basis: Most vectors kept, at least `largest + smallest + 2`.
+        coordinates: Those of a model that may be sharded, so that vectors are this rank's parts; default: vectors are
+            whole.
 
     Returns:
         The Ritz values, the best there are if they have not converged: fewer than wanted if `max_products` or the size
@@ -92,7 +95,8 @@ def extreme_eigenvalues(
     Raises:
         ValueError: If `max_products` is less than 1.
 
-    Cost: one product per iteration, `basis` + 5 vectors.
+    Cost: one product per iteration, `basis` + 5 vectors; of a sharded model's three all-reduces per iteration more, of
+    at most `basis` numbers.
 
     Example:
         >>> diagonal = torch.tensor([1.0, -4.0, 9.0])
@@ -101,25 +105,26 @@ def extreme_eigenvalues(
     """
     if max_products < 1:
         raise ValueError(f"Expected `max_products` to be at least 1, got {max_products}.")
+    space = coordinates or Coordinates([start])
     wanted = largest + smallest
-    basis = min(max(basis, wanted + 2), start.numel())
+    basis = min(max(basis, wanted + 2), space.size)
     vectors = start.new_empty(basis, start.numel())
-    vectors[0] = start / start.norm()
+    vectors[0] = start / space.norm(start)
     matrix = torch.zeros(basis, basis, dtype=torch.float64, device="cpu")
     size = length = 0  # vectors in the basis; those of them that are products of the last vector put in
     random = False  # whether that was a random one
     for taken in range(1, max_products + 1):
-        image, column = _orthogonalized(product(vectors[size]), vectors[: size + 1])
+        image, column = _orthogonalized(product(vectors[size]), vectors[: size + 1], space)
         size += 1
         length += 1
         matrix[size - 1, :size] = in_double(column).cpu()  # `eigh` reads the lower triangle only
-        rest = float(image.norm())
+        rest = float(space.norm(image))
         if not math.isfinite(rest):
             return Extremes([math.nan] * largest, [math.nan] * smallest, [math.nan] * wanted, False, taken)
         values, rotation = torch.linalg.eigh(matrix[:size, :size])
         scale = float(values.abs().max())
         residuals = (rotation[-1] * rest).abs()
-        complete = size == start.numel()
+        complete = size == space.size
         exhausted = rest <= 10 * torch.finfo(start.dtype).eps * scale
         chosen = _ends(size, largest, smallest)
         converged = (len(chosen) == wanted or complete) and bool((residuals[chosen] <= tolerance * scale).all())
@@ -137,9 +142,8 @@ def extreme_eigenvalues(
             matrix[:size, :size] = torch.diag(values[kept])
         if exhausted:
             generator = torch.Generator(start.device).manual_seed(taken)
-            noise = torch.randn(start.numel(), generator=generator, dtype=start.dtype, device=start.device)
-            image, _ = _orthogonalized(noise, vectors[:size])
-            rest = float(image.norm())
+            image, _ = _orthogonalized(space.normal(generator, start.dtype), vectors[:size], space)
+            rest = float(space.norm(image))
             length, random = 0, True
         vectors[size] = image / rest
     top, bottom = _ends(size, largest, 0), _ends(size, 0, smallest)
@@ -149,11 +153,11 @@ def extreme_eigenvalues(
     return Extremes(values[top].tolist(), values[bottom].tolist(), residual, converged, taken, krylov)
 
 
-def _orthogonalized(vector: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def _orthogonalized(vector: Tensor, others: Tensor, space: Coordinates) -> tuple[Tensor, Tensor]:
     """The part of a vector that is orthogonal to orthonormal others, and its coordinates along these."""
-    first = others @ vector
+    first = space.dot(others, vector)
     rest = vector - first @ others
-    second = others @ rest  # classical Gram-Schmidt needs a second go
+    second = space.dot(others, rest)  # classical Gram-Schmidt needs a second go
     return rest - second @ others, first
 
 
@@ -216,7 +220,7 @@ class SpectralDensity:
 
 def spectral_density(
     product: Product,
-    size: int,
+    size: int | Coordinates,
     *,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
@@ -231,7 +235,7 @@ def spectral_density(
 
     Args:
         product: A v for a vector v, of the same shape, dtype and device.
-        size: Length of v.
+        size: Length of v, or the coordinates of a model that may be sharded.
         generator: Source of the start vectors (normal), on the device where they are wanted.
         dtype: Type of v.
         vectors: Number of runs.
@@ -245,18 +249,19 @@ def spectral_density(
 
     Cost: `vectors * steps` products, three vectors.
     """
+    space = size if isinstance(size, Coordinates) else Coordinates.of_size(size, generator, dtype)
     nodes, weights, means = [], [], []
     for _ in range(vectors):
-        current = torch.randn(size, generator=generator, dtype=dtype, device=generator.device)
-        current /= current.norm()
+        current = space.normal(generator, dtype)
+        current /= space.norm(current)
         before, beta = torch.zeros_like(current), 0.0
         diagonal: list[float] = []
         beside: list[float] = []
-        for _ in range(min(steps, size)):
+        for _ in range(min(steps, space.size)):
             image = product(current) - beta * before
-            alpha = float(current @ image)
+            alpha = float(space.dot(current, image))
             image -= alpha * current
-            beta = float(image.norm())
+            beta = float(space.norm(image))
             diagonal.append(alpha)
             if not math.isfinite(beta):
                 raise FloatingPointError("Expected finite products for the spectral density, got NaN or infinite ones.")

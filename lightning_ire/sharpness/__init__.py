@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from lightning_ire._checks import ConfigurationError, check_choice, check_whole
 from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import LocalHost
+from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.engine.state import Progress
 from lightning_ire.functional import is_sharded
-from lightning_ire.sharpness.landscape import Landscape, measurement_mode
+from lightning_ire.sharpness.landscape import Landscape, check_products, measurement_mode
 from lightning_ire.sharpness.quantities import (
     QUANTITIES,
     Job,
@@ -44,6 +45,7 @@ def measure_sharpness(
     fisher_loss: Callable[[Any], Any] | None = None,
     optimizer: Optimizer | None = None,
     step: OneStep | None = None,
+    host: LocalHost | None = None,
     hvp: str = "auto",
     seed: int = 0,
     **settings: Any,
@@ -54,7 +56,8 @@ def measure_sharpness(
     that require a gradient are the coordinates. What cannot be measured is skipped with a warning.
 
     Args:
-        model: The model, also in `DistributedDataParallel`; then all processes call this, each with as many batches.
+        model: The model, also in `DistributedDataParallel` or sharded (`fully_shard`, `parallelize_module`); then all
+            processes call this, each with as many batches.
         loss_of: Called with each of the batches; returns the mean loss over the batch, a scalar, or a mapping with it
             under "loss".
         batches: Batches of training data, on the model's device, as the loss function takes them.
@@ -63,7 +66,8 @@ def measure_sharpness(
             loss against labels sampled from the predictions, or a pair of it and the number of terms it is the mean of.
         optimizer: For `stability` and `sgd_ratio`: whose steps.
         step: The same for a step with SAM and IRE: an :class:`~lightning_ire.IREStep`.
-        hvp: "exact", "finite_difference" (of gradients), or "auto": exact where that works.
+        host: Under tensor parallelism ``LocalHost(data_parallel=...)``, with the mesh over which batches are dealt.
+        hvp: "exact", "finite_difference" (of gradients), or "auto": exact where that works (not in a sharded model).
         seed: Seed of all random vectors; the same ones at every call.
         **settings: As for the monitor: `mode`, `relative_error`, `max_vectors`, `tolerance`, `max_iterations`,
             `num_eigenvalues`, `rho`; and `accumulate`, how many of the batches make up one of training.
@@ -72,7 +76,8 @@ def measure_sharpness(
         The numbers by log tag in `values`; `layer_traces`, `density`; in `skipped` what could not be measured, and why.
 
     Raises:
-        ConfigurationError: If an argument is out of range, there is nothing to measure, or the model is sharded.
+        ConfigurationError: If an argument is out of range, there is nothing to measure, or, of a sharded model, `hvp`
+            is "exact" or `host` is missing.
 
     Example:
         >>> import torch
@@ -97,13 +102,11 @@ def measure_sharpness(
         raise ConfigurationError("Expected `batches` to be a list of at least one batch, got none.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("Expected a model with parameters that require a gradient, got one without.")
-    if any(map(is_sharded, model.parameters())):
-        raise ConfigurationError(
-            "Expected a model whose parameters are whole on each device, got sharded ones (DTensor): measure a "
-            "checkpoint on one device, or in DistributedDataParallel."
-        )
-    host = LocalHost()
+    host = LocalHost() if host is None else host
     module = host.prepare(model)
+    check_products(hvp, module)
+    if host.data_parallel is None:
+        _check_that_all_have_batches_of_their_own(module)
     if optimizer is None and step is not None:
         optimizer = step.optimizer
     with measurement_mode(host, module):
@@ -120,4 +123,18 @@ def measure_sharpness(
         job = Job(landscape, checked, result, [] if optimizer is None else [optimizer], step)
         return measure(
             job, wanted, lambda quantity, reason: warn_on_rank_zero(f"measure_sharpness skips {quantity}: {reason}")
+        )
+
+
+def _check_that_all_have_batches_of_their_own(module: nn.Module) -> None:
+    """A loop without a mesh cannot say which processes share a batch, and so draw the same labels."""
+    sharded: list[Any] = [parameter for parameter in module.parameters() if is_sharded(parameter)]
+    fully = all(
+        parameter.placements[-1].is_shard() and all(one.is_replicate() for one in parameter.placements[:-1])
+        for parameter in sharded
+    )
+    if sharded and not (fully and GatheredWeights(module)):
+        raise ConfigurationError(
+            "Expected `host` for a model under tensor parallelism, to say which processes share a batch, got none: "
+            "give `LocalHost(data_parallel=...)` the mesh over which batches are dealt."
         )

@@ -4,37 +4,86 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from lightning_ire._checks import ConfigurationError
 from lightning_ire.curvature.tap import LossTap, factors_in, known_losses
-from lightning_ire.engine._torch import differentiable_once
+from lightning_ire.engine._torch import differentiable_once, gathered_dtypes
 from lightning_ire.engine.collectives import FailedTogether, mean_over_ranks, raise_on_all_ranks, warn_on_rank_zero
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import AttributeState, ModuleState, few_of, modules_of, weights_of
 from lightning_ire.engine.no_trace import devices_of, no_trace, without_inference_tensors
 from lightning_ire.engine.replay import loss_of
+from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.functional import (
+    Coordinates,
     as_real,
+    coarsest,
     finite_difference_product,
-    flatten_like,
     gradients_by_backward,
     hessian_product,
     in_double,
+    is_sharded,
+    local,
     perturbed,
     sam_displacement,
     seeded,
-    split_like,
     twice_differentiable,
-    widest_dtype,
 )
 from lightning_ire.functional.seeds import mixed_seed
 
-__all__ = ["Landscape", "measurement_mode"]
+__all__ = ["Landscape", "all_ranks", "check_products", "measurement_mode"]
+
+T = TypeVar("T")
 
 _WHO = "SharpnessMonitor"
+
+
+def all_ranks(host: Host) -> Host:
+    """A host as far as collectives go, over all ranks: those too that share a batch, each with a part of every layer.
+
+    Args:
+        host: The loop.
+    """
+    there_are_more = _is_distributed() and distributed.get_world_size() != host.world_size
+    return cast("Host", _AllRanks(host)) if there_are_more else host
+
+
+class _AllRanks:
+    """See :func:`all_ranks`."""
+
+    def __init__(self, host: Host) -> None:
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self.device = host.device
+
+    def all_reduce_sum(self, value: Tensor) -> Tensor:
+        distributed.all_reduce(value)
+        return value
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def check_products(hvp: str, module: nn.Module) -> None:
+    """Refuse exact Hessian products where they cannot be had.
+
+    Args:
+        hvp: The setting.
+        module: The module, sharded by now.
+
+    Raises:
+        ConfigurationError: With the remedy, in one line.
+    """
+    GatheredWeights(module).drop()
+    if hvp == "exact" and any(map(is_sharded, module.parameters())):
+        raise ConfigurationError(
+            "Expected Hessian products by differences of gradients for sharded parameters, got hvp='exact': torch's "
+            "second derivatives through them are missing or wrong; set `hvp` to 'auto' or 'finite_difference'."
+        )
 
 
 @contextmanager
@@ -51,7 +100,10 @@ def measurement_mode(host: Host, module: nn.Module) -> Iterator[None]:
     Yields:
         Nothing.
     """
+    gathered = GatheredWeights(module)
+    gathered.drop()  # else its parameters may be gathered copies
     with ExitStack() as stack:
+        stack.callback(gathered.drop)  # of weights that were moved
         # outermost: in validation things are put back in inference mode; whatever the module moves, and when
         modules = modules_of(module)
         stack.enter_context(no_trace(modules, host, devices_of(module), weights_of(modules), offload=True))
@@ -67,6 +119,21 @@ class Landscape:
 
     Random layers draw the same numbers at every evaluation.
 
+    Sharded parameters (FSDP2, tensor parallelism): vectors are this rank's parts (see
+    :class:`~lightning_ire.functional.Coordinates`), products are central differences of gradients, and Tr F is
+    estimated with the gradient of all devices together. Exact products are not to be had: autograd finds no sharded
+    parameter of FSDP2 in a graph, and its second derivatives through tensor-parallel layers are wrong without an error
+    (tests/test_sharded_monitor.py).
+
+    An error that only some ranks meet skips a quantity on all if it comes before or after the collectives of the model
+    in a forward pass. Between them, or in a backward pass, the others wait for this rank, as in training.
+
+    Cost where parameters are sharded: gathered copies are dropped before every evaluation, so that each forward pass
+    gathers all weights, those of the root too. Vectors are never sent; beside the collectives of the model's own passes
+    there are all-reduces of a few numbers (as many as there are tensors, batches or Lanczos vectors): two for the value
+    or the gradient on one batch; for a product two forward and two backward passes and six, for w^T H u seven; for a
+    draw of Tr F a backward pass and three, and one more with its forward pass.
+
     Args:
         host: The loop.
         module: The module; its parameters that require a gradient are the coordinates.
@@ -75,13 +142,15 @@ class Landscape:
         fisher_loss: Called alike; returns the loss against labels sampled from the predictions, or a pair of it and the
             number of terms it is the mean of; ``None``: labels are drawn for the functions that `loss` calls.
         hvp: "exact": differentiate twice; "finite_difference": differences of gradients; "auto": exact, and
-            differences from the first failure on.
+            differences from the first failure on, or from the beginning where parameters are sharded.
         seed: Seed of everything random.
         tick: Called after every gradient or product.
 
     Attributes:
         parameters: What is differentiated in.
-        coordinates: Their memory as real numbers, tensor by tensor: complex ones as pairs.
+        coordinates: What vectors consist of.
+        movable: The tensors whose parts they are, to be moved.
+        ranks: All ranks together.
         names: Their names.
         exact: Whether products are exact.
     """
@@ -98,7 +167,9 @@ class Landscape:
         seed: int = 0,
         tick: Callable[[], Any] = lambda: None,
     ) -> None:
+        check_products(hvp, module)
         self.host = host
+        self.ranks = all_ranks(host)
         self.module = module
         self.batches = range(batches)
         self._loss_of = loss
@@ -108,9 +179,12 @@ class Landscape:
         named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
-        self.coordinates = [as_real(parameter.detach()) for parameter in self.parameters]
-        self.size = sum(coordinate.numel() for coordinate in self.coordinates)
-        self.exact = hvp != "finite_difference"
+        self.coordinates = Coordinates(self.parameters)
+        self._sharded = self.coordinates.sharded
+        self.movable = self.parameters if self._sharded else self.coordinates.parts
+        self._gathered = GatheredWeights(module)
+        self._precision = coarsest(gathered_dtypes(module))
+        self.exact = hvp != "finite_difference" and not self._sharded
         self._may_fall_back = hvp == "auto"
         self._graph: list[Tensor | None] | None = None
         self._sampled: list[Any] | None = None
@@ -155,7 +229,12 @@ class Landscape:
     @property
     def dtype(self) -> torch.dtype:
         """Type of flat vectors."""
-        return widest_dtype(self.coordinates)
+        return self.coordinates.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return self.coordinates.size
 
     def average(self, number: float) -> float:
         """The mean of the devices' numbers.
@@ -172,21 +251,23 @@ class Landscape:
             vectors: How many.
         """
         device = self.parameters[0].device
-        raise_on_all_ranks(self.host, lambda: torch.empty(vectors, self.size, dtype=self.dtype, device=device), _WHO)
+        length = self.coordinates.length
+        raise_on_all_ranks(self.ranks, lambda: torch.empty(vectors, length, dtype=self.dtype, device=device), _WHO)
 
     def release(self) -> None:
-        """Free the graphs that are kept between products; to be called before weights move."""
+        """Free the graphs that are kept between products, and gathered weights; to be called before weights move."""
         self._graph = self._sampled = None
+        self._gathered.drop()
 
     # Values and gradients
 
     def loss(self) -> float:
         """The loss at the current weights."""
-        return self._mean_of(lambda index: self._loss(index).detach())
+        return self._mean_of(lambda index: local(self._loss(index).detach()))
 
     def gradient(self) -> Tensor:
         """The gradient at the current weights, as one vector."""
-        return self._mean_over_devices(lambda: self._flat(self._local_gradient()), self.size)
+        return self._vector(self._local_gradient)
 
     def ascent_gap(self, rho: float) -> float:
         """L(theta + rho g / ||g||) - L(theta).
@@ -194,15 +275,15 @@ class Landscape:
         Args:
             rho: Radius in weight units.
         """
-        moves, _ = sam_displacement(self.coordinates, split_like(self.gradient(), self.coordinates), rho)
+        moves, _ = sam_displacement(self.movable, self.coordinates.split(self.gradient()), rho)
         before = self.loss()
-        with perturbed(self.coordinates, moves):
+        with perturbed(self.movable, moves):
             return self.loss() - before
 
     # Hessian
 
     def product(self, vector: Tensor) -> Tensor:
-        """H v, one all-reduce.
+        """H v, one all-reduce of a vector (of sharded parameters: none).
 
         Args:
             vector: v, the same on all devices.
@@ -216,9 +297,7 @@ class Landscape:
             vector: v, the same on all devices.
             batches: Which batches.
         """
-        return self._with_fallback(
-            lambda: self._mean_over_devices(lambda: self._flat(self._local_product(vector, batches)), self.size)
-        )
+        return self._with_fallback(lambda: self._vector(lambda: self._local_product(vector, batches)))
 
     def bilinear(self, left: Tensor, right: Tensor) -> Tensor:
         """w^T H u in parts: w_l . (H u)_l for each parameter tensor l; only these numbers are all-reduced.
@@ -230,21 +309,27 @@ class Landscape:
 
         def compute() -> Tensor:
             pieces = self._local_product(right, self.batches)
-            parts = split_like(left, self.coordinates)
+            parts = self.coordinates.split(left)
             dots = [
                 left.new_zeros(()) if piece is None else (part.to(left) * piece.to(left)).sum()
                 for part, piece in zip(parts, pieces, strict=True)
             ]
             return torch.stack(dots)
 
-        return self._with_fallback(lambda: self._mean_over_devices(compute, len(self.parameters)))
+        def all_devices() -> Tensor:
+            if self._sharded:
+                return self.coordinates.sums(self._together(compute))
+            return self._mean_over_devices(compute, len(self.parameters))
+
+        return self._with_fallback(all_devices)
 
     # Fisher
 
     def fisher_trace(self, draw: int) -> float:
         """One draw of B ||G||^2 (eq. 6), each batch and device with targets of its own; unbiased for Tr F.
 
-        The trace is linear, so that the mean over batches and devices is that of all of them.
+        The trace is linear, so that the mean over batches and devices is that of all of them. Of sharded parameters
+        only the gradient of all devices together is known: their targets together make one draw, of more variance.
 
         Args:
             draw: Number of the draw; the same number gives the same labels.
@@ -265,6 +350,9 @@ class Landscape:
             return step(index)
 
     def _loss(self, index: int) -> Tensor:
+        return self._if_all_can(lambda: self._own_loss(index))
+
+    def _own_loss(self, index: int) -> Tensor:
         loss = loss_of(self._output(index, self._loss_of))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"{type(self.module).__name__} returned no loss on the probe")
@@ -283,19 +371,27 @@ class Landscape:
         return self._gradients([loss], [torch.ones_like(loss)], keep=False)
 
     def _gradients(self, outputs: list[Tensor], starts: list[Tensor], keep: bool) -> Sequence[Tensor | None]:
+        """Of this device; of sharded parameters the parts of the mean over the devices."""
+        found: Sequence[Tensor | None]
+        if self._gathered:  # the graph's leaves are the gathered copies
+            found = gradients_by_backward(outputs, starts, self.parameters, keep_graph=keep)
+            if all(gradient is None for gradient in found):
+                raise RuntimeError(
+                    "the backward pass left no gradient in the sharded parameters: call "
+                    "`set_requires_gradient_sync(True)` of the FSDP modules before measuring"
+                )
+            return _real(found)
         try:  # the graph is kept for a second try, and freed with the last reference to it
-            found: Sequence[Tensor | None] = torch.autograd.grad(
-                outputs, self.parameters, starts, retain_graph=True, allow_unused=True
-            )
+            found = torch.autograd.grad(outputs, self.parameters, starts, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "checkpoint" not in str(error).lower():  # reentrant checkpointing refuses autograd.grad
                 raise
             with self.host.no_sync():
                 found = gradients_by_backward(outputs, starts, self.parameters, keep_graph=keep)
-        return _real(found)
+        return _real([local(gradient, parameter) for gradient, parameter in zip(found, self.parameters, strict=True)])
 
     def _local_product(self, vector: Tensor, batches: Sequence[int]) -> list[Tensor | None]:
-        pieces = split_like(vector, self.coordinates)
+        pieces = self.coordinates.split(vector)
         total: list[Tensor | None] = [None] * len(self.parameters)
         for index in batches:
             if self.exact:
@@ -303,8 +399,9 @@ class Landscape:
             else:
                 product = finite_difference_product(
                     lambda index=index: self._first_order(self._loss(index)),  # type: ignore[misc]
-                    self.coordinates,
+                    self.movable,
                     pieces,
+                    precision=self._precision,
                 )
             total = _sum(total, product, 1 / len(batches))
             self.tick()
@@ -325,22 +422,25 @@ class Landscape:
         return gradients
 
     def _local_fisher(self, index: int, draw: int) -> Tensor:
-        labels = mixed_seed(self.seed, "labels", index, draw, self.host.rank)
-        outputs: list[Tensor]
-        if self._fisher_loss is not None:
-            returned = self._output(index, self._fisher_loss, seed=labels)
-            loss, count = returned if isinstance(returned, tuple) else (returned, 1.0)
-            outputs, starts = [loss], [torch.ones_like(loss) * float(count) ** 0.5]
-        else:
-            source = torch.Generator().manual_seed(labels)
-            drawn = [call.draw(generator=source).times(factor) for call, factor in self._sampled_terms(index)]
-            outputs = [term.losses for term in drawn]
-            starts = [term.weights.sqrt().to(term.losses) for term in drawn]
+        outputs, starts = self._if_all_can(lambda: self._score(index, draw))
         gradients = self._gradients(outputs, starts, keep=self._sampled is not None)
         self.tick()
         wide = self.dtype
-        norms = [float(g.detach().to_dense().to(wide).square().sum()) for g in gradients if g is not None]
-        return torch.tensor(sum(norms), dtype=wide)
+        squares = [0.0 if g is None else float(g.detach().to_dense().to(wide).square().sum()) for g in gradients]
+        if self._sharded:  # of the mean of the devices' gradients, each with the factor of its own batch
+            return self.host.world_size * self.coordinates.sums(torch.tensor(squares, dtype=wide)).sum()
+        return torch.tensor(sum(squares), dtype=wide)
+
+    def _score(self, index: int, draw: int) -> tuple[list[Tensor], list[Tensor]]:
+        """What the gradient of a draw is that of, outputs and their weights."""
+        labels = mixed_seed(self.seed, "labels", index, draw, self.host.rank)
+        if self._fisher_loss is not None:
+            returned = self._output(index, self._fisher_loss, seed=labels)
+            loss, count = returned if isinstance(returned, tuple) else (returned, 1.0)
+            return [loss], [torch.ones_like(loss) * float(count) ** 0.5]
+        source = torch.Generator().manual_seed(labels)
+        drawn = [call.draw(generator=source).times(factor) for call, factor in self._sampled_terms(index)]
+        return [term.losses for term in drawn], [term.weights.sqrt().to(term.losses) for term in drawn]
 
     def _sampled_terms(self, index: int) -> list[Any]:
         """The losses that targets can be drawn for, with their factors; kept if there is only one batch."""
@@ -359,10 +459,25 @@ class Landscape:
             self._sampled = used
         return used
 
-    def _flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        return flatten_like(tensors, self.coordinates)
-
     # All devices
+
+    def _if_all_can(self, compute: Callable[[], T]) -> T:
+        """What this device computes; where a backward pass comes next that none can do alone, if all could do it."""
+        return raise_on_all_ranks(self.ranks, compute, _WHO) if self._sharded else compute()
+
+    def _together(self, compute: Callable[[], T]) -> T:
+        """What this device computes, an error on one of them being an error on all."""
+        try:
+            return raise_on_all_ranks(self.ranks, compute, _WHO)
+        except FailedTogether:
+            self.release()
+            raise
+
+    def _vector(self, compute: Callable[[], Sequence[Tensor | None]]) -> Tensor:
+        """The mean of the devices' tensors as a vector; of sharded parameters they are the mean's parts by now."""
+        if self._sharded:
+            return self.coordinates.flatten(self._together(compute))
+        return self._mean_over_devices(lambda: self.coordinates.flatten(compute()), self.size)
 
     def _with_fallback(self, compute: Callable[[], Tensor]) -> Tensor:
         try:
@@ -395,7 +510,7 @@ class Landscape:
         """The mean of what the devices compute, the same on all; an error on one of them is an error on all."""
         like = torch.zeros(size, dtype=self.dtype, device=self.parameters[0].device)
         try:
-            return mean_over_ranks(self.host, compute, like, _WHO)
+            return mean_over_ranks(self.ranks, compute, like, _WHO)
         except FailedTogether:
             self.release()
             raise

@@ -24,7 +24,7 @@ from lightning_ire.functional import (
     deflated_trace,
     extreme_eigenvalues,
     hutchinson_trace,
-    rademacher,
+    in_double,
     ratio_of_means,
     spectral_density,
 )
@@ -183,9 +183,8 @@ class Job:
         """
         self.landscape.check_memory(BASIS + 5)
         generator = self.landscape.generator("lanczos")
-        start = torch.randn(
-            self.landscape.size, generator=generator, dtype=self.landscape.dtype, device=generator.device
-        )
+        coordinates = self.landscape.coordinates
+        start = coordinates.normal(generator, coordinates.dtype)
         return extreme_eigenvalues(
             product,
             start,
@@ -194,6 +193,7 @@ class Job:
             tolerance=self.settings.tolerance,
             max_products=self.settings.max_iterations,
             basis=BASIS,
+            coordinates=coordinates,
         )
 
 
@@ -278,8 +278,9 @@ class Traces(Quantity):
             job.result.add(tags.TRACE_HESSIAN, trace.value, trace.stderr)
         if "trace_normalized" in wanted:
             wide = job.landscape.dtype
-            norms = [float(coordinate.to(wide).square().sum()) for coordinate in job.landscape.coordinates]
-            scaled = trace.weighted(norms)
+            coordinates = job.landscape.coordinates
+            norms = [float(part.to(wide).square().sum()) for part in coordinates.parts]
+            scaled = trace.weighted(coordinates.sums(in_double(norms)).tolist())
             job.result.add(tags.TRACE_NORMALIZED, scaled.value, scaled.stderr)
         if "layer_traces" in wanted:
             job.result.layer_traces = dict(zip(job.landscape.names, trace.parts.tolist(), strict=True))
@@ -292,13 +293,13 @@ class Traces(Quantity):
         error, most = job.settings.relative_error, job.settings.max_vectors
         krylov, job.krylov = job.krylov, None
         if krylov is not None:
-            sizes = [coordinate.numel() for coordinate in landscape.coordinates]
+            blocks = landscape.coordinates
             return deflated_trace(
-                landscape.bilinear, krylov, sizes, generator=generator, relative_error=error, max_vectors=most
+                landscape.bilinear, krylov, blocks, generator=generator, relative_error=error, max_vectors=most
             )
         return hutchinson_trace(
             lambda signs: landscape.bilinear(signs, signs),
-            landscape.size,
+            landscape.coordinates,
             generator=generator,
             dtype=landscape.dtype,
             relative_error=error,
@@ -319,7 +320,7 @@ class Density(Quantity):
         """See the base class."""
         job.result.density = spectral_density(
             job.landscape.product,
-            job.landscape.size,
+            job.landscape.coordinates,
             generator=job.landscape.generator("density"),
             dtype=job.landscape.dtype,
             vectors=_DENSITY_VECTORS,
@@ -373,7 +374,7 @@ class SGDRatio(Quantity):
         generator = job.landscape.generator("noise")
 
         def draw() -> Tensor:
-            vector = rademacher(job.landscape.size, generator, job.landscape.dtype)
+            vector = job.landscape.coordinates.signs(generator, job.landscape.dtype)
             parts = [geometry.noise_parts(job.landscape, vector, group) for group in groups]
             return torch.stack(parts).mean(0)
 
@@ -449,7 +450,7 @@ def measure(job: Job, quantities: Sequence[str], warn: Callable[[str, str], None
                         kind.measure(job, wanted)
                 except Exception as error:  # whatever it is: training has to go on
                     same_on_all = isinstance(error, (FailedTogether, UnknownStep, FloatingPointError))
-                    if not same_on_all and job.landscape.host.world_size > 1:  # the others wait for this one
+                    if not same_on_all and job.landscape.ranks.world_size > 1:  # the others wait for this one
                         raise
                     memory = isinstance(error, torch.OutOfMemoryError) or getattr(error, "out_of_memory", False)
                     job.result.out_of_memory |= memory

@@ -16,10 +16,9 @@ from lightning_ire.functional import (
     adam_limit,
     as_real,
     effective_product,
-    flatten_like,
+    local,
     sam_displacement,
     sgd_limit,
-    split_like,
     stability_edge,
 )
 from lightning_ire.perturbation import GROUP_RADIUS, SAM, Perturbation
@@ -56,6 +55,7 @@ class StepGeometry:
         limit: The constant c.
         gain: Steps of momentum add up to this many learning rates.
         decay: Weight decay that is added to the gradient, over the coordinates; ``None``: none.
+        most_decay: The largest of it.
         ascent: rho_e; 0 without SAM.
         ascent_scale: Diagonal of T; ``None``: 1.
         uniform: The one learning rate of all coordinates, if S is a multiple of the identity; else ``None``.
@@ -65,6 +65,7 @@ class StepGeometry:
     limit: float
     gain: float
     decay: Tensor | None
+    most_decay: float
     ascent: float
     ascent_scale: Tensor | None
     uniform: float | None
@@ -77,8 +78,7 @@ class StepGeometry:
         """
         if self.uniform is None or self.ascent_scale is not None:
             return None
-        decay = 0.0 if self.decay is None else float(self.decay.max())
-        return stability_edge(self.uniform, self.limit - self.uniform * decay, self.ascent)
+        return stability_edge(self.uniform, self.limit - self.uniform * self.most_decay, self.ascent)
 
     def product(self, landscape: Landscape, vector: Tensor) -> Tensor:
         """K v; the largest eigenvalue of K divided by :attr:`limit` is the stability ratio.
@@ -106,7 +106,7 @@ class StepGeometry:
         """
         root = self.step_sizes.sqrt()
         image = root * landscape.batch_product(root * vector, batches)
-        return torch.stack([image @ image, vector @ image])
+        return torch.stack([landscape.coordinates.dot(one, image) for one in (image, vector)])
 
     @classmethod
     def of(
@@ -130,13 +130,15 @@ class StepGeometry:
         (optimizer,) = optimizers
         if not optimizer.param_groups:  # Lightning's stand-in
             raise UnknownStep("there is no optimizer")
+        if landscape.coordinates.sharded:
+            landscape.release()  # else the module's parameters may be gathered copies
         limit, gain = _momentum(optimizer)
         factors = ire.boost_factors(module, optimizer) if ire is not None else {}
         sizes: dict[int, Tensor] = {}
         decays: dict[int, Tensor] = {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                real = as_real(parameter.detach())
+                real = as_real(local(parameter.detach()))
                 wide = torch.promote_types(real.dtype, torch.float32)
                 lengthened = torch.as_tensor(factors.get(id(parameter), 1.0), device=parameter.device)
                 if parameter.is_complex() and lengthened.dim():  # one factor for both numbers of a pair
@@ -145,11 +147,22 @@ class StepGeometry:
                 sizes[id(parameter)] = size.broadcast_to(real.shape)
                 added = 0.0 if decay_is_decoupled(optimizer, group) else float(group["weight_decay"])
                 decays[id(parameter)] = torch.tensor(added, dtype=wide).broadcast_to(real.shape)
-        step_sizes = flatten_like([sizes.get(id(p)) for p in landscape.parameters], landscape.coordinates)
-        decay = flatten_like([decays.get(id(p)) for p in landscape.parameters], landscape.coordinates)
+        coordinates = landscape.coordinates
+        step_sizes = coordinates.flatten([sizes.get(id(p)) for p in landscape.parameters])
+        decay = coordinates.flatten([decays.get(id(p)) for p in landscape.parameters])
         ascent, scale = _ascent(ire, optimizers, module, landscape)
-        uniform = float(step_sizes[0]) if bool((step_sizes == step_sizes[0]).all()) else None
-        return cls(step_sizes, limit, gain, decay if bool(decay.any()) else None, ascent, scale, uniform)
+        least, most = coordinates.range(step_sizes)
+        decays_range = coordinates.range(decay)
+        return cls(
+            step_sizes,
+            limit,
+            gain,
+            None if decays_range == (0.0, 0.0) else decay,
+            decays_range[1],
+            ascent,
+            scale,
+            least if least == most else None,
+        )
 
 
 def _momentum(optimizer: Optimizer) -> tuple[float, float]:
@@ -180,7 +193,7 @@ def _preconditioner(optimizer: Optimizer, parameter: Tensor, group: Mapping[str,
     if "exp_avg_sq" not in state or float(state["step"]) == 0:  # 0: all steps so far overflowed in fp16
         return math.inf
     moment = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    moment = as_real(moment)  # Adam takes complex numbers as pairs
+    moment = as_real(local(moment, parameter))  # Adam takes complex numbers as pairs
     correction = 1 - float(group["betas"][1]) ** float(state["step"])
     return (moment / correction).sqrt() + float(group["eps"])
 
@@ -206,15 +219,17 @@ def _ascent(
     moves = {name for name, _ in module.named_parameters()} if chosen is None else chosen
     adaptive = [sam is not None and sam.adapts(name) for name in landscape.names]
     eta = 0.0 if sam is None else sam.eta
+    coordinates = landscape.coordinates
     scales = [
         (p.detach().abs() + eta if adapts else torch.ones_like(p)) if name in moves else torch.zeros_like(p)
-        for name, p, adapts in zip(landscape.names, landscape.coordinates, adaptive, strict=True)
+        for name, p, adapts in zip(landscape.names, coordinates.parts, adaptive, strict=True)
     ]
     norm = ire.ascent_norm if ire is not None else None
     if norm is None:
-        gradients = split_like(landscape.gradient(), landscape.coordinates)
-        moved = [i for i, scale in enumerate(scales) if bool(scale.any())]
-        weights = [landscape.coordinates[i] for i in moved]
+        gradients = coordinates.split(landscape.gradient())
+        moves_some = coordinates.largest(torch.tensor([float(scale.any()) for scale in scales])).tolist()
+        moved = [i for i, some in enumerate(moves_some) if some]
+        weights = [landscape.movable[i] for i in moved]
         ascents = [gradients[i] for i in moved]
         norm = float(sam_displacement(weights, ascents, 1.0, adaptive=[adaptive[i] for i in moved], eta=eta)[1])
     ascent = perturbation.effective_radius(norm) or 0.0
@@ -223,4 +238,4 @@ def _ascent(
     if ascent == 0:
         return 0.0, None
     plain = chosen is None and not any(adaptive)
-    return ascent, None if plain else flatten_like(scales, landscape.coordinates)
+    return ascent, None if plain else coordinates.flatten(scales)

@@ -129,6 +129,7 @@ ELSEWHERE = {
     *("sampled_log_prob",),  # draws by the distribution's own `sample`
     *("adam_limit", "sgd_limit", "stability_edge", "seeded", "unpack_mask", "widest_dtype"),
     *("gradients_by_backward", "hessian_product", "per_sample_squares", "twice_differentiable"),
+    *("Coordinates", "coarsest"),  # inside the estimators
     *("is_sharded", "local", "part_of_whole", "whole_of_part"),  # a tensor of one device is its own part
 }
 
