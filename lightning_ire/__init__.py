@@ -21,12 +21,28 @@ if TYPE_CHECKING:
     from lightning_ire.engine._torch import in_extra_pass
     from lightning_ire.engine.host import LocalHost
     from lightning_ire.loop import IREStep
-    from lightning_ire.perturbation import SAM, AdversarialModelPerturbation, Ascent, AverageSAM, Perturbation
+    from lightning_ire.perturbation import (
+        GSAM,
+        LESAM,
+        SAM,
+        AdversarialModelPerturbation,
+        Ascent,
+        AverageSAM,
+        FriendlySAM,
+        FunctionalSAM,
+        LookSAM,
+        MomentumSAM,
+        Perturbation,
+        StableSAM,
+        WeightedSAM,
+    )
     from lightning_ire.sharpness import measure_sharpness
 
 __version__ = "0.1.0"
 __all__ = [
+    "GSAM",
     "IRE",
+    "LESAM",
     "SAM",
     "AdversarialModelPerturbation",
     "Ascent",
@@ -34,14 +50,20 @@ __all__ = [
     "ConfigurationError",
     "Curvature",
     "EmpiricalFisher",
+    "FriendlySAM",
+    "FunctionalSAM",
     "HutchinsonHessian",
     "IREStep",
     "LocalHost",
+    "LookSAM",
+    "MomentumSAM",
     "Perturbation",
     "RandomMask",
     "SampledFisher",
     "SecondMoment",
     "SharpnessMonitor",
+    "StableSAM",
+    "WeightedSAM",
     "in_extra_pass",
     "measure_sharpness",
 ]
@@ -54,7 +76,21 @@ _MODULES = {
     "engine.host": ("LocalHost",),
     "loop": ("IREStep",),
     "sharpness": ("measure_sharpness",),
-    "perturbation": ("SAM", "AdversarialModelPerturbation", "Ascent", "AverageSAM", "Perturbation"),
+    "perturbation": (
+        "GSAM",
+        "LESAM",
+        "SAM",
+        "AdversarialModelPerturbation",
+        "Ascent",
+        "AverageSAM",
+        "FriendlySAM",
+        "FunctionalSAM",
+        "LookSAM",
+        "MomentumSAM",
+        "Perturbation",
+        "StableSAM",
+        "WeightedSAM",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 _PUBLIC_MODULES = (

@@ -97,11 +97,13 @@ class IREStep:
                 f"Expected settings of IREStep among {', '.join(_SETTINGS)}, got `{min(unknown)}`: leave it out."
             )
         self.recipe = Recipe(**settings)
-        if self.recipe.start.is_fraction:
-            raise ConfigurationError(
-                f"Expected `start_step` to be a number of steps for IREStep, which does not know how long the run is, "
-                f"got {self.recipe.start.step} (a fraction of it): give `start_step` in steps."
-            )
+        perturbation = self.recipe.perturbation
+        for start in (self.recipe.start, *((perturbation.start, perturbation.stop) if perturbation else ())):
+            if start.is_fraction:
+                raise ConfigurationError(
+                    f"Expected `{start.name}_step` to be a number of steps for IREStep, which does not know how long "
+                    f"the run is, got {start.step} (a fraction of it): give `{start.name}_step` in steps."
+                )
         self.host = LocalHost() if host is None else host
         self.module = self.host.prepare(model)
         self.optimizer = optimizer
@@ -209,7 +211,9 @@ class IREStep:
         The same as the callback saves, so that each can go on from the other's. Of a sharded model the masks are
         gathered: all ranks have to call, and rank 0 has them.
         """
-        return {"version": STATE_VERSION, "optimizers": [self.progress.state_dict()]}
+        own = {} if self.perturbation is None else self.perturbation.state_dict()
+        optimizers = [self.progress.state_dict()]
+        return {"version": STATE_VERSION, "optimizers": optimizers, **({"perturbation": own} if own else {})}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state, after the model's and the optimizer's own.
@@ -226,6 +230,8 @@ class IREStep:
             raise ConfigurationError(
                 f"Expected the state of one optimizer for IREStep, got {len(saved)}: give what `state_dict()` returned."
             )
+        if self.perturbation is not None and state.get("perturbation"):
+            self.perturbation.load_state_dict(state["perturbation"])
         misfits = self.progress.restore(saved[0], named_parameters(self.module, self.optimizer))
         if self.recipe.kappa:
             warn_of_misfits(misfits, of="state")

@@ -13,47 +13,53 @@ __all__ = ["Start", "mask_due", "scheduled_kappas"]
 
 @dataclass(frozen=True)
 class Start:
-    """The moment IRE switches on: at most one of the three; none: the first step.
+    """The moment something switches on: at most one of the three; none: the first step.
 
     Attributes:
         step: Zero-based optimizer step, or a fraction of the run strictly between 0 and 1.
         epoch: Zero-based epoch.
-        loss: Epoch-mean training loss at or below which the next epoch starts with IRE.
+        loss: Epoch-mean training loss at or below which the next epoch starts with it.
+        name: What the arguments begin with ("stop": the moment something switches off).
     """
 
     step: int | float | None = None
     epoch: int | None = None
     loss: float | None = None
+    name: str = "start"
 
     def __post_init__(self) -> None:
-        given = [f"`start_{name}`" for name in vars(self) if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ConfigurationError(f"Expected at most one of the start_* arguments, got {' and '.join(given)}.")
+        if len(self._given) > 1:
+            names = " and ".join(f"`{self.name}_{unit}`" for unit in self._given)
+            raise ConfigurationError(f"Expected at most one of the {self.name}_* arguments, got {names}.")
         if isinstance(self.step, float) and self.step.is_integer():
             # what a command line makes of "3000" where `float | int` was imported before `int | float`: typing's cache
             # takes the two for the same
             object.__setattr__(self, "step", int(self.step))
         if isinstance(self.step, float) and not 0 < self.step < 1:
             raise ConfigurationError(
-                "Expected `start_step` to be a whole number of steps >= 0 or a fraction of the run strictly between 0 "
-                f"and 1, got {self.step!r}."
+                f"Expected `{self.name}_step` to be a whole number of steps >= 0 or a fraction of the run strictly "
+                f"between 0 and 1, got {self.step!r}."
             )
         if self.step is not None and not isinstance(self.step, float):
-            check_whole("start_step", self.step, low=0)
+            check_whole(f"{self.name}_step", self.step, low=0)
         if self.epoch is not None:
-            check_whole("start_epoch", self.epoch, low=0)
+            check_whole(f"{self.name}_epoch", self.epoch, low=0)
         if self.loss is not None:
-            check_number("start_loss", self.loss, low=-math.inf)
+            check_number(f"{self.name}_loss", self.loss, low=-math.inf)
+
+    @property
+    def _given(self) -> list[str]:
+        return [unit for unit in ("step", "epoch", "loss") if getattr(self, unit) is not None]
 
     @property
     def immediate(self) -> bool:
-        """Whether IRE is on from the first step."""
-        return self.step is None and self.epoch is None and self.loss is None
+        """Whether nothing was set: on from the first step."""
+        return not self._given
 
     @property
     def setting(self) -> str:
         """What was set, as `start_epoch=60`."""
-        return ", ".join(f"start_{name}={value!r}" for name, value in vars(self).items() if value is not None)
+        return ", ".join(f"{self.name}_{unit}={getattr(self, unit)!r}" for unit in self._given)
 
     @property
     def is_fraction(self) -> bool:
@@ -78,9 +84,10 @@ class Start:
             return self.step
         if length is None:
             raise ConfigurationError(
-                f"Expected a run of known length for `start_step={self.step}` (a fraction of it), got one without end, "
-                "or with a loader that has no length or is reloaded, or in manual optimization with `max_steps`: give "
-                "`start_step` in steps, or let `trainer.max_steps` alone end the run (`trainer.max_epochs` -1)."
+                f"Expected a run of known length for `{self.name}_step={self.step}` (a fraction of it), got one "
+                "without end, or with a loader that has no length or is reloaded, or in manual optimization with "
+                f"`max_steps`: give `{self.name}_step` in steps, or let `trainer.max_steps` alone end the run "
+                "(`trainer.max_epochs` -1)."
             )
         return int(self.step * length)
 

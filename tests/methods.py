@@ -5,16 +5,24 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from lightning_ire import (
+    GSAM,
+    LESAM,
     SAM,
     AdversarialModelPerturbation,
     AverageSAM,
     Curvature,
     EmpiricalFisher,
+    FriendlySAM,
+    FunctionalSAM,
     HutchinsonHessian,
+    LookSAM,
+    MomentumSAM,
     Perturbation,
     RandomMask,
     SampledFisher,
     SecondMoment,
+    StableSAM,
+    WeightedSAM,
 )
 
 
@@ -141,6 +149,83 @@ METHODS: list[Method] = [
         *passes("1", "1"),
         "Zheng et al., [2010.04925](https://arxiv.org/abs/2010.04925)",
         "several ascents (`ascents=N`: N passes); with `scope='global'` SAM of radius ε where ζ‖g‖ ≥ ε",
+    ),
+    Method(
+        lambda: SAM(rho=0.05, start_step=0.9),
+        "SAM in the last tenth of the run",
+        *passes("1/10", "1/10"),
+        "Zhou et al., [2410.10373](https://arxiv.org/abs/2410.10373)",
+        "most of SAM's gain for a tenth of its price, says the paper; every perturbation takes `start_*` and `stop_*`",
+    ),
+    Method(
+        lambda: SAM(rho=0.05, fraction=0.25),
+        "g of the first quarter of each batch, ∇L(θ + ρ g/‖g‖) of all of it",
+        *passes("1/4", "1/4"),
+        "common practice",
+        "large batches; what `training_step` logs is that of the quarter",
+    ),
+    Method(
+        lambda: SAM(rho=0.05, coordinates="sharp"),
+        "SAM on the coordinates that IRE's mask does not call flat",
+        *passes("1", "1"),
+        "after sparse SAM: Mi et al., [2210.05177](https://arxiv.org/abs/2210.05177)",
+        "IRE and SAM each on coordinates of its own; needs `kappa` > 0",
+    ),
+    Method(
+        lambda: FriendlySAM(rho=0.05),
+        "d = g - σm, m ← λm + (1 - λ)g; ∇L(θ + ρ d/‖d‖)",
+        *passes("1", "1"),
+        "Li et al., [2403.12350](https://arxiv.org/abs/2403.12350)",
+        "noisy batches; σ = 1, λ = 0.9 as in the authors' code (images: λ 0.6 to 0.95)",
+    ),
+    Method(
+        lambda: GSAM(rho=0.05),
+        "g_p - α g⊥, g⊥ the part of g orthogonal to g_p = ∇L(θ + ρ g/‖g‖)",
+        *passes("1", "1"),
+        "Zhuang et al., [2203.08065](https://arxiv.org/abs/2203.08065)",
+        "vision transformers; α 0.1 to 0.4, with `rho_schedule='lr'` as in the paper",
+    ),
+    Method(
+        lambda: WeightedSAM(rho=0.05),
+        "a step with g, then θ ← θ - lr·a (g_p - g), a = γ/(1 - γ)",
+        *passes("1", "1"),
+        "WSAM: Yue et al., [2305.15817](https://arxiv.org/abs/2305.15817)",
+        "adaptive optimizers, whose moments see g only; γ 0.5 to 0.98; `decouple=False`: a step with (1 - a)g + a g_p",
+    ),
+    Method(
+        lambda: StableSAM(rho=0.05),
+        "g_p ‖g‖/‖g_p‖",
+        *passes("1", "1"),
+        "Zhou et al., [2401.07250](https://arxiv.org/abs/2401.07250)",
+        "learning rates at which SAM diverges; the base run's rates and SAM's radii",
+    ),
+    Method(
+        lambda: LookSAM(rho=0.05),
+        "every k-th step SAM, g_v = the part of g_p orthogonal to g; between: g + α‖g‖/‖g_v‖ g_v",
+        *passes("1/5", "1/5"),
+        "Liu et al., [2203.02714](https://arxiv.org/abs/2203.02714)",
+        "large batches; k = 5, α = 0.7",
+    ),
+    Method(
+        lambda: LESAM(rho_max=0.05),
+        "SAM with ρ = min(σ/‖g‖, ρ_max)",
+        *passes("1", "1"),
+        "[2605.10183](https://arxiv.org/abs/2605.10183)",
+        "gradients that change much in size; σ in units of the loss",
+    ),
+    Method(
+        lambda: FunctionalSAM(rho=0.05),
+        "J(θ + ρ g/‖g‖)ᵀ ∂L/∂F(θ), F the outputs that the loss is called with",
+        *passes("1", "1"),
+        "Singh et al., [2502.02407](https://arxiv.org/abs/2502.02407)",
+        "language models, where SAM does harm",
+    ),
+    Method(
+        lambda: MomentumSAM(rho=0.05),
+        "∇L(θ - ρ v/‖v‖), v the optimizer's momentum",
+        *passes("0", "0"),
+        "MSAM: Becker et al., [2401.12033](https://arxiv.org/abs/2401.12033)",
+        "no second pass to spare; radii above SAM's (0.3 to 3 in the paper's table)",
     ),
 ]
 

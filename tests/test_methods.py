@@ -13,9 +13,9 @@ from modules import Classifier
 from torch import Tensor, nn
 
 import lightning_ire
-from lightning_ire import IRE, Curvature, Perturbation
+from lightning_ire import IRE, Curvature, Perturbation, RandomMask
 
-STEPS, BATCH = 4, 8
+STEPS, BATCH = 20, 8
 
 
 class Counted(torch.autograd.Function):
@@ -80,7 +80,7 @@ def test_passes_are_those_of_the_table(method: Method) -> None:
     if isinstance(made, Curvature):
         ire = IRE(kappa=1.0, interval=1, curvature=made)
     else:
-        ire = IRE(kappa=0.0, perturbation=made)
+        ire = IRE(kappa=float(made.needs_mask), curvature=RandomMask(), perturbation=made)
     plain, ours = passes_of(None), passes_of(ire)
     assert plain == (STEPS * BATCH, STEPS * BATCH)
     unit = STEPS * (1 if method.vectorized else BATCH)

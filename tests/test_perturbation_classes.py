@@ -89,7 +89,7 @@ def test_defaults():
         (SAM(2, adaptive="weights", eta=0.01), "SAM(rho=2, adaptive='weights', eta=0.01)"),
         (SAM(parameters=["*.bias"]), "SAM(rho=0.05, parameters=['*.bias'])"),
         (AverageSAM(0.1), "AverageSAM(rho=0.1)"),
-        (AdversarialModelPerturbation(), "AdversarialModelPerturbation(epsilon=0.5, zeta=1)"),
+        (AdversarialModelPerturbation(), "AdversarialModelPerturbation(epsilon=0.5)"),
         (
             AdversarialModelPerturbation(0.2, 3, 2, "global", sync=True),
             "AdversarialModelPerturbation(epsilon=0.2, zeta=3, ascents=2, scope='global', sync=True)",

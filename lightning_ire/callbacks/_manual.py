@@ -31,6 +31,7 @@ from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.state import Progress
 from lightning_ire.engine.step import OptimizerStep
 from lightning_ire.engine.window import AccumulationWindow
+from lightning_ire.schedule import Start
 
 __all__ = ["ManualSession"]
 
@@ -49,10 +50,9 @@ class ManualStep(OptimizerStep):
         self._inside = self._warned = False
         self._zeroed = self._warned_of_gradients = False
 
-    @property
-    def moment(self) -> int:
+    def moment(self, start: Start) -> int:
         """Steps of this optimizer; for a fraction of the run, whose steps nobody knows beforehand, batches."""
-        if not self.recipe.start.is_fraction:
+        if not start.is_fraction:
             return self.progress.step
         return self._trainer.current_epoch * int(self._trainer.num_training_batches) + self._trainer.fit_loop.batch_idx
 
@@ -61,7 +61,7 @@ class ManualStep(OptimizerStep):
         return list({id(p): p for group in self.optimizer.param_groups for p in group["params"]}.values())
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        active = self.progress.started_at is not None or self.recipe.perturbation is not None
+        active = self.progress.started_at is not None or self.perturbation is not None
         if active and not self._inside and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -122,6 +122,7 @@ class ManualSession:
         trainer: The trainer.
         module: The module being trained.
         first_step: Step of each optimizer at which its boost starts, where that is known.
+        length: Batches in the run; ``None``: unknown.
     """
 
     def __init__(
@@ -131,12 +132,20 @@ class ManualSession:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         first_step: int | None,
+        length: int | None,
     ) -> None:
+        if recipe.perturbation is not None and recipe.perturbation.fraction != 1:
+            raise ConfigurationError(
+                f"Expected `perturbation.fraction` = 1 in manual optimization, whose closures have batches of their "
+                f"own, got {recipe.perturbation!r}: set it to 1."
+            )
         self.trainer = trainer
         self.module = module
         self.host = LightningHost(trainer, module)
         self.steppers = [
-            ManualStep(recipe, progress, self.host, module, optimizer, trainer.optimizers, first_step, trainer=trainer)
+            ManualStep(
+                recipe, progress, self.host, module, optimizer, trainer.optimizers, first_step, length, trainer=trainer
+            )
             for progress, optimizer in zip(progresses, trainer.optimizers, strict=True)
         ]
         self.patches: Patches | None = None
@@ -284,6 +293,8 @@ class ManualSession:
                     around.enter_context(window.ascent.moved())
                 around.enter_context(nullcontext() if window.synchronized else self.host.no_sync())
                 around.enter_context(window.passes.training_pass())
+                if window.ascent is not None:
+                    around.enter_context(window.ascent.watch(window.notes, again=False))
                 result = self._checked(stepper, window, closure)
         if window.estimate is not None and window.estimate.uses_graph and not self._saw_backward:
             self._refuse_raw_backward(window)
@@ -349,7 +360,8 @@ class ManualSession:
             with torch.enable_grad(), window.passes.no_trace(), window.passes.fresh_gradients(final), around:
                 window.passes.rewind()
                 state.restore()
-                loss = self._checked(stepper, window, closure)
+                with nullcontext() if window.ascent is None else window.ascent.watch(window.notes, again=True):
+                    loss = self._checked(stepper, window, closure)
         finally:
             self._extra_pass = False
         return loss.detach() if isinstance(loss, Tensor) else None

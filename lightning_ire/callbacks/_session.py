@@ -62,6 +62,7 @@ class AutomaticSession:
         trainer: The trainer.
         module: The module being trained.
         first_step: Optimizer step at which the boost starts, where that is known.
+        length: Optimizer steps in the run; ``None``: unknown.
     """
 
     def __init__(
@@ -71,12 +72,15 @@ class AutomaticSession:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         first_step: int | None,
+        length: int | None,
     ) -> None:
         self.trainer = trainer
         self.module = module
         self.host = LightningHost(trainer, module)
         optimizers = trainer.optimizers
-        self.step = OptimizerStep(recipe, progresses[0], self.host, module, optimizers[0], optimizers, first_step)
+        self.step = OptimizerStep(
+            recipe, progresses[0], self.host, module, optimizers[0], optimizers, first_step, length
+        )
         self.takeover: Takeover | None = None
         self._armed = False
         self._marks: list[tuple[Tensor | None, int]] | None = None

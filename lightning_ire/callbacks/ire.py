@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -219,11 +220,8 @@ class IRE(Recipe, Callback):
             replays=second_pass or self.dry_run or (self.kappa > 0 and self.curvature.reruns),
         )
         check_optimizers(self, pl_module, trainer.optimizers, masks=self.kappa > 0 or self.dry_run)
-        if not self.kappa and not self.start.immediate and not self.dry_run:
-            rank_zero_warn(
-                f"`{self.start.setting}` has no effect with `kappa` = 0: it says when the boost starts, while "
-                f"{self.perturbation!r} works from the first step of the run."
-            )
+        if not self.kappa and not self.start.immediate and self.perturbation is not None and not self.dry_run:
+            raise ConfigurationError(self._start_without_boost())
         self._record.begin(trainer, pl_module)
 
     def hyper_parameters(self) -> dict[str, float | str]:
@@ -251,10 +249,12 @@ class IRE(Recipe, Callback):
         automatic = pl_module.automatic_optimization
         total = steps_of_run(trainer) if automatic else None  # by hand nobody knows who steps how often
         pending = self.kappa > 0 and any(progress.started_at is None for progress in self._progresses)
-        first_step = self.start.first_step(total if automatic else batches_of_run(trainer)) if pending else None
+        length = total if automatic else batches_of_run(trainer)
+        first_step = self.start.first_step(length) if pending else None
         session = AutomaticSession if automatic else ManualSession
-        self._session = session(self, self._progresses, trainer, pl_module, first_step)
+        self._session = session(self, self._progresses, trainer, pl_module, first_step, length)
         rank_zero_info(self._summary(trainer, total))
+        self._warn_of_late_ascent(trainer, total, length)
         if not self.kappa or self.started_at is not None:
             return
         if self.start.never(total, trainer.max_epochs, first_step):
@@ -266,6 +266,26 @@ class IRE(Recipe, Callback):
             rank_zero_warn(
                 "IRE is on from the first step, while a learning-rate scheduler still warms up: the paper starts after "
                 "the warm-up; set `start_step` or `start_epoch`."
+            )
+
+    def _start_without_boost(self) -> str:
+        """What to write in place of a start of the boost, where there is a perturbation alone."""
+        late: Any = copy.copy(self.perturbation)
+        late.start = self.start
+        remedy = f"write perturbation={late!r} for a perturbation that starts then"
+        if self.start.loss is not None:
+            remedy = "leave it out (a perturbation starts by step or epoch)"
+        return f"Expected `kappa` > 0 for `{self.start.setting}`, which says when the boost starts, got 0: {remedy}."
+
+    def _warn_of_late_ascent(self, trainer: pl.Trainer, total: int | None, length: int | None) -> None:
+        """Say so if the run ends before the perturbation starts."""
+        if self.perturbation is None:
+            return
+        start = self.perturbation.start
+        if not start.immediate and start.never(total, trainer.max_epochs, start.first_step(length)):
+            rank_zero_warn(
+                f"{self.perturbation!r} starts at {start}, but the run ends before that: lower its `start_step` or "
+                "`start_epoch`."
             )
 
     def _begin_or_continue(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -280,6 +300,8 @@ class IRE(Recipe, Callback):
         self._trainer = weakref.ref(trainer)
 
     def _restore(self, state: dict[str, Any], trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.perturbation is not None and state.get("perturbation"):
+            self.perturbation.load_state_dict(state["perturbation"])
         misfits = []
         saved = zip(self._progresses, trainer.optimizers, state.get("optimizers", []), strict=False)
         for progress, optimizer, one in saved:
@@ -403,7 +425,9 @@ class IRE(Recipe, Callback):
             return {}
         if self._loaded is not None:  # not yet taken up
             return self._loaded
-        return {"version": STATE_VERSION, "optimizers": [progress.state_dict() for progress in self._progresses]}
+        own = {} if self.perturbation is None else self.perturbation.state_dict()
+        optimizers = [progress.state_dict() for progress in self._progresses]
+        return {"version": STATE_VERSION, "optimizers": optimizers, **({"perturbation": own} if own else {})}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a saved state until training starts and the parameters are known; inside a fit, take it up at once."""

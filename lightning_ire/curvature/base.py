@@ -32,6 +32,7 @@ class MicroBatch:
             back-propagate.
         backward_done: Whether Lightning back-propagated it.
         replay: What the extra passes need besides the arguments (random number states); belongs to the callback.
+        notes: What a perturbation remembers of the first pass.
     """
 
     args: tuple[Any, ...]
@@ -39,6 +40,7 @@ class MicroBatch:
     loss: Tensor | None = None
     backward_done: bool = False
     replay: Any = field(default=None, repr=False)
+    notes: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 class Window(Protocol):

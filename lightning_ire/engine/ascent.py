@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_ire._checks import ConfigurationError
+from lightning_ire.curvature.batches import first_dimensions, part_of
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
+from lightning_ire.engine.optimizers import named_parameters
 from lightning_ire.engine.sharding import GatheredWeights
+from lightning_ire.engine.state import Progress
 from lightning_ire.functional import local, perturbed
 from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.perturbation import Ascent, Perturbation
@@ -32,6 +37,8 @@ class WeightAscent:
         moving: The weights that the module itself moves.
         gathered: Copies of whole weights in the module.
         seed: Seed of this window's draws: the same on all ranks.
+        progress: The optimizer's state that outlives the fit.
+        second: Whether the weights are moved at this step at all, and the gradients there taken.
 
     Attributes:
         before: Whether the weights are moved before the training's own forward passes; else after them, by their
@@ -50,10 +57,13 @@ class WeightAscent:
         moving: MovingWeights,
         gathered: GatheredWeights,
         seed: int,
+        progress: Progress,
+        second: bool,
     ) -> None:
         self.perturbation = perturbation
-        self.before = not perturbation.uses_gradient
-        self.synchronized = self.before or perturbation.sync
+        self.second = second
+        self.before = second and not perturbation.uses_gradient
+        self.synchronized = self.before or perturbation.sync or not second
         self.base: Mapping[int, Tensor] = {}
         self._host = host
         self._module = module
@@ -62,7 +72,40 @@ class WeightAscent:
         self._moving = moving
         self._gathered = gathered
         self._seed = seed
+        self._progress = progress
+        self._memory: dict[str, dict[str, Tensor]] = {}
         self._moved = ExitStack()
+
+    def watch(self, notes: dict[str, Any], again: bool) -> AbstractContextManager[Any]:
+        """The perturbation watches a forward pass inside the block.
+
+        Args:
+            notes: What it remembers of the first pass over the micro-batch.
+            again: Whether this is the second one.
+        """
+        return self.perturbation.watch(notes, again) if self.second else nullcontext()
+
+    def part_of(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The positional arguments of the first pass over a micro-batch, of which the perturbation may want a part.
+
+        Args:
+            args: Those of the whole.
+
+        Raises:
+            ConfigurationError: If the batch cannot be cut.
+        """
+        fraction = self.perturbation.fraction
+        if fraction == 1 or not self.second or self.before:
+            return args
+        batch, *rest = args or (None,)
+        sizes = first_dimensions(batch)
+        if len(sizes) != 1:
+            got = f"first dimensions {sizes}" if sizes else type(batch).__name__
+            raise ConfigurationError(
+                "Expected a batch whose tensors all have the samples in their first dimension for "
+                f"{self.perturbation!r}, got {got}: set `perturbation.fraction` to 1."
+            )
+        return (part_of(batch, 0, math.ceil(fraction * sizes[0])), *rest)
 
     def put_back(self) -> None:
         """Put weights back that are moved, whatever line an interrupt hit."""
@@ -108,7 +151,7 @@ class WeightAscent:
     def ascend(
         self, second_pass: Callable[[bool], Tensor | None]
     ) -> tuple[dict[int, Tensor], Tensor | None, Tensor | None]:
-        """Replace the gradients in `.grad` by those at the weights that they move to.
+        """Replace the gradients in `.grad` by those at the weights that they move to, or by what is made of both.
 
         Args:
             second_pass: Makes the gradients at the moved weights and returns the loss there, if any; it is told
@@ -120,7 +163,9 @@ class WeightAscent:
         """
         moves: Sequence[Tensor | None] | None = None
         first_norm = loss = None
-        ascents = self.perturbation.ascents
+        copies: Mapping[int, Tensor] = {}
+        own = self._gradients() if self.perturbation.combines else None
+        ascents = self.perturbation.ascents if self.second else 0
         for number in range(1, ascents + 1):
             movable, moves, norm = self.displacement(moves)
             if number == 1:
@@ -135,17 +180,56 @@ class WeightAscent:
             finally:
                 self.put_back()
                 copies, self.base = self.base, {}
+        if own is not None:
+            self._combine(own)
         return dict(copies), first_norm, loss
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Those in `.grad`, unscaled, of this rank's parts; copies where a later pass might write into them (DDP)."""
+        parts = [
+            None if weight.grad is None else local(weight.grad.detach(), weight).to_dense() for weight in self._trained
+        ]
+        if self._host.world_size > 1 and self._host.loss_scale == 1:
+            parts = [None if part is None else part.clone() for part in parts]
+        return unscaled(parts, self._host.loss_scale)
+
+    @torch.no_grad()
+    def _combine(self, own: Sequence[Tensor | None]) -> None:
+        """Put in `.grad` what the perturbation makes of the gradients at the unmoved and at the moved weights."""
+        perturbed = self._gradients() if self.second else None
+        ascent = self._look(self._trained, own)
+        scale = self._host.loss_scale
+        for weight, gradient in zip(self._trained, self.perturbation.combine(own, perturbed, ascent), strict=True):
+            if gradient is None:
+                weight.grad = None
+                continue
+            if weight.grad is None:  # at the moved weights it has none
+                weight.grad = torch.zeros_like(weight)
+            there = weight.grad if weight.grad.layout == torch.strided else weight.grad.to_dense()
+            local(there).copy_(gradient if scale == 1 else gradient * scale)
+            weight.grad = there
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """The optimizer has made a real step: what the perturbation wanted to keep is kept."""
+        if type(self.perturbation).after_step is not Perturbation.after_step:
+            self.perturbation.after_step(self._look(self._trained, [None] * len(self._trained)))
+        kept = {name: memory for name, memory in self._memory.items() if memory}
+        if kept:
+            self._progress.memory.keep(kept, named_parameters(self._module, self._optimizer))
+
+    @property
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
 
     @property
     def movable(self) -> list[nn.Parameter]:
         """The parameters that may move; in manual optimization some may be frozen at the moment."""
         chosen = self.perturbation.selects(self._module)
-        trained = [parameter for parameter in self._parameters if parameter.requires_grad]
         if chosen is None:
-            return trained
+            return self._trained
         ids = {id(p) for name, p in self._module.named_parameters(remove_duplicate=False) if name in chosen}
-        return [parameter for parameter in trained if id(parameter) in ids]
+        return [parameter for parameter in self._trained if id(parameter) in ids]
 
     def displacement(
         self, moves: Sequence[Tensor | None] | None = None
@@ -160,24 +244,54 @@ class WeightAscent:
         """
         self._gathered.drop()  # else its parameters may be gathered copies
         movable = self.movable
-        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        groups_of = [groups.get(id(weight), {}) for weight in movable]
+        gradients = [None if self.before else weight.grad for weight in movable]
+        ascent = self._look(movable, unscaled(gradients, self._host.loss_scale), moves)
+        moves, norm = self.perturbation.displacement(ascent)
+        return movable, moves, norm
+
+    def _look(
+        self,
+        weights: Sequence[nn.Parameter],
+        gradients: Sequence[Tensor | None],
+        moves: Sequence[Tensor | None] | None = None,
+    ) -> Ascent:
+        """What the perturbation may look at."""
+        indices = {id(p): i for i, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        groups: list[Any] = [*self._optimizer.param_groups, {}]
+        places = [indices.get(id(weight), -1) for weight in weights]
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         seed = mixed_seed(self._seed, "noise")
         generators = {
-            device: torch.Generator(device).manual_seed(seed) for device in {weight.device for weight in movable}
+            device: torch.Generator(device).manual_seed(seed) for device in {weight.device for weight in weights}
         }
-        gradients = [None if self.before else weight.grad for weight in movable]
-        ascent = Ascent(
-            parameters=movable,
-            gradients=self._minimized(unscaled(gradients, self._host.loss_scale), groups_of),
+        factors: Sequence[float] = ()
+        if self.perturbation.rho_schedule == "lr":
+            of_groups = [*self._progress.shares_of_peak_lrs(self._optimizer), 1.0]
+            factors = [of_groups[place] for place in places]
+        masks = self._progress.masks.masks if self.perturbation.needs_mask else {}
+        groups_of = [groups[place] for place in places]
+        return Ascent(
+            parameters=weights,
+            gradients=self._minimized(gradients, groups_of),
             groups=groups_of,
-            generators=[generators[weight.device] for weight in movable],
+            generators=[generators[weight.device] for weight in weights],
             moves=moves,
-            names=[names.get(id(weight), "") for weight in movable],
+            names=[names.get(id(weight), "") for weight in weights],
+            states=[self._optimizer.state.get(weight, {}) for weight in weights],
+            memory=self._remembered(weights, names),
+            factors=factors,
+            flat=[masks.get(names.get(id(weight), "")) for weight in weights] if masks else (),
         )
-        moves, norm = self.perturbation.displacement(ascent)
-        return movable, moves, norm
+
+    def _remembered(self, weights: Sequence[nn.Parameter], names: Mapping[int, str]) -> list[dict[str, Tensor]]:
+        """What the perturbation keeps of each weight, to be changed by it until the step is made."""
+        if not all(id(weight) in names for weight in weights):  # the optimizer alone has some
+            names = {id(parameter): name for name, parameter in named_parameters(self._module, self._optimizer).items()}
+        for weight in weights:
+            name = names[id(weight)]
+            if name not in self._memory:
+                self._memory[name] = self._progress.memory.of(name)
+        return [self._memory[names[id(weight)]] for weight in weights]
 
     def _minimized(
         self, gradients: Sequence[Tensor | None], groups: Sequence[Mapping[str, Any]]

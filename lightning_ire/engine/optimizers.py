@@ -16,7 +16,7 @@ from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.functional import is_sharded
-from lightning_ire.perturbation import GROUP_RADIUS
+from lightning_ire.perturbation import GROUP_RADIUS, Perturbation
 
 __all__ = [
     "check_decoupled_decay",
@@ -111,6 +111,7 @@ def check_optimizers(recipe: Recipe, module: nn.Module, optimizers: Sequence[Opt
     """
     if recipe.perturbation is not None:
         recipe.perturbation.selects(module)
+        _check_perturbation(recipe.perturbation, masks)
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigurationError(
@@ -128,6 +129,20 @@ def check_optimizers(recipe: Recipe, module: nn.Module, optimizers: Sequence[Opt
     for pattern in recipe.exclude:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             warn_on_rank_zero(f"`exclude`: the pattern {pattern!r} fits no parameter of {type(module).__name__}.")
+
+
+def _check_perturbation(perturbation: Perturbation, masks: bool) -> None:
+    """What a perturbation of the user's own class may have left out, and what needs a mask."""
+    if perturbation.combines and not perturbation.sync and perturbation.uses_gradient:
+        raise ConfigurationError(
+            f"Expected a perturbation that combines gradients to have sync=True, got {perturbation!r}: set `sync` in "
+            f"{type(perturbation).__name__}, else devices would take different steps."
+        )
+    if perturbation.needs_mask and not masks:
+        raise ConfigurationError(
+            f"Expected `kappa` > 0 for {perturbation!r}, which moves the coordinates that IRE's mask calls sharp, got "
+            "kappa=0, which makes none: set `kappa`, or `perturbation.coordinates` to 'all'."
+        )
 
 
 def _refuse_for_shards(recipe: Recipe, masks: bool) -> None:

@@ -73,7 +73,7 @@ class Recipe:
         Args:
             step: Zero-based count of real optimizer steps.
         """
-        return self.perturbation is not None and step % self.perturbation.interval == 0
+        return self.perturbation is not None and self.perturbation.second_pass(step)
 
 
 def _instance(name: str, value: Any, kind: type, example: str) -> Any:

@@ -15,6 +15,7 @@ from lightning_ire._checks import ConfigurationError
 from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.masks import FlatMasks
+from lightning_ire.engine.memory import PerturbationMemory
 from lightning_ire.engine.optimizers import learning_rates
 from lightning_ire.engine.recipe import Recipe
 
@@ -35,9 +36,11 @@ class Progress:
         retry: Whether the last estimate failed, so that the next step is to make another.
         loss_sum: Sum of this epoch's training losses, kept while a start by loss is pending.
         loss_count: How many losses that are.
-        peak_lrs: Highest learning rate of each parameter group so far (for the "lr" schedule of kappa).
+        peak_lrs: Highest learning rate of each parameter group so far (for the "lr" schedules of kappa and rho).
         seed: Seed of all draws of the callback.
         last_logged: The values that were logged last.
+        memory: What the perturbation keeps of each weight.
+        perturbation: The class of that perturbation.
         ascent_norm: The norm that divided the last SAM step, not kept in checkpoints.
     """
 
@@ -51,6 +54,8 @@ class Progress:
     seed: int = field(default_factory=lambda: int(os.environ.get("PL_GLOBAL_SEED", "0")))
 
     last_logged: dict[str, Tensor] = field(default_factory=dict)
+    memory: PerturbationMemory = field(default_factory=PerturbationMemory)
+    perturbation: str = ""
     ascent_norm: Tensor | None = None
 
     @classmethod
@@ -65,6 +70,7 @@ class Progress:
         self = cls(FlatMasks(recipe.gamma, recipe.scope, recipe.exclude_zero_curvature, recipe.beta), step)
         if seed is not None:
             self.seed = seed
+        self.perturbation = type(recipe.perturbation).__name__
         return self
 
     def start(self) -> None:
@@ -109,6 +115,16 @@ class Progress:
             before = self.peak_lrs + lrs[len(self.peak_lrs) :]
             self.peak_lrs = [max(pair) for pair in zip(lrs, before, strict=False)]
 
+    def shares_of_peak_lrs(self, optimizer: Optimizer) -> list[float]:
+        """The learning rate of each group before a step, divided by the highest one so far.
+
+        Args:
+            optimizer: The optimizer.
+        """
+        lrs = learning_rates(optimizer)
+        peaks = [max(pair) for pair in zip(lrs, self.peak_lrs + lrs[len(self.peak_lrs) :], strict=False)]
+        return [lr / peak if peak > 0 else 0.0 for lr, peak in zip(lrs, peaks, strict=True)]
+
     def add_loss(self, loss: Tensor) -> None:
         """Remember the training loss of a micro-batch, while a start by loss is pending.
 
@@ -143,6 +159,7 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and strings only: `torch.load(weights_only=True)` reads it."""
+        memory = self.memory.state_dict()
         return {
             "step": self.step,
             "started_at": self.started_at,
@@ -153,6 +170,7 @@ class Progress:
             "seed": self.seed,
             "shown": {tag: value.cpu() for tag, value in self.last_logged.items()},
             "flat": self.masks.state_dict(),
+            **({"memory": memory, "perturbation": self.perturbation} if memory else {}),
         }
 
     def restore(self, state: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> list[str]:
@@ -172,6 +190,8 @@ class Progress:
         self.peak_lrs = list(state.get("peak_lrs", self.peak_lrs))
         self.seed = state.get("seed", self.seed)
         self.last_logged = dict(state.get("shown", self.last_logged))
+        if state.get("perturbation") == self.perturbation:
+            self.memory.load_state_dict(state.get("memory", {}), parameters)
         misfits = self.masks.load_state_dict(state.get("flat", {}), parameters)
         self.retry = state.get("retry", self.retry) or bool(misfits)
         return misfits

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.engine.state import Progress
 from lightning_ire.engine.window import AccumulationWindow
 from lightning_ire.functional.seeds import mixed_seed
+from lightning_ire.perturbation import Perturbation
+from lightning_ire.schedule import Start
 
 __all__ = ["OptimizerStep"]
 
@@ -42,6 +45,7 @@ class OptimizerStep:
         optimizer: The optimizer.
         optimizers: All optimizers of the module.
         first_step: Optimizer step at which the boost starts, where that is known.
+        length: Length of the run, in what starts and stops count; ``None``: unknown.
 
     Attributes:
         devices: Devices that hold a parameter of the module.
@@ -58,6 +62,7 @@ class OptimizerStep:
         optimizer: Optimizer,
         optimizers: Sequence[Optimizer],
         first_step: int | None,
+        length: int | None = None,
     ) -> None:
         self.recipe = recipe
         self.progress = progress
@@ -65,6 +70,12 @@ class OptimizerStep:
         self.module = module
         self.optimizer = optimizer
         self.first_step = first_step
+        perturbation = recipe.perturbation
+        self._ascent_ends = (
+            (None, None)
+            if perturbation is None
+            else (perturbation.start.first_step(length), perturbation.stop.first_step(length))
+        )
         self.devices = devices_of(module)
         self.moving = MovingWeights(optimizers)
         self.gathered = GatheredWeights(module)
@@ -105,13 +116,27 @@ class OptimizerStep:
         """
         recipe, progress = self.recipe, self.progress
         pending = recipe.kappa > 0 and progress.started_at is None
-        if pending and recipe.start.reached(self.moment, self.host.epoch, self.first_step):
+        if pending and recipe.start.reached(self.moment(recipe.start), self.host.epoch, self.first_step):
             progress.start()
-        return progress.started_at is not None or recipe.perturbation is not None
+        return progress.started_at is not None or self.perturbation is not None
 
     @property
-    def moment(self) -> int:
-        """How far the run has come, in what the start counts."""
+    def perturbation(self) -> Perturbation | None:
+        """The perturbation, if it has a part in the next step."""
+        perturbation, step = self.recipe.perturbation, self.progress.step
+        if perturbation is None:
+            return None
+        moments = [self.moment(one) for one in (perturbation.start, perturbation.stop)]
+        if not perturbation.is_on(*moments, self.host.epoch, *self._ascent_ends):
+            return None
+        return perturbation if perturbation.combines or self.recipe.should_perturb(step) else None
+
+    def moment(self, start: Start) -> int:
+        """How far the run has come, in what a start counts.
+
+        Args:
+            start: That start.
+        """
         return self.progress.step
 
     def parameters(self) -> list[nn.Parameter]:
@@ -139,7 +164,7 @@ class OptimizerStep:
         Returns:
             The window.
         """
-        recipe, progress = self.recipe, self.progress
+        recipe, progress, perturbation = self.recipe, self.progress, self.perturbation
         self.gathered.drop()
         self.window = AccumulationWindow(
             self.host,
@@ -155,7 +180,9 @@ class OptimizerStep:
             gathered=self.gathered,
             replays=replays,
             curvature=recipe.curvature if self.refreshes else None,
-            perturbation=recipe.perturbation if recipe.should_perturb(progress.step) else None,
+            perturbation=perturbation,
+            progress=progress,
+            second=perturbation is not None and recipe.should_perturb(progress.step),
         )
         return self.window
 
@@ -193,8 +220,11 @@ class OptimizerStep:
         try:
             if window.ascent is not None and window.ascent.before:
                 window.ascent.move()
-            with window.passes.training_pass(), window.watch(micro_batch):
-                output = call(*args, **kwargs)
+            first, sight = args, cast("AbstractContextManager[Any]", nullcontext())
+            if window.ascent is not None:
+                first, sight = window.ascent.part_of(args), window.ascent.watch(micro_batch.notes, again=False)
+            with window.passes.training_pass(), window.watch(micro_batch), sight:
+                output = call(*first, **kwargs)
         except BaseException:
             self.put_back()
             raise
@@ -270,7 +300,7 @@ class OptimizerStep:
         if window.estimate is not None:
             self.refresh(window)
         if window.ascent is not None and second_pass is not None:
-            if window.unmoved:
+            if window.unmoved or window.ascent.perturbation.combines:
                 copies, norm, loss = window.ascent.ascend(second_pass)
                 if norm is not None:
                     self.progress.note_ascent(norm)
@@ -338,7 +368,10 @@ class OptimizerStep:
             return
         recipe, progress = self.recipe, self.progress
         follows_lr = recipe.kappa_schedule == "lr"
-        progress.count_step(optimizer, with_lrs=follows_lr)
+        rho_too = recipe.perturbation is not None and recipe.perturbation.rho_schedule == "lr"
+        progress.count_step(optimizer, with_lrs=follows_lr or rho_too)
+        if self.window is not None and self.window.finished and self.window.ascent is not None:
+            self.window.ascent.after_step()
         weights, self._snapshot = self._snapshot, None
         if weights is not None:
             self.logs |= boost(

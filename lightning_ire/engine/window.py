@@ -17,6 +17,7 @@ from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
 from lightning_ire.engine.replay import ExtraPasses
 from lightning_ire.engine.sharding import GatheredWeights
+from lightning_ire.engine.state import Progress
 from lightning_ire.functional import coarsest, is_sharded, local
 from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.perturbation import Perturbation
@@ -44,6 +45,8 @@ class AccumulationWindow:
         replays: Whether the step will be run again for other reasons than the estimate and the perturbation.
         curvature: What estimates the curvature for a mask; ``None``: no mask is to be made.
         perturbation: How this step's gradient is perturbed; ``None``: not at all.
+        progress: The optimizer's state that outlives the fit.
+        second: Whether the perturbation moves the weights at this step.
 
     Attributes:
         passes: The extra passes over the window.
@@ -52,6 +55,7 @@ class AccumulationWindow:
         synchronized: Whether the training's own backward passes leave averaged gradients on all devices.
         gathers: See :class:`~lightning_ire.curvature.Window`.
         micro_batches: The calls so far.
+        notes: What the perturbation remembers of a closure's first call (manual optimization).
         estimate: The curvature estimate that watches this window, until it is finished.
         finished: Whether its gradients are complete, so that the next thing is the optimizer's step.
     """
@@ -73,6 +77,8 @@ class AccumulationWindow:
         replays: bool,
         curvature: Curvature | None,
         perturbation: Perturbation | None,
+        progress: Progress,
+        second: bool,
     ) -> None:
         self.host = host
         self.module = module
@@ -84,12 +90,14 @@ class AccumulationWindow:
         self.ascent = (
             None
             if perturbation is None
-            else WeightAscent(perturbation, host, module, optimizer, parameters, moving, gathered, seed)
+            else WeightAscent(
+                perturbation, host, module, optimizer, parameters, moving, gathered, seed, progress, second
+            )
         )
         self.unmoved = self.ascent is None or not self.ascent.before
         self.synchronized = self.ascent is None or self.ascent.synchronized
         reruns = curvature is not None and curvature.reruns
-        second = self.ascent is not None and self.unmoved
+        second = self.ascent is not None and self.ascent.second and self.unmoved
         self.passes = ExtraPasses(
             host,
             module,
@@ -106,6 +114,7 @@ class AccumulationWindow:
         self._sharded = any(map(is_sharded, parameters))
         self.micro_batches: list[MicroBatch] = []
         self.finished = False
+        self.notes: dict[str, Any] = {}
         self._seed = seed
         self._labels: torch.Generator | None = None
         self.estimate: Estimate | None = None if curvature is None else curvature.begin(self)

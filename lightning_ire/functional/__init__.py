@@ -55,6 +55,7 @@ from lightning_ire.functional.hessian import (
 from lightning_ire.functional.perturbation import (
     ascent_in_ball,
     average_sam_displacement,
+    global_dot,
     global_norm,
     perturbed,
     sam_displacement,
@@ -118,6 +119,7 @@ __all__ = [
     "flat_threshold",
     "flatten",
     "flatten_like",
+    "global_dot",
     "global_norm",
     "gradients_by_backward",
     "hessian_product",

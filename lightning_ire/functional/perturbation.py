@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_ire.functional._foreach import add_, copied, copy_, masked_, norms, products
 from lightning_ire.functional._shards import Shards, is_sharded, local, part_of_whole
 
-__all__ = ["ascent_in_ball", "average_sam_displacement", "global_norm", "perturbed", "sam_displacement"]
+__all__ = ["ascent_in_ball", "average_sam_displacement", "global_dot", "global_norm", "perturbed", "sam_displacement"]
 
 _WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -44,6 +44,65 @@ def global_norm(tensors: Sequence[Tensor | None], *, like: Sequence[Tensor] | No
     return shards.norm([norm for norm, own in zip(found, owned, strict=True) if own]).to(_widest(found))
 
 
+@overload
+def global_dot(
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    *,
+    like: Sequence[Tensor] | None = None,
+    each: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def global_dot(
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    *,
+    like: Sequence[Tensor] | None = None,
+    each: Literal[True],
+) -> list[Tensor]: ...
+@torch.no_grad()
+def global_dot(
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    *,
+    like: Sequence[Tensor] | None = None,
+    each: bool = False,
+) -> Tensor | list[Tensor]:
+    """Inner product of two lists of tensors, the real part where they are complex; of at least float32.
+
+    Args:
+        first: Tensors of any shapes and devices; where one of a pair is ``None`` it counts as zero.
+        second: As many, of the same shapes.
+        like: The parameters that they belong to, if tensors may be parts of sharded ones; then all ranks have to call.
+        each: Return the inner product of each pair, in a list.
+
+    Returns:
+        Scalar on the first tensor's device; 0 on the CPU if there is no pair.
+
+    Example:
+        >>> global_dot([torch.tensor([3.0, 1.0]), None], [torch.tensor([2.0, 0.5]), torch.ones(2)])
+        tensor(6.5000)
+    """
+    shards = Shards(first, like)
+    others = shards.parts if second is first else Shards(second, like).parts
+    products: list[Tensor | None] = [
+        None if one is None or other is None else _dot(one, other)
+        for one, other in zip(shards.parts, others, strict=True)
+    ]
+    found = [product for product in products if product is not None]
+    zero = torch.zeros((), dtype=_widest(found)) if not found else found[0].new_zeros((), dtype=_widest(found))
+    values = torch.stack([zero if product is None else product.to(zero) for product in products]) if products else zero
+    if shards.sharded:
+        owned = torch.tensor(shards.owned, device=values.device)
+        values = shards.sum(torch.where(owned, values, 0))
+    return list(values.unbind()) if each else values.sum()
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    first, second = (_wide(tensor.detach().to_dense()).reshape(-1) for tensor in (first, second))
+    return torch.vdot(first, second).real if first.is_complex() else first @ second
+
+
 def _norm_of_norms(found: Sequence[Tensor]) -> Tensor:
     widest = _widest(found)
     if any(norm.device != found[0].device or norm.dtype != widest for norm in found):
@@ -63,6 +122,7 @@ def sam_displacement(
     *,
     adaptive: bool | Sequence[bool] = False,
     eta: float = 0.0,
+    rise: float | None = None,
 ) -> tuple[list[Tensor | None], Tensor]:
     """SAM's ascent step: rho * g / ||g||, the norm over all parameters at once.
 
@@ -77,6 +137,8 @@ def sam_displacement(
             parameter; the norm is that over all of them either way.
         adaptive: Whether the radius adapts to the size of each weight; or a truth for each parameter (T = 1 where not).
         eta: Added to the size of weights.
+        rise: The radius is at most this divided by the norm, so that to first order the loss rises by no more;
+            ``None``: it is `rho`.
 
     Returns:
         The displacements (``None`` where there is no gradient; for a DTensor this rank's part) and the norm that
@@ -102,7 +164,8 @@ def sam_displacement(
         alike.setdefault((radii[index], gradient.device), []).append(index)
     moves: list[Tensor | None] = [None] * len(parameters)
     for (radius, device), members in alike.items():
-        factor = radius / norm.to(device)
+        allowed = radius if rise is None else (rise / norm.to(device)).clamp(max=radius)
+        factor = norm.to(device).reciprocal() * allowed  # as torch divides a number by a tensor
         usable = torch.isfinite(norm).to(device) & torch.isfinite(factor)  # the second not for a norm near 0
         for index in members if adaptive else ():
             scaled[index] = _times_size(weights[index], scaled[index], adapting[index], eta)
@@ -162,7 +225,7 @@ def ascent_in_ball(
     before: Sequence[Tensor | None] | None,
     *,
     step: float,
-    radius: float,
+    radius: float | Sequence[float],
     scope: Literal["tensor", "global"] = "global",
 ) -> tuple[list[Tensor | None], Tensor]:
     """One ascent step of adversarial model perturbation: delta <- before + step * g, shortened to the ball's radius.
@@ -175,7 +238,8 @@ def ascent_in_ball(
             parameter that is a DTensor: its gradient, a DTensor, or this rank's part of it.
         before: The displacements so far; ``None``: zero.
         step: Step size zeta > 0.
-        radius: Largest length epsilon >= 0 of the displacement, in weight units.
+        radius: Largest length epsilon >= 0 of the displacement, in weight units; or one for each parameter (of which
+            the largest counts where the length is that over all).
         scope: Whether that is the length over each tensor by itself ("tensor") or over all together ("global").
 
     Returns:
@@ -196,8 +260,11 @@ def ascent_in_ball(
         ahead = _wide(gradient.to_dense()) * step
         longer.append(ahead if move is None else ahead + move)
     together = global_norm(longer, like=parameters) if scope == "global" else None
+    radii = _each(radius, parameters)
+    if together is not None:
+        radii = [max(radii, default=0.0)] * len(parameters)
     moves: list[Tensor | None] = []
-    for weight, move in zip(parameters, longer, strict=True):
+    for weight, move, radius in zip(parameters, longer, radii, strict=True):
         if move is None:
             moves.append(None)
             continue

@@ -1,120 +1,18 @@
-"""Where a step's gradient is taken: SAM and its relatives. A new one is one subclass of `Perturbation`."""
+"""SAM, average SAM and adversarial model perturbation."""
 
 from __future__ import annotations
 
 import fnmatch
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
-from lightning_ire.functional import ascent_in_ball, average_sam_displacement, sam_displacement
+from lightning_ire.functional import ascent_in_ball, average_sam_displacement, local, sam_displacement
+from lightning_ire.perturbation.base import Ascent, Perturbation
 
-__all__ = ["GROUP_RADIUS", "SAM", "AdversarialModelPerturbation", "Ascent", "AverageSAM", "Perturbation"]
-
-GROUP_RADIUS = "sam_rho"
-"""Key of an optimizer's parameter group that gives its weights a radius of their own."""
-
-
-@dataclass(frozen=True)
-class Ascent:
-    """What a perturbation may look at; everything in the order of the parameters that it moves.
-
-    Of a sharded model weights and gradients are DTensors: arithmetic element by element works on them as it is; norms
-    over all of them are :func:`lightning_ire.functional.global_norm`.
-
-    Attributes:
-        parameters: The weights, unmoved.
-        gradients: Gradients of what the optimizer minimizes (of minus the loss in a group with `maximize`), unscaled;
-            ``None`` where there is none. All ``None`` if the class does not use them.
-        groups: The optimizer's parameter group of each weight.
-        generators: One random generator per weight, on its device, the same on every rank and in every micro-batch of
-            the accumulation window.
-        moves: Displacements at which the gradients were taken; ``None``: at the unmoved weights.
-        names: Their names in the module ("": the optimizer alone has it).
-    """
-
-    parameters: Sequence[Tensor]
-    gradients: Sequence[Tensor | None]
-    groups: Sequence[Mapping[str, Any]]
-    generators: Sequence[torch.Generator]
-    moves: Sequence[Tensor | None] | None = None
-    names: Sequence[str] = ()
-
-    def radii(self, rho: float) -> list[float]:
-        """The radius of each weight: that of its parameter group, or this one.
-
-        Args:
-            rho: For groups without a radius.
-        """
-        return [float(group.get(GROUP_RADIUS, rho)) for group in self.groups]
-
-
-class Perturbation(ABC):
-    """Moves the weights for the gradient of a step; the step itself starts from the unmoved weights.
-
-    A perturbation is not a callback: give it to `IRE(perturbation=...)`, with `kappa=0` for the perturbation alone.
-
-    Attributes:
-        uses_gradient: True: :meth:`displacement` gets the gradient at the unmoved weights, so a step costs a second
-            forward and backward pass. False: the weights are moved before the only pass.
-        ascents: How often :meth:`displacement` is called for a step, with the gradient at the weights that the last
-            call moved: so many forward and backward passes more than a plain step.
-        interval: The weights are moved at every `interval`-th optimizer step; the other steps are plain ones.
-        sync: Whether that gradient is averaged over devices first (else each device moves by its own).
-    """
-
-    uses_gradient: ClassVar[bool] = True
-    ascents: int = 1
-    interval: int = 1
-    sync: bool = False
-
-    @abstractmethod
-    def displacement(self, ascent: Ascent) -> tuple[Sequence[Tensor | None], Tensor | None]:
-        """Say by how much each weight moves.
-
-        Args:
-            ascent: The weights that :meth:`selects` chose, their gradients, ...
-
-        Returns:
-            One displacement per weight (``None``: not moved), and the gradient norm to be logged, if any.
-        """
-
-    def selects(self, module: nn.Module) -> set[str] | None:
-        """Names of the parameters that may move; ``None`` for all.
-
-        Args:
-            module: The module being trained.
-
-        Returns:
-            Names as in `module.named_parameters()`.
-        """
-        return None
-
-    def effective_radius(self, norm: float) -> float | None:
-        """rho_e: by how many gradients the weights move, for the stability of steps; ``None``: not one number.
-
-        Args:
-            norm: The norm that :meth:`displacement` gave.
-        """
-        return None
-
-    def state_dict(self) -> dict[str, object]:
-        """Nothing; Lightning's Trainer asks objects with this method for their `state_key`, see there."""
-        return {}
-
-    @property
-    def state_key(self) -> str:
-        """Lightning asks every callback for this name: the place to say that a perturbation is none."""
-        name = type(self).__name__
-        raise ConfigurationError(
-            f"Expected `callbacks` to hold callbacks, got the perturbation {self!r}: "
-            f"for {name} alone write callbacks=[IRE(kappa=0, perturbation={self!r})]."
-        )
+__all__ = ["SAM", "AdversarialModelPerturbation", "AverageSAM"]
 
 
 class SAM(Perturbation):
@@ -140,12 +38,18 @@ class SAM(Perturbation):
         sync: With several devices, whether the ascent gradient is averaged over them. Default: each device perturbs
             with its own (m-sharpness), which also saves one synchronization.
         eta: Added to \|theta\| where the radius adapts, >= 0: near 0 a weight then moves all the same.
+        fraction: Part of each micro-batch, in (0, 1], that the ascent gradient is taken from: the first
+            `ceil(fraction * n)` of its n samples. Lightning's own pass, with what `training_step` logs and the running
+            statistics of BatchNorm, is over these then (so are estimates of the curvature); the second one is over all.
+        coordinates: Move "all" coordinates, or the "sharp" ones: those that IRE's mask in force does not call flat (all
+            before the first mask), as in sparse SAM (Mi et al. 2022, arXiv 2210.05177).
+        **timing: `start_*`, `stop_*` and `rho_schedule`: see :class:`Perturbation`.
 
     Raises:
         ConfigurationError: If an argument is out of range, or `eta` is given without `adaptive`; at fit start, if
-            `parameters` chooses none.
+            `parameters` chooses none, or there will be no mask for `coordinates="sharp"`.
 
-    Cost: one more forward and backward pass at each perturbed step, and one copy of the weights inside the step.
+    Cost: `fraction` forward and backward passes more at each perturbed step, and one copy of the weights inside it.
     """
 
     def __init__(
@@ -156,7 +60,11 @@ class SAM(Perturbation):
         parameters: str | Sequence[str] = "all",
         sync: bool = False,
         eta: float = 0.0,
+        fraction: float = 1.0,
+        coordinates: Literal["all", "sharp"] = "all",
+        **timing: Any,
     ) -> None:
+        super().__init__(**timing)
         self.rho = check_number("rho", rho)
         self.adaptive = check_switch("adaptive", adaptive, "weights")
         self.eta = check_number("eta", eta)
@@ -168,13 +76,37 @@ class SAM(Perturbation):
         self.interval = check_whole("interval", interval, low=1)
         self.parameters = _checked_patterns(parameters)
         self.sync = bool(sync)
+        self.fraction = check_number("fraction", fraction, high=1.0, low_open=True)
+        self.coordinates = check_choice("coordinates", coordinates, ("all", "sharp"))
+        self.needs_mask = self.coordinates == "sharp"
 
     def displacement(self, ascent: Ascent) -> tuple[Sequence[Tensor | None], Tensor | None]:
         """See the base class."""
+        return self.along(ascent.gradients, ascent, self.rho)
+
+    def along(
+        self, directions: Sequence[Tensor | None], ascent: Ascent, rho: float, rise: float | None = None
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """SAM's displacement with other vectors in place of the gradients.
+
+        Args:
+            directions: One of the shape of each weight; ``None``: not moved.
+            ascent: The weights.
+            rho: Radius of those in groups without one.
+            rise: See :func:`~lightning_ire.functional.sam_displacement`.
+
+        Returns:
+            See :func:`~lightning_ire.functional.sam_displacement`.
+        """
+        if self.coordinates == "sharp" and ascent.flat:
+            given = zip(directions, ascent.flat, ascent.parameters, strict=True)
+            directions = [
+                d if d is None or flat is None else local(d, weight).to_dense() * (1 - flat.to(weight.dtype))
+                for d, flat, weight in given
+            ]
         adaptive = [self.adapts(name) for name in ascent.names] if self.adaptive == "weights" else self.adaptive
-        return sam_displacement(
-            ascent.parameters, ascent.gradients, ascent.radii(self.rho), adaptive=adaptive, eta=self.eta
-        )
+        radii = ascent.radii(rho)
+        return sam_displacement(ascent.parameters, directions, radii, adaptive=adaptive, eta=self.eta, rise=rise)
 
     def adapts(self, name: str) -> bool:
         """Whether the radius of a weight adapts to its size.
@@ -202,16 +134,9 @@ class SAM(Perturbation):
 
     def effective_radius(self, norm: float) -> float | None:
         """See the base class: rho / ||g|| (adaptive: rho / ||T g||)."""
+        if self.needs_mask:
+            return None
         return self.rho / norm if norm else 0.0
-
-    def __repr__(self) -> str:
-        changed = [f"rho={self.rho:g}"]
-        changed += [f"adaptive={self.adaptive!r}"] if self.adaptive else []
-        changed += [f"interval={self.interval}"] if self.interval != 1 else []
-        changed += [f"parameters={self.parameters!r}"] if self.parameters != "all" else []
-        changed += ["sync=True"] if self.sync else []
-        changed += [f"eta={self.eta:g}"] if self.eta else []
-        return f"SAM({', '.join(changed)})"
 
 
 class AverageSAM(Perturbation):
@@ -225,6 +150,7 @@ class AverageSAM(Perturbation):
 
     Args:
         rho: Radius >= 0 in weight units, over all parameters together.
+        **timing: `start_*`, `stop_*` and `rho_schedule`: see :class:`Perturbation`.
 
     Raises:
         ConfigurationError: If `rho` is out of range.
@@ -235,16 +161,14 @@ class AverageSAM(Perturbation):
 
     uses_gradient: ClassVar[bool] = False
 
-    def __init__(self, rho: float = 0.05) -> None:
+    def __init__(self, rho: float = 0.05, **timing: Any) -> None:
+        super().__init__(**timing)
         self.rho = check_number("rho", rho)
 
     def displacement(self, ascent: Ascent) -> tuple[Sequence[Tensor | None], Tensor | None]:
         """See the base class."""
         radii = ascent.radii(self.rho)
         return average_sam_displacement(ascent.parameters, radii, generators=ascent.generators), None
-
-    def __repr__(self) -> str:
-        return f"AverageSAM(rho={self.rho:g})"
 
 
 class AdversarialModelPerturbation(Perturbation):
@@ -264,6 +188,8 @@ class AdversarialModelPerturbation(Perturbation):
         scope: One ball for each parameter tensor ("tensor", as in the authors' code) or for all weights together
             ("global").
         sync: As in :class:`SAM`.
+        **timing: `start_*`, `stop_*` and `rho_schedule` (of `epsilon`; with `scope="global"` the largest factor of all
+            parameter groups): see :class:`Perturbation`.
 
     Raises:
         ConfigurationError: If an argument is out of range.
@@ -279,7 +205,9 @@ class AdversarialModelPerturbation(Perturbation):
         ascents: int = 1,
         scope: Literal["tensor", "global"] = "tensor",
         sync: bool = False,
+        **timing: Any,
     ) -> None:
+        super().__init__(**timing)
         self.epsilon = check_number("epsilon", epsilon)
         self.zeta = check_number("zeta", zeta, low_open=True)
         self.ascents = check_whole("ascents", ascents, low=1)
@@ -293,7 +221,7 @@ class AdversarialModelPerturbation(Perturbation):
             ascent.gradients,
             ascent.moves,
             step=self.zeta,
-            radius=self.epsilon,
+            radius=[self.epsilon * factor for factor in ascent.factors] if ascent.factors else self.epsilon,
             scope=self.scope,
         )
 
@@ -302,13 +230,6 @@ class AdversarialModelPerturbation(Perturbation):
         if self.ascents > 1 or self.scope == "tensor":
             return None
         return min(self.zeta, self.epsilon / norm) if norm else self.zeta
-
-    def __repr__(self) -> str:
-        changed = [f"epsilon={self.epsilon:g}", f"zeta={self.zeta:g}"]
-        changed += [f"ascents={self.ascents}"] if self.ascents != 1 else []
-        changed += [f"scope={self.scope!r}"] if self.scope != "tensor" else []
-        changed += ["sync=True"] if self.sync else []
-        return f"AdversarialModelPerturbation({', '.join(changed)})"
 
 
 def _checked_patterns(parameters: Any) -> str | list[str]:
