@@ -175,6 +175,14 @@ class IREStep:
         """How gradients are perturbed."""
         return self.recipe.perturbation
 
+    def perturbation_in_force(self) -> tuple[Perturbation, list[float]] | None:
+        """The perturbation, if the next step is between its start and its stop.
+
+        Returns:
+            It, and what `rho_schedule` multiplies the radius of each parameter group with.
+        """
+        return self._step.perturbation_in_force()
+
     @property
     def ascent_norm(self) -> float | None:
         """The norm that divided the last SAM step; ``None``: there was none."""

@@ -20,7 +20,7 @@ ALLOWED = {
     "_run_length": set(),
     "functional": {"functional"},
     "schedule": {"_checks"},
-    "perturbation": {"_checks", "functional"},
+    "perturbation": {"_checks", "functional", "schedule", "perturbation"},
     "curvature": {"_checks", "functional", "curvature"},
     "engine": {"_checks", "tags", "functional", "schedule", "perturbation", "curvature", "engine"},
     "sharpness": {

@@ -2,11 +2,9 @@
 
 import math
 import pickle
-import re
 
 import pytest
 import torch
-from lightning import Trainer
 from torch import nn
 
 from lightning_ire import SAM, AdversarialModelPerturbation, Ascent, AverageSAM, ConfigurationError, Perturbation
@@ -223,16 +221,6 @@ def test_norm_without_normalization_weights_is_refused(module):
         ConfigurationError, match=r"normalization layers for `parameters='norm'`, got none .*set `parameters` to 'all'"
     ):
         SAM(parameters="norm").selects(module)
-
-
-@pytest.mark.parametrize("perturbation", [SAM(0.05), SAM(0.1, adaptive=True), AverageSAM(0.2)])
-def test_given_as_a_callback_the_error_shows_what_to_write(perturbation):
-    message = (
-        f"Expected `callbacks` to hold callbacks, got the perturbation {perturbation!r}: "
-        f"for {type(perturbation).__name__} alone write callbacks=[IRE(kappa=0, perturbation={perturbation!r})]."
-    )
-    with pytest.raises(ConfigurationError, match=f"^{re.escape(message)}$"):
-        Trainer(callbacks=[perturbation], logger=False, accelerator="cpu", enable_checkpointing=False)
 
 
 def test_a_relative_needs_its_displacement_only():

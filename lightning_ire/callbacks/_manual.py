@@ -159,6 +159,11 @@ class ManualSession:
         self._closure_began = 0
         self._back_propagated = False
 
+    @property
+    def first(self) -> OptimizerStep:
+        """The step of the first optimizer."""
+        return self.steppers[0]
+
     def release(self) -> None:
         """Put everything back."""
         for stepper in self.steppers:

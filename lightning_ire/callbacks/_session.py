@@ -34,6 +34,10 @@ class Session(Protocol):
     trainer: pl.Trainer
     module: pl.LightningModule
 
+    @property
+    def first(self) -> OptimizerStep:
+        """The step of the first optimizer."""
+
     def release(self) -> None:
         """Put everything back: weights, wrappers, hooks."""
 
@@ -84,6 +88,11 @@ class AutomaticSession:
         self.takeover: Takeover | None = None
         self._armed = False
         self._marks: list[tuple[Tensor | None, int]] | None = None
+
+    @property
+    def first(self) -> OptimizerStep:
+        """The step of the only optimizer."""
+        return self.step
 
     def release(self) -> None:
         """Put everything back: weights, wrappers, hooks."""

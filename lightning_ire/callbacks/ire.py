@@ -190,6 +190,17 @@ class IRE(Recipe, Callback):
         progress = self._progresses[min(index, len(self._progresses) - 1)]
         return boost_factors(self, progress, module, optimizer)
 
+    def perturbation_in_force(self) -> tuple[Perturbation, list[float]] | None:
+        """The perturbation, if the next step of the (first) optimizer is between its start and its stop.
+
+        Returns:
+            It, and what `rho_schedule` multiplies the radius of each parameter group with; outside of a fit: as without
+            start, stop and schedule.
+        """
+        if self._session is not None:
+            return self._session.first.perturbation_in_force()
+        return None if self.perturbation is None else (self.perturbation, [1.0])
+
     @property
     def ascent_norm(self) -> float | None:
         """The norm that divided the (first) optimizer's last SAM step in this run; ``None``: there was none."""

@@ -123,13 +123,28 @@ class OptimizerStep:
     @property
     def perturbation(self) -> Perturbation | None:
         """The perturbation, if it has a part in the next step."""
-        perturbation, step = self.recipe.perturbation, self.progress.step
+        if not self._perturbs:
+            return None
+        perturbation = self.recipe.perturbation
+        assert perturbation is not None
+        return perturbation if perturbation.combines or self.recipe.should_perturb(self.progress.step) else None
+
+    @property
+    def _perturbs(self) -> bool:
+        """Whether there is a perturbation between its start and its stop."""
+        perturbation = self.recipe.perturbation
         if perturbation is None:
-            return None
+            return False
         moments = [self.moment(one) for one in (perturbation.start, perturbation.stop)]
-        if not perturbation.is_on(*moments, self.host.epoch, *self._ascent_ends):
+        return perturbation.is_on(*moments, self.host.epoch, *self._ascent_ends)
+
+    def perturbation_in_force(self) -> tuple[Perturbation, list[float]] | None:
+        """The perturbation, if it is on, and what its schedule multiplies the radius of each parameter group with."""
+        perturbation = self.recipe.perturbation
+        if perturbation is None or not self._perturbs:
             return None
-        return perturbation if perturbation.combines or self.recipe.should_perturb(step) else None
+        follows = perturbation.rho_schedule == "lr"
+        return perturbation, self.progress.shares_of_peak_lrs(self.optimizer) if follows else [1.0]
 
     def moment(self, start: Start) -> int:
         """How far the run has come, in what a start counts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -249,9 +250,8 @@ class Perturbation(ABC):
             pl_module: Its module.
             stage: "fit", "validate", "test" or "predict".
         """
-        from lightning_ire.callbacks.ire import IRE
-
-        callback = IRE(kappa=0, perturbation=self)
+        ire = importlib.import_module("lightning_ire").IRE  # which only those load who have a Trainer
+        callback = ire(kappa=0, perturbation=self)
         trainer.callbacks = [callback if one is self else one for one in trainer.callbacks]
         callback.setup(trainer, pl_module, stage)
 
@@ -277,15 +277,17 @@ def _changed_arguments(perturbation: Perturbation) -> list[str]:
     for name, argument in found.items():
         if argument.kind in (argument.VAR_KEYWORD, argument.VAR_POSITIONAL) or name in perturbation._settled:
             continue
-        value = _value(perturbation, name)
+        value = _value(perturbation, name, argument.default)
+        if value is argument.empty:  # kept under another name
+            continue
         if not words or value != argument.default:
             short = isinstance(value, float) and float(f"{value:g}") == value
             words.append(f"{name}={value:g}" if short else f"{name}={value!r}")
     return words
 
 
-def _value(perturbation: Perturbation, name: str) -> Any:
+def _value(perturbation: Perturbation, name: str, default: Any) -> Any:
     when, _, unit = name.partition("_")
     if when in ("start", "stop") and unit in ("step", "epoch"):
         return getattr(getattr(perturbation, when), unit)
-    return getattr(perturbation, name)
+    return getattr(perturbation, name, default)

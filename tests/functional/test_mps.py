@@ -84,6 +84,7 @@ ENTRIES: dict[str, Callable[[On], Any]] = {
     ],
     "flatten": lambda on: functional.flatten([on.a, on.b]),
     "flatten_like": lambda on: functional.flatten_like([on.a, None], [on.a, on.b]),
+    "global_dot": lambda on: functional.global_dot([on.a, None, on.b], [on.a, on.b, on.b]),
     "global_norm": lambda on: functional.global_norm([on.a, None, on.b]),
     "hutchinson_trace": lambda on: (
         functional.hutchinson_trace(lambda v: on.bilinear(v, v), 12, generator=on.generator(), max_vectors=9).value
