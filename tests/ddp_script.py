@@ -19,15 +19,21 @@ from modules import Classifier, Manual, Net
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ire import (
+    GSAM,
     IRE,
     SAM,
     AdversarialModelPerturbation,
     AverageSAM,
     EmpiricalFisher,
+    FriendlySAM,
+    FunctionalSAM,
     HutchinsonHessian,
+    LookSAM,
+    MomentumSAM,
     RandomMask,
     SampledFisher,
     SecondMoment,
+    WeightedSAM,
     tags,
 )
 
@@ -234,6 +240,15 @@ RUNS: dict[str, dict[str, Any]] = {
         "ire": {"kappa": 0.0, "perturbation": AdversarialModelPerturbation(0.2, 0.5, 2, "global")},
         "module": lambda: Manual(closure=True),
     },
+    "friendly": {"ire": {**BOOST, "curvature": "empirical", "perturbation": FriendlySAM(0.1)}, "accumulate": 2},
+    "gsam": {
+        "ire": {**BOOST, "curvature": "empirical", "perturbation": GSAM(0.1)},
+        "strategy": {"gradient_as_bucket_view": True},
+    },
+    "weighted": {"ire": {"kappa": 0.0, "perturbation": WeightedSAM(0.1, gamma=0.6)}},
+    "look": {"ire": {"kappa": 0.0, "perturbation": LookSAM(0.1, k=3)}, "epochs": 2},
+    "momentum": {"ire": {"kappa": 0.0, "perturbation": MomentumSAM(0.1)}},
+    "functional": {"ire": {"kappa": 0.0, "perturbation": FunctionalSAM(0.1, sync=True)}},
     "radii": {"ire": {"kappa": 0.0, "perturbation": SAM(0.1, sync=True)}, "module": with_radii},
     "straight": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "epochs": 3},
     "resumed": {"ire": {**BOOST, "perturbation": SAM(0.1)}, "epochs": 3, "resume": True},

@@ -33,17 +33,24 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_ire import (
+    GSAM,
     IRE,
     SAM,
     AdversarialModelPerturbation,
     AverageSAM,
     EmpiricalFisher,
+    FriendlySAM,
+    FunctionalSAM,
     HutchinsonHessian,
     IREStep,
     LocalHost,
+    LookSAM,
+    MomentumSAM,
     RandomMask,
     SampledFisher,
     SecondMoment,
+    StableSAM,
+    WeightedSAM,
     tags,
 )
 from lightning_ire._checks import ConfigurationError
@@ -198,9 +205,21 @@ CELLS: dict[str, dict[str, Any]] = {
         "accumulate": 2,
         "clip": 0.05,
     },
+    "friendly": {"ire": BOOST | {"perturbation": FriendlySAM(0.1)}, "accumulate": 2},
+    "gsam": {"ire": BOOST | {"perturbation": GSAM(0.1)}},
+    "look": {"ire": BOOST | {"perturbation": LookSAM(0.1, k=3, scope="global")}},
+    "weighted": {"ire": BOOST | {"perturbation": WeightedSAM(0.1, gamma=0.6)}},
+    "momentum": {"ire": BOOST | {"perturbation": MomentumSAM(0.1), "curvature": SecondMoment()}},
+    "stable": {"ire": {"kappa": 0.0, "perturbation": StableSAM(0.1)}},
+    "functional": {"ire": {"kappa": 0.0, "perturbation": FunctionalSAM(0.1, sync=True)}},
+    "sharp": {"ire": BOOST | {"perturbation": SAM(0.1, sync=True, coordinates="sharp")}},
     "tensor-scope": {"ire": BOOST | {"scope": "tensor", "curvature": EmpiricalFisher()}},
     "excluded": {"ire": BOOST | {"exclude": "*.bias", "exclude_zero_curvature": True}},
-    "scheduled": {"ire": BOOST | {"kappa_schedule": "lr", "beta": 0.5, "scale_weight_decay": False}},
+    "scheduled": {
+        "ire": BOOST
+        | {"kappa_schedule": "lr", "beta": 0.5, "scale_weight_decay": False}
+        | {"perturbation": LookSAM(0.1, k=3, rho_schedule="lr")},
+    },
     "groups": {"ire": BOOST | SYNC, "optimizer": groups},
     "frozen": {"ire": BOOST | SYNC, "optimizer": partly_frozen},
     "validated-average-sam": {

@@ -58,7 +58,7 @@ def test_replicas_are_bit_identical_after_every_step(ranks: list[dict[str, Any]]
 JOINED = [
     "plain", "empirical", "sam-sync", "empirical-sam-sync", "average-sam", "own-fisher", "own-fisher-accumulated",
     "partial-window-sync", "joined-norm", "hessian", "hessian-accumulated", "random", "second-moment", "ball-sync",
-    "radii", "own-fisher-sample",
+    "radii", "own-fisher-sample", "friendly", "gsam", "weighted", "look", "momentum", "functional",
 ]  # fmt: skip
 
 

@@ -17,7 +17,8 @@ from lightning_ire._lightning import check_strategy
 from lightning_ire.engine.masks import FlatMasks
 
 FAST = [*script.FAST, "@contract", "@plain-loop", "@plain-loop-tp", "@dry-run", "@refusals", "@traffic"]
-TWO = [name for name in script.CELLS if name not in script.FAST]
+RELATIVES = ["friendly", "gsam", "look", "weighted", "momentum", "stable", "functional", "sharp"]
+TWO = [name for name in script.CELLS if name not in (*script.FAST, *RELATIVES)]
 BF16 = [f"{name}@{precision}" for name in ("sam-sampled", "second-moment") for precision in ("bf16-mixed", "bf16-true")]
 TWO += ["sampled@tp", "sam-sampled@tp", "empirical@tp", "hessian@tp"]
 SAVED = ["scheduled@saved-parts", "scheduled@saved-file"]
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ranks(folder: Path) -> Any:
     """What each rank has; a group of cells is run in one launch, when the first of them is asked for."""
     known: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    launches = [(2, FAST), (2, TWO + BF16 + SAVED), (2, RESUMED), (3, THREE), (3, RESUMED), (4, FOUR)]
+    launches = [(2, FAST), (2, TWO + BF16 + SAVED), (2, RELATIVES), (2, RESUMED), (3, THREE), (3, RESUMED), (4, FOUR)]
 
     def ask(processes: int, name: str) -> list[Any]:
         if (processes, name) not in known:
@@ -71,7 +72,7 @@ def alone(name: str, **more: Any) -> dict[str, Any]:
 def cells() -> list[Any]:
     return [
         pytest.param(processes, name, marks=[] if name in script.FAST else [pytest.mark.slow])
-        for processes, names in ((2, script.FAST), (2, TWO), (3, THREE), (4, FOUR))
+        for processes, names in ((2, script.FAST), (2, TWO), (2, RELATIVES), (3, THREE), (4, FOUR))
         for name in names
     ]
 

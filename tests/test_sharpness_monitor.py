@@ -12,7 +12,21 @@ from cases import CLASSES, Rows
 from modules import Classifier, Exact, Net, sgd
 from torch import Tensor, nn
 
-from lightning_ire import IRE, SAM, ConfigurationError, SharpnessMonitor, tags
+from lightning_ire import (
+    GSAM,
+    IRE,
+    LESAM,
+    SAM,
+    ConfigurationError,
+    FriendlySAM,
+    FunctionalSAM,
+    LookSAM,
+    MomentumSAM,
+    SharpnessMonitor,
+    StableSAM,
+    WeightedSAM,
+    tags,
+)
 from lightning_ire.sharpness.quantities import KINDS, QUANTITIES
 
 SAMPLES, BATCH = 24, 8
@@ -277,6 +291,36 @@ def test_ascent_before_the_first_step_uses_the_gradient_of_the_probe() -> None:
     assert value == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]) / 2, rel=1e-8)
 
 
+def halving(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 2 else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("perturbation", "radius"),
+    [
+        (SAM(0.2), 0.2),
+        (SAM(0.2, start_step=0, stop_step=10_000), 0.2),
+        (SAM(0.2, start_step=2), 0.2),
+        (SAM(0.2, stop_step=2), 0.0),
+        (SAM(0.2, rho_schedule="lr"), 0.1),
+        (LESAM(0.2, sigma=1e-3), None),
+    ],
+)
+def test_the_ascent_is_that_of_the_next_step(perturbation: SAM, radius: float | None) -> None:
+    """Between start and stop, as long as the schedule has it now."""
+    module = Exact(optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=0.3))
+    module.make_scheduler = halving
+    ire = IRE(0.0, perturbation=perturbation)
+    monitor = SharpnessMonitor(quantities=["stability"], **EXACT)
+    trained(module, monitor, ire)
+    norm = ire.ascent_norm or 1.0
+    rho = 1e-3 / norm if radius is None else radius
+    sizes = torch.full_like(flat(module), 0.15)
+    matrix = effective(module, probe_batches(monitor), sizes, rho / norm, torch.ones_like(sizes), 0.0)
+    truth = float(torch.linalg.eigvalsh(matrix)[-1]) / 2
+    assert monitor.last.values[tags.RATIO] == pytest.approx(truth, rel=1e-8)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_ratio_of_adam(kind: type, amsgrad: bool) -> None:
@@ -323,6 +367,10 @@ UNKNOWN: dict[str, tuple[Callable[..., Any], list[Any], str]] = {
     "optimizer": (lambda net: torch.optim.RMSprop(net.parameters(), lr=0.01), [], "RMSprop"),
     "subclass": (lambda net: type("Mine", (torch.optim.SGD,), {})(net.parameters(), lr=0.1), [], "Mine"),
     "interval": (sgd, [IRE(0.0, perturbation=SAM(interval=2))], "every 2th step"),
+    **{
+        type(one).__name__: (sgd, [IRE(0.0, perturbation=one)], "is not a number times the gradient")
+        for one in (FriendlySAM(), GSAM(), WeightedSAM(), StableSAM(), LookSAM(), FunctionalSAM(), MomentumSAM())
+    },
     "maximize": (lambda net: torch.optim.SGD(net.parameters(), lr=0.1, maximize=True), [], "maximizes"),
     "momenta": (
         lambda net: torch.optim.SGD(

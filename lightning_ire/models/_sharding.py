@@ -70,6 +70,11 @@ def shard_(network: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, c
                 f"Expected trainer.strategy.init_args.tensor_parallel_size to be 1, as {type(network).__name__} has no "
                 f"plan for tensor parallel (Llama has one), got {parts.size()}."
             )
+        if compile:
+            raise ConfigurationError(
+                "Expected model.compile to be false with trainer.strategy.init_args.tensor_parallel_size > 1, got "
+                "true: torch hands plain tensors to DTensor in a compiled layer's backward pass. Set one of the two."
+            )
         network.split_(parts)
     if compile:
         for layer in layers or [network]:

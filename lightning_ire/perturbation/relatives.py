@@ -26,11 +26,12 @@ class _SynchronizedSAM(SAM):
     _settled: ClassVar[tuple[str, ...]] = ("sync",)
 
     def __init__(self, rho: float = 0.05, **sam: Any) -> None:
-        if not sam.setdefault("sync", True):
+        if "sync" in sam:
             raise ConfigurationError(
-                f"Expected {type(self).__name__} with the gradient of all devices, got sync=False: leave `sync` out."
+                f"Expected {type(self).__name__} with the gradient of all devices, got sync={sam['sync']!r}: leave "
+                "`sync` out."
             )
-        super().__init__(rho, **sam)
+        super().__init__(rho, sync=True, **sam)
 
     def effective_radius(self, norm: float) -> float | None:
         """See the base class: the step's gradient is another one than SAM's."""
@@ -264,7 +265,7 @@ class LESAM(SAM):
     _settled: ClassVar[tuple[str, ...]] = ("rho",)
 
     def __init__(self, rho_max: float = 0.05, sigma: float = 1.0, **sam: Any) -> None:
-        super().__init__(check_number("rho_max", rho_max), **sam)
+        super().__init__(rho=check_number("rho_max", rho_max), **sam)
         self.rho_max = self.rho
         self.sigma = check_number("sigma", sigma)
 

@@ -21,7 +21,7 @@ from lightning_ire.functional import (
     sgd_limit,
     stability_edge,
 )
-from lightning_ire.perturbation import GROUP_RADIUS, SAM, Perturbation
+from lightning_ire.perturbation import GROUP_RADIUS, SAM, AverageSAM, Perturbation
 from lightning_ire.sharpness.landscape import Landscape
 
 __all__ = ["Enhanced", "StepGeometry", "UnknownStep"]
@@ -30,9 +30,8 @@ __all__ = ["Enhanced", "StepGeometry", "UnknownStep"]
 class Enhanced(Protocol):
     """What makes SAM's and IRE's steps of an optimizer's: the callback, or the step of a plain loop."""
 
-    @property
-    def perturbation(self) -> Perturbation | None:
-        """How gradients are perturbed."""
+    def perturbation_in_force(self) -> tuple[Perturbation, list[float]] | None:
+        """How gradients are perturbed now, and what multiplies the radius of each parameter group."""
 
     @property
     def ascent_norm(self) -> float | None:
@@ -205,9 +204,12 @@ def _ascent(
 
     rho_e is the mean over the devices, and so the same on all.
     """
-    perturbation = ire.perturbation if ire is not None else None
-    if perturbation is None or not perturbation.uses_gradient:  # the mean of random moves is none
+    found = ire.perturbation_in_force() if ire is not None else None
+    if found is None or isinstance(found[0], AverageSAM):  # the mean of random moves is none
         return 0.0, None
+    perturbation, factors = found
+    if len(set(factors)) > 1:
+        raise UnknownStep("the learning rates of parameter groups, which radii follow, are at different shares")
     if perturbation.effective_radius(1.0) is None:
         raise UnknownStep(f"the displacement of {perturbation!r} is not a number times the gradient")
     if perturbation.interval != 1:
@@ -232,7 +234,7 @@ def _ascent(
         weights = [landscape.movable[i] for i in moved]
         ascents = [gradients[i] for i in moved]
         norm = float(sam_displacement(weights, ascents, 1.0, adaptive=[adaptive[i] for i in moved], eta=eta)[1])
-    ascent = perturbation.effective_radius(norm) or 0.0
+    ascent = factors[0] * (perturbation.effective_radius(norm) or 0.0)
     # a zero gradient gives a zero displacement; with `sync=False` each device has a norm of its own
     ascent = landscape.average(ascent if math.isfinite(ascent) else 0.0)
     if ascent == 0:

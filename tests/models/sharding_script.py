@@ -145,6 +145,7 @@ def refusals(processes: int) -> dict[str, str]:
     for name, model, sizes in (
         ("network", Model(transformer()), (1, processes)),
         ("heads", Model(llama(num_heads=3, head_dim=4)), (1, processes)),
+        ("compile", Model(llama(), compile=True), (1, processes)),
         ("gather", Model(llama(), gather_bf16=True), (processes, 1)),
         ("images", images, (processes, 1)),
     ):

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 FAST = ["llama@run", "llama@tp"]
 SAVED, RESUMED = ["tied@saved", "llama@tp-saved"], ["tied@resumed", "llama@tp-resumed"]
-TWO = ["tied@tp", "checkpointed@run", "compiled@run", "compiled@tp", "transformer@run", "transformer-compiled@run"]
+TWO = ["tied@tp", "checkpointed@run", "compiled@run", "transformer@run", "transformer-compiled@run"]
 TWO += ["llama@validated", *SAVED, *RESUMED]
 FOUR = ["llama@2d", "tied@2d"]
 
@@ -96,8 +96,8 @@ def test_bfloat16_is_near_single_precision(ranks: Ranks, name: str) -> None:
     first, second = ranks(2, name)
     assert first["weights"].dtype == torch.float32  # as they are kept
     assert cases.same_bits(first["weights"], second["weights"])
-    exact = alone("llama", precision="32-true")["weights"]
-    assert 0 < (first["weights"][0] - exact[0]).norm() / exact[0].norm() < 0.05
+    exact = alone("llama", precision="32-true")["weights"][1]  # after the first step, of two batches
+    assert 0 < (first["weights"][1] - exact).norm() / exact.norm() < 0.05
     assert not torch.equal(*(ranks(2, f"llama@{kind}")[0]["weights"] for kind in ("bf16", "gather")))
 
 
@@ -109,6 +109,8 @@ def test_what_does_not_run_says_so(ranks: Ranks) -> None:
     assert messages == {
         "network": f"Expected {key} to be 1, as Transformer has no plan for tensor parallel (Llama has one), got 2.",
         "heads": f"Expected {key} to divide `num_heads` = 3, got 2.",
+        "compile": "Expected model.compile to be false with trainer.strategy.init_args.tensor_parallel_size > 1, got "
+        "true: torch hands plain tensors to DTensor in a compiled layer's backward pass. Set one of the two.",
         "gather": "Expected `gather_bf16` to be false with a trainer.precision other than 'bf16-mixed', got '32-true'.",
         "images": "Expected `channels_last` to be false with ModelParallelStrategy, whose `fully_shard` takes no "
         "weights in this memory format, got true.",
