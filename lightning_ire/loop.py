@@ -108,7 +108,7 @@ class IREStep:
         self.clip = clip
         self.logs: dict[str, Tensor] = {}
         self.progress = Progress.new(self.recipe)
-        check_optimizers(self.recipe, self.module, [optimizer], masks=self.recipe.kappa > 0)
+        check_optimizers(self.recipe, self.module, [optimizer], masks=self.recipe.boosts)
         if optimizer in _SERVED:
             raise ConfigurationError(
                 f"Expected an optimizer that no other IREStep serves, got a {type(optimizer).__name__} that one does, "
@@ -227,7 +227,7 @@ class IREStep:
                 f"Expected the state of one optimizer for IREStep, got {len(saved)}: give what `state_dict()` returned."
             )
         misfits = self.progress.restore(saved[0], named_parameters(self.module, self.optimizer))
-        if self.recipe.kappa:
+        if self.recipe.boosts:
             warn_of_misfits(misfits, of="state")
 
     def preview(self, loss_of: Callable[[Any], Any], *batches: Any) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_ire._checks import ConfigurationError, check_number, check_whole
 
-__all__ = ["Start", "mask_due", "scheduled_kappas"]
+__all__ = ["Start", "mask_due", "scheduled_kappa"]
 
 
 @dataclass(frozen=True)
@@ -131,16 +130,18 @@ def mask_due(step: int, start: int, interval: int) -> bool:
     return (step - start) % interval == 0
 
 
-def scheduled_kappas(kappa: float, lrs: Sequence[float], peak_lrs: Sequence[float]) -> list[float]:
-    """The "lr" schedule of kappa: kappa * lr / (highest lr so far), per parameter group.
+def scheduled_kappa(kappa: float, now: float, full: float) -> float:
+    """Kappa where it follows something that grows or shrinks: kappa * now / full.
+
+    The "lr" schedule is this with a group's learning rate now and its highest so far.
 
     Args:
-        kappa: The strength at the highest learning rate.
-        lrs: Learning rate of each group.
-        peak_lrs: Highest learning rate of each group so far.
+        kappa: The strength at `full`.
+        now: What it follows.
+        full: The highest of that; 0: there has been none.
 
     Example:
-        >>> scheduled_kappas(2.0, [0.05, 0.1], [0.1, 0.1])
-        [1.0, 2.0]
+        >>> scheduled_kappa(2.0, 0.05, 0.1)
+        1.0
     """
-    return [kappa * lr / peak if peak > 0 else 0.0 for lr, peak in zip(lrs, peak_lrs, strict=True)]
+    return kappa * now / full if full > 0 else 0.0

@@ -257,7 +257,8 @@ def _boost(
     for weight, old, mask in zip(weights, base, recipe.masks, strict=True):
         index = group_of[id(weight)]
         group = optimizer.param_groups[index]
-        kappa = recipe.kappa * (group["lr"] / peaks[index] if recipe.kappa_schedule == "lr" else 1.0)
+        strength = group.get("ire_kappa", recipe.kappa)
+        kappa = strength * (group["lr"] / peaks[index] if recipe.kappa_schedule == "lr" else 1.0)
         decayed = old * (1 - group["lr"] * group["weight_decay"])
         if recipe.scale_weight_decay == "only":
             weight.copy_(weight - kappa * mask.to(weight) * (old - decayed))

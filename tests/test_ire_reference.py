@@ -56,6 +56,14 @@ OPTIMIZERS = {
         ],
         lr=0.1,
     ),
+    "sgd-kappas": lambda module: torch.optim.SGD(
+        [
+            {"params": list(module.parameters())[:1], "ire_kappa": 0.5},
+            {"params": list(module.parameters())[1:2], "ire_kappa": 0},
+            {"params": list(module.parameters())[2:], "lr": 0.05},
+        ],
+        lr=0.1,
+    ),
     "sgd-mixed": lambda module: torch.optim.SGD(
         [
             {"params": list(module.parameters())[:2]},
@@ -90,7 +98,7 @@ ROWS = {
     f"{method}-{name}": Case(case.ire, case.recipe, optimizer=name)
     for method, case in METHODS.items()
     for name in OPTIMIZERS
-    if name != "sgd-radii"
+    if name not in ("sgd-radii", "sgd-kappas")
 }
 ROWS |= {
     "ire-batchnorm": Case(BOOST, BOOST, batch_norm=True),
@@ -103,6 +111,13 @@ ROWS |= {
     ),
     "ire-accumulated": Case(BOOST, BOOST, micro_batches=2),
     "sam-ire-accumulated": Case({**BOOST, "perturbation": SAM(0.1)}, {**BOOST, "rho": 0.1}, micro_batches=4),
+    "ire-own-kappas": Case(BOOST, BOOST, optimizer="sgd-kappas"),
+    "ire-own-kappas-lr-schedule": Case(
+        {**BOOST, "kappa_schedule": "lr", "start_step": 6},
+        {**BOOST, "kappa_schedule": "lr", "start": 6},
+        optimizer="sgd-kappas",
+        scheduler=True,
+    ),
     "ire-every-step": Case({**BOOST, "interval": 1}, {**BOOST, "interval": 1}),
     "ire-all-flat": Case({**BOOST, "gamma": 1.0}, {**BOOST, "gamma": 1.0}),
     "ire-per-tensor": Case({**BOOST, "scope": "tensor"}, {**BOOST, "scope": "tensor"}),
@@ -195,7 +210,9 @@ ROWS |= {
 
 
 def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.03], total_steps=STEPS * EPOCHS + 1)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=[0.1, 0.03, 0.05][: len(optimizer.param_groups)], total_steps=STEPS * EPOCHS + 1
+    )
 
 
 @pytest.mark.parametrize("case", cases.every_second(ROWS.values()), ids=ROWS.keys())

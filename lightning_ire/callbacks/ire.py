@@ -25,6 +25,7 @@ from lightning_ire.callbacks._session import AutomaticSession, Session
 from lightning_ire.curvature import Curvature
 from lightning_ire.engine.boost import boost_factors
 from lightning_ire.engine.optimizers import (
+    check_kappas,
     check_optimizers,
     named_parameters,
     trainable_parameters,
@@ -69,7 +70,8 @@ class IRE(Recipe, Callback):
 
     Args:
         kappa: Strength >= 0; 0 switches the boost and its estimates off, and with them all arguments but
-            `perturbation` (a `start_*` is warned about).
+            `perturbation` (a `start_*` is warned about). Parameter groups of the optimizer may have strengths of their
+            own under the key "ire_kappa" (0: not boosted, but ranked); with `kappa=0` these are refused.
         gamma: Fraction of the coordinates called flat, in (0, 1]; 1: all of them (a larger learning rate).
         interval: K: optimizer steps between two masks.
         start_step: Zero-based optimizer step at which IRE switches on; strictly between 0 and 1: fraction of the whole
@@ -152,7 +154,7 @@ class IRE(Recipe, Callback):
     @property
     def idle(self) -> bool:
         """Whether this callback does nothing at all: no boost and no perturbation."""
-        return self.kappa == 0 and self.perturbation is None and not self.dry_run
+        return not self.boosts and self.perturbation is None and not self.dry_run
 
     def flat_table(self, module: pl.LightningModule) -> str:
         """How many coordinates of each parameter are flat now (of the first optimizer), as a text of aligned lines.
@@ -205,6 +207,8 @@ class IRE(Recipe, Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what is not supported, before any compute."""
         if self.idle:
+            for optimizer in trainer.optimizers:
+                check_kappas(self, optimizer)
             return
         if self._session is not None and self._session.trainer is not trainer:
             raise ConfigurationError(
@@ -216,10 +220,10 @@ class IRE(Recipe, Callback):
             trainer,
             pl_module,
             local_gradients=self.perturbation is not None and second_pass and not self.perturbation.sync,
-            replays=second_pass or self.dry_run or (self.kappa > 0 and self.curvature.reruns),
+            replays=second_pass or self.dry_run or (self.boosts and self.curvature.reruns),
         )
-        check_optimizers(self, pl_module, trainer.optimizers, masks=self.kappa > 0 or self.dry_run)
-        if not self.kappa and not self.start.immediate and not self.dry_run:
+        check_optimizers(self, pl_module, trainer.optimizers, masks=self.boosts or self.dry_run)
+        if not self.boosts and not self.start.immediate and not self.dry_run:
             rank_zero_warn(
                 f"`{self.start.setting}` has no effect with `kappa` = 0: it says when the boost starts, while "
                 f"{self.perturbation!r} works from the first step of the run."
@@ -230,10 +234,10 @@ class IRE(Recipe, Callback):
         """The settings that loggers are told, with TensorBoard's names for their groups."""
         return {
             "kappa": self.kappa,
-            "gamma": self.gamma if self.kappa else 0.0,
+            "gamma": self.gamma if self.boosts else 0.0,
             "rho": float(getattr(self.perturbation, "rho", 0.0)),
             "using/perturbation": type(self.perturbation).__name__ if self.perturbation is not None else "none",
-            "using/curvature": repr(self.curvature) if self.kappa else "none",
+            "using/curvature": repr(self.curvature) if self.boosts else "none",
         }
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -250,12 +254,12 @@ class IRE(Recipe, Callback):
             return
         automatic = pl_module.automatic_optimization
         total = steps_of_run(trainer) if automatic else None  # by hand nobody knows who steps how often
-        pending = self.kappa > 0 and any(progress.started_at is None for progress in self._progresses)
+        pending = self.boosts and any(progress.started_at is None for progress in self._progresses)
         first_step = self.start.first_step(total if automatic else batches_of_run(trainer)) if pending else None
         session = AutomaticSession if automatic else ManualSession
         self._session = session(self, self._progresses, trainer, pl_module, first_step)
         rank_zero_info(self._summary(trainer, total))
-        if not self.kappa or self.started_at is not None:
+        if not self.boosts or self.started_at is not None:
             return
         if self.start.never(total, trainer.max_epochs, first_step):
             rank_zero_warn(
@@ -284,12 +288,12 @@ class IRE(Recipe, Callback):
         saved = zip(self._progresses, trainer.optimizers, state.get("optimizers", []), strict=False)
         for progress, optimizer, one in saved:
             misfits += progress.restore(one, named_parameters(module, optimizer))
-        if self.kappa:
+        if self.boosts:
             warn_of_misfits(misfits, of="checkpoint")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the wrappers away, and say so if IRE never switched on."""
-        if self.kappa and self.started_at is None and not self.dry_run:
+        if self.boosts and self.started_at is None and not self.dry_run:
             rank_zero_warn(f"IRE never switched on in this run: its start is {self.start}.")
         self._record.finish(trainer)
         self._release(trainer)
@@ -343,7 +347,7 @@ class IRE(Recipe, Callback):
             return
         self._session.write_logs()
         loss = loss_of(outputs) if outputs else None
-        if not isinstance(loss, Tensor) or not self.kappa:
+        if not isinstance(loss, Tensor) or not self.boosts:
             return
         progress = self._progress
         if progress.started_at is None:
@@ -421,7 +425,7 @@ class IRE(Recipe, Callback):
         what: list[str] = []
         passes: list[str] = []
         memory = [f"{size / 2**20:.1f} MiB inside the step"]
-        if self.kappa:
+        if self.boosts:
             when = f"from {self.start}" if self.started_at is None else f"on since step {self.started_at}"
             length = "" if total is None else f" (run: {total} steps)"
             what.append(f"kappa {self.kappa:g}, gamma {self.gamma:g}, {when}{length}")

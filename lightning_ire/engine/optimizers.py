@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_number
 from lightning_ire.engine.collectives import warn_on_rank_zero
-from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.recipe import GROUP_KAPPA, Recipe
 from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.functional import is_sharded
 from lightning_ire.perturbation import GROUP_RADIUS
@@ -21,6 +21,7 @@ from lightning_ire.perturbation import GROUP_RADIUS
 __all__ = [
     "check_decoupled_decay",
     "check_groups",
+    "check_kappas",
     "check_optimizers",
     "decay_factors",
     "decay_is_decoupled",
@@ -117,9 +118,10 @@ def check_optimizers(recipe: Recipe, module: nn.Module, optimizers: Sequence[Opt
                 "Expected an optimizer with a plain step, got LBFGS, which runs the closure several times per step: "
                 "use another optimizer or remove the callback."
             )
-        if recipe.kappa and recipe.scale_weight_decay is not True:
+        if recipe.boosts and recipe.scale_weight_decay is not True:
             check_decoupled_decay(optimizer, recipe.scale_weight_decay)
-        check_groups(optimizer, with_lrs=recipe.kappa > 0 and recipe.kappa_schedule == "lr")
+        check_groups(optimizer, with_lrs=recipe.boosts and recipe.kappa_schedule == "lr")
+        check_kappas(recipe, optimizer)
         if masks:
             _refuse_complex(module, optimizer)
         if any(map(is_sharded, trainable_parameters(optimizer))):
@@ -173,6 +175,28 @@ def check_groups(optimizer: Optimizer, with_lrs: bool) -> None:
             raise ConfigurationError(
                 "Expected an optimizer with a learning rate in every parameter group for `kappa_schedule='lr'`, got "
                 f"{type(optimizer).__name__} without: set `kappa_schedule` to 'constant'."
+            )
+
+
+def check_kappas(recipe: Recipe, optimizer: Optimizer) -> None:
+    """Refuse strengths of parameter groups that are none, and such that would do nothing.
+
+    Args:
+        recipe: The settings.
+        optimizer: The base optimizer.
+
+    Raises:
+        ConfigurationError: With the key to change.
+    """
+    for group in optimizer.param_groups:
+        if GROUP_KAPPA not in group:
+            continue
+        check_number(GROUP_KAPPA, group[GROUP_KAPPA])
+        if not recipe.boosts:
+            raise ConfigurationError(
+                f"Expected `kappa` > 0 where a parameter group has `{GROUP_KAPPA}`, got {recipe.kappa!r} and a group "
+                f"with {group[GROUP_KAPPA]!r}: set `kappa`, which switches the boost on, or take `{GROUP_KAPPA}` out "
+                "of the group."
             )
 
 

@@ -10,7 +10,10 @@ from lightning_ire.curvature import Curvature, SampledFisher
 from lightning_ire.perturbation import Perturbation
 from lightning_ire.schedule import Start, mask_due
 
-__all__ = ["Recipe"]
+__all__ = ["GROUP_KAPPA", "Recipe"]
+
+GROUP_KAPPA = "ire_kappa"
+"""Key in a parameter group of the optimizer: kappa of its parameters, in place of the recipe's."""
 
 
 class Recipe:
@@ -57,6 +60,11 @@ class Recipe:
         self.exclude_zero_curvature = bool(exclude_zero_curvature)
         self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr"))
         self.beta = check_number("beta", beta, high=1.0, high_open=True)
+
+    @property
+    def boosts(self) -> bool:
+        """Whether there is a boost at all, and so masks and estimates."""
+        return self.kappa > 0
 
     def should_refresh(self, step: int, started_at: int) -> bool:
         """Whether the mask is to be made at this step: the place to change the timing.

@@ -124,7 +124,7 @@ class Progress:
         Args:
             recipe: The settings.
         """
-        return recipe.kappa > 0 and self.started_at is None and recipe.start.loss is not None
+        return recipe.boosts and self.started_at is None and recipe.start.loss is not None
 
     def reaches_start_loss(self, recipe: Recipe, host: Host) -> bool | None:
         """Whether the mean of the remembered losses on all devices lets the boost start; the losses are forgotten.

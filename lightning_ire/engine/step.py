@@ -13,7 +13,7 @@ from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
 from lightning_ire.curvature import MicroBatch
 from lightning_ire.engine._torch import run_first
-from lightning_ire.engine.boost import WeightSnapshot, boost
+from lightning_ire.engine.boost import WeightSnapshot, boost, kappas_now
 from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
@@ -104,7 +104,7 @@ class OptimizerStep:
             Whether the next step needs anything but counting.
         """
         recipe, progress = self.recipe, self.progress
-        pending = recipe.kappa > 0 and progress.started_at is None
+        pending = recipe.boosts and progress.started_at is None
         if pending and recipe.start.reached(self.moment, self.host.epoch, self.first_step):
             progress.start()
         return progress.started_at is not None or recipe.perturbation is not None
@@ -337,15 +337,13 @@ class OptimizerStep:
         if overflow is not None and float(overflow):
             return
         recipe, progress = self.recipe, self.progress
-        follows_lr = recipe.kappa_schedule == "lr"
-        progress.count_step(optimizer, with_lrs=follows_lr)
+        progress.count_step(optimizer, with_lrs=recipe.kappa_schedule == "lr")
         weights, self._snapshot = self._snapshot, None
         if weights is not None:
             self.logs |= boost(
                 optimizer,
                 weights,
-                recipe.kappa,
-                peak_lrs=progress.peak_lrs if follows_lr else None,
+                kappas_now(recipe, progress, optimizer),
                 scale_weight_decay=recipe.scale_weight_decay,
                 with_norms=self.host.will_log,
             )
