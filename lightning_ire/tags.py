@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 KAPPA: Final = "ire/kappa"
-"""Strength in force at this step (largest over the parameter groups)."""
+"""Strength in force at this step (the largest, where parameters have different ones)."""
 FLAT_FRACTION: Final = "ire/flat_fraction"
 """Share of the coordinates taking part that are called flat (>= gamma * p where there are ties)."""
 THRESHOLD: Final = "ire/threshold"
 """Largest curvature estimate still called flat (per-tensor scope: the largest of the tensors' thresholds). With `beta`:
-of the moving average, whose bias towards its start at zero is taken out of this value."""
+of the moving average, whose bias towards its start at zero is taken out of this value. With a mapping as `gamma` each
+pattern has one, `ire/threshold/PATTERN`, in place of this."""
 MASK_IOU: Final = "ire/mask_iou"
 """Intersection over union of the sharp sets of the last two masks."""
 MASK_IOU_CHANCE: Final = "ire/mask_iou_chance"

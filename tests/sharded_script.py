@@ -199,6 +199,10 @@ CELLS: dict[str, dict[str, Any]] = {
         "clip": 0.05,
     },
     "tensor-scope": {"ire": BOOST | {"scope": "tensor", "curvature": EmpiricalFisher()}},
+    "by-name": {
+        "ire": BOOST
+        | {"kappa": {"*.bias": 0, "*0*": 3, "*": 1}, "gamma": {"*2*": 0.3, "*": 0.8}, "curvature": EmpiricalFisher()}
+    },
     "excluded": {"ire": BOOST | {"exclude": "*.bias", "exclude_zero_curvature": True}},
     "scheduled": {"ire": BOOST | {"kappa_schedule": "lr", "beta": 0.5, "scale_weight_decay": False}},
     "groups": {"ire": BOOST | SYNC, "optimizer": groups},

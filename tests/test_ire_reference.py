@@ -100,6 +100,11 @@ ROWS = {
     for name in OPTIMIZERS
     if name not in ("sgd-radii", "sgd-kappas")
 }
+BY_NAME = {
+    "kappa": {"*.bias": 0.5, "net.2*": 3.0, "*": 1.0},
+    "gamma": {"net.0*": 0.9, "*": 0.4},
+    "interval": 5,
+}
 ROWS |= {
     "ire-batchnorm": Case(BOOST, BOOST, batch_norm=True),
     "sam-ire-batchnorm": Case({**BOOST, "perturbation": SAM(0.05)}, {**BOOST, "rho": 0.05}, batch_norm=True),
@@ -115,6 +120,14 @@ ROWS |= {
     "ire-own-kappas-lr-schedule": Case(
         {**BOOST, "kappa_schedule": "lr", "start_step": 6},
         {**BOOST, "kappa_schedule": "lr", "start": 6},
+        optimizer="sgd-kappas",
+        scheduler=True,
+    ),
+    "ire-by-name": Case(BY_NAME, BY_NAME),
+    "ire-by-name-per-tensor": Case({**BY_NAME, "scope": "tensor"}, {**BY_NAME, "scope": "tensor"}),
+    "ire-by-name-own-kappas-lr-schedule": Case(
+        {**BY_NAME, "kappa_schedule": "lr", "start_step": 6, "exclude": "net.0.bias"},
+        {**BY_NAME, "kappa_schedule": "lr", "start": 6, "exclude": ["net.0.bias"]},
         optimizer="sgd-kappas",
         scheduler=True,
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -30,7 +30,7 @@ from lightning_ire.engine.optimizers import (
     named_parameters,
     trainable_parameters,
 )
-from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.recipe import Recipe, shown
 from lightning_ire.engine.replay import loss_of
 from lightning_ire.engine.state import STATE_VERSION, Progress, check_version, warn_of_misfits
 from lightning_ire.perturbation import Perturbation
@@ -71,8 +71,13 @@ class IRE(Recipe, Callback):
     Args:
         kappa: Strength >= 0; 0 switches the boost and its estimates off, and with them all arguments but
             `perturbation` (a `start_*` is warned about). Parameter groups of the optimizer may have strengths of their
-            own under the key "ire_kappa" (0: not boosted, but ranked); with `kappa=0` these are refused.
-        gamma: Fraction of the coordinates called flat, in (0, 1]; 1: all of them (a larger learning rate).
+            own under the key "ire_kappa" (0: not boosted, but ranked); with `kappa=0` these are refused. A mapping from
+            name patterns (`fnmatch`) to strengths: ``{"*embed*": 9, "*norm*": 0, "*": 4}``; a parameter has that of the
+            first pattern that fits any of its names (tied weights have several), and one that none fits is refused.
+            A group's "ire_kappa" goes before that.
+        gamma: Fraction of the coordinates called flat, in (0, 1]; 1: all of them (a larger learning rate). A mapping as
+            for `kappa`: the parameters of a pattern are ranked among themselves (with `scope="tensor"` each tensor by
+            its own gamma), and their thresholds logged as `ire/threshold/PATTERN`.
         interval: K: optimizer steps between two masks.
         start_step: Zero-based optimizer step at which IRE switches on; strictly between 0 and 1: fraction of the whole
             run, by its optimizer steps (in manual optimization by its batches), refused where nobody knows how many.
@@ -106,8 +111,8 @@ class IRE(Recipe, Callback):
 
     def __init__(
         self,
-        kappa: float = 1.0,
-        gamma: float = 0.9,
+        kappa: float | Mapping[str, float] = 1.0,
+        gamma: float | Mapping[str, float] = 0.9,
         interval: int = 10,
         start_step: int | float | None = None,
         start_epoch: int | None = None,
@@ -233,8 +238,8 @@ class IRE(Recipe, Callback):
     def hyper_parameters(self) -> dict[str, float | str]:
         """The settings that loggers are told, with TensorBoard's names for their groups."""
         return {
-            "kappa": self.kappa,
-            "gamma": self.gamma if self.boosts else 0.0,
+            "kappa": self.kappa if isinstance(self.kappa, float) else shown(self.kappa),
+            "gamma": 0.0 if not self.boosts else self.gamma if isinstance(self.gamma, float) else shown(self.gamma),
             "rho": float(getattr(self.perturbation, "rho", 0.0)),
             "using/perturbation": type(self.perturbation).__name__ if self.perturbation is not None else "none",
             "using/curvature": repr(self.curvature) if self.boosts else "none",
@@ -360,7 +365,7 @@ class IRE(Recipe, Callback):
             if self._warned:
                 rank_zero_warn(
                     f"The loss became non-finite within {self.interval} steps of switching IRE on at step "
-                    f"{progress.started_at}: `kappa` = {self.kappa:g} may be too large for this learning rate."
+                    f"{progress.started_at}: `kappa` = {shown(self.kappa)} may be too large for this learning rate."
                 )
 
     def _refuse_missing_steps(self, trainer: pl.Trainer, module: pl.LightningModule, batch_idx: int) -> None:
@@ -428,7 +433,7 @@ class IRE(Recipe, Callback):
         if self.boosts:
             when = f"from {self.start}" if self.started_at is None else f"on since step {self.started_at}"
             length = "" if total is None else f" (run: {total} steps)"
-            what.append(f"kappa {self.kappa:g}, gamma {self.gamma:g}, {when}{length}")
+            what.append(f"kappa {shown(self.kappa)}, gamma {shown(self.gamma)}, {when}{length}")
             estimate = f"one {self.curvature!r} estimate every {_steps(self.interval)}"
             (passes if self.curvature.reruns else what).append(estimate)
             memory.append(f"{count * (5 if self.beta else 1) / 2**20:.1f} MiB for good")

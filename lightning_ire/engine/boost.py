@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire import tags
-from lightning_ire.engine.optimizers import decay_factors, named_parameters, projects
+from lightning_ire.engine.optimizers import decay_factors, named_parameters, projects, strengths
 from lightning_ire.engine.recipe import GROUP_KAPPA, Recipe
 from lightning_ire.engine.state import Progress
 from lightning_ire.functional import boost_, copied, global_norm, local
@@ -157,13 +157,14 @@ def _norms(weights: WeightSnapshot) -> dict[str, Tensor | float]:
     return {tags.STEP_NORM_FLAT: norm(flat), tags.STEP_NORM_SHARP: norm(sharp)}
 
 
-def kappas_now(recipe: Recipe, progress: Progress, optimizer: Optimizer) -> dict[int, float]:
+def kappas_now(recipe: Recipe, progress: Progress, optimizer: Optimizer, own: Mapping[int, float]) -> dict[int, float]:
     """Kappa of each parameter, with the learning rates as they are.
 
     Args:
         recipe: The settings.
         progress: The optimizer's state.
         optimizer: The base optimizer.
+        own: What :func:`strengths` said when the names were last looked up.
 
     Returns:
         By `id` of the parameter, of all that the optimizer has.
@@ -174,8 +175,8 @@ def kappas_now(recipe: Recipe, progress: Progress, optimizer: Optimizer) -> dict
         if recipe.kappa_schedule == "lr":
             now = float(group["lr"])
             full = progress.peak_lrs[index] if index < len(progress.peak_lrs) else now
-        kappa = scheduled_kappa(float(group.get(GROUP_KAPPA, recipe.kappa)), now, full)
-        kappas |= dict.fromkeys(map(id, group["params"]), kappa)
+        for key in map(id, group["params"]):
+            kappas[key] = scheduled_kappa(float(group.get(GROUP_KAPPA, own.get(key, 0.0))), now, full)
     return kappas
 
 
@@ -195,7 +196,7 @@ def boost_factors(
     """
     if not recipe.boosts or progress.started_at is None:
         return {}
-    kappas = kappas_now(recipe, progress, optimizer)
+    kappas = kappas_now(recipe, progress, optimizer, strengths(recipe, module, optimizer))
     names = {id(parameter): name for name, parameter in named_parameters(module, optimizer).items()}
     masks = progress.masks.masks
     return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class FlatMasks:
     """One boolean tensor per parameter that takes part; 1 = flat. Of a sharded parameter: of this rank's part.
 
     Args:
-        gamma: Fraction of coordinates called flat.
+        gamma: Fraction of coordinates called flat, or such fractions by pattern: then the parameters of a pattern are
+            ranked among themselves.
         scope: Rank over all parameters at once ("global") or in each by itself ("tensor").
         exclude_zero: Leave coordinates with h = 0 out.
         beta: Weight of the past in the moving average of h; 0: none is kept.
@@ -42,7 +43,7 @@ class FlatMasks:
         average_weight: What its weights add up to.
     """
 
-    def __init__(self, gamma: float, scope: str, exclude_zero: bool, beta: float) -> None:
+    def __init__(self, gamma: float | Mapping[str, float], scope: str, exclude_zero: bool, beta: float) -> None:
         self.gamma = gamma
         self.scope = scope
         self.exclude_zero = exclude_zero
@@ -63,6 +64,7 @@ class FlatMasks:
         names: Sequence[str],
         values: Sequence[Tensor | None],
         parameters: Sequence[Tensor] | None = None,
+        patterns: Sequence[str] | None = None,
     ) -> None:
         """Make all masks anew from finite estimates h; parameters without one (``None``) get none.
 
@@ -70,6 +72,7 @@ class FlatMasks:
             names: Parameter names.
             values: Estimates, in the same order.
             parameters: The parameters, where some may be sharded; of these all ranks have an estimate, maybe empty.
+            patterns: The pattern of each one's gamma, where there are several.
         """
         given = {name: h for name, h in zip(names, values, strict=True) if h is not None}
         wholes = given if parameters is None else dict(zip(names, parameters, strict=True))
@@ -80,21 +83,36 @@ class FlatMasks:
             present = {name: self._averaged(name, h) for name, h in present.items()}
             self.average = present
         masks: dict[str, Tensor] = {}
-        threshold = None
-        if present:
+        thresholds: dict[str, Tensor] = {}
+        for tag, gamma, members in self._ranked_together(names, patterns, present):
             made, threshold = masks_and_threshold(
-                list(present.values()),
-                self.gamma,
+                [present[name] for name in members],
+                gamma,
                 scope=self.scope,  # type: ignore[arg-type]
                 exclude_zero=self.exclude_zero,
                 finite=True,
-                like=[wholes[name] for name in present],
+                like=[wholes[name] for name in members],
             )
-            masks = dict(zip(present, made, strict=True))
-            threshold = threshold / self.average_weight if self.beta else threshold
-        self.logs = {} if threshold is None else _statistics(self.masks, masks, threshold, wholes)
+            masks |= zip(members, made, strict=True)
+            thresholds[tag] = threshold / self.average_weight if self.beta else threshold
+        masks = {name: masks[name] for name in present}
+        self.logs = _statistics(self.masks, masks, thresholds, wholes) if masks else {}
         self.masks = masks
         self._new = True
+
+    def _ranked_together(
+        self, names: Sequence[str], patterns: Sequence[str] | None, present: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, float, list[str]]]:
+        """Parameters with one gamma: the tag of their threshold, it, and their names."""
+        if isinstance(self.gamma, float):
+            groups = [(tags.THRESHOLD, self.gamma, list(present))]
+        else:
+            of_each = dict(zip(names, patterns or (), strict=True))
+            groups = [
+                (f"{tags.THRESHOLD}/{pattern}", gamma, [name for name in present if of_each[name] == pattern])
+                for pattern, gamma in self.gamma.items()
+            ]
+        return (group for group in groups if group[2])
 
     def take_new(self) -> dict[str, Tensor]:
         """The masks, if they were made since this was asked last."""
@@ -215,7 +233,7 @@ def _fits(parameter: Tensor, shape: Sequence[int] | None, average: Tensor | None
 def _statistics(
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
-    threshold: Tensor,
+    thresholds: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Values for the log: sums of booleans over all ranks that hold a part, no copy to the host."""
@@ -235,7 +253,7 @@ def _statistics(
     flat, flat_before, flat_now, flat_either = shards.sum(torch.stack([count.to(device) for count in counts]))
     logs: dict[str, Tensor] = {
         tags.FLAT_FRACTION: flat.float() / sum(shards.sizes),
-        tags.THRESHOLD: threshold.to(device),
+        **{tag: threshold.to(device) for tag, threshold in thresholds.items()},
     }
     if shared:
         size = sum(parameters[name].numel() for name in shared)

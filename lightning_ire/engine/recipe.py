@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
+from lightning_ire._checks import (
+    ConfigurationError,
+    check_choice,
+    check_number,
+    check_numbers,
+    check_switch,
+    check_whole,
+)
 from lightning_ire.curvature import Curvature, SampledFisher
 from lightning_ire.perturbation import Perturbation
 from lightning_ire.schedule import Start, mask_due
 
-__all__ = ["GROUP_KAPPA", "Recipe"]
+__all__ = ["GROUP_KAPPA", "Recipe", "shown"]
 
 GROUP_KAPPA = "ire_kappa"
 """Key in a parameter group of the optimizer: kappa of its parameters, in place of the recipe's."""
@@ -33,8 +40,8 @@ class Recipe:
 
     def __init__(
         self,
-        kappa: float = 1.0,
-        gamma: float = 0.9,
+        kappa: float | Mapping[str, float] = 1.0,
+        gamma: float | Mapping[str, float] = 0.9,
         interval: int = 10,
         start_step: int | float | None = None,
         start_epoch: int | None = None,
@@ -48,8 +55,8 @@ class Recipe:
         kappa_schedule: Literal["constant", "lr"] = "constant",
         beta: float = 0.0,
     ) -> None:
-        self.kappa = check_number("kappa", kappa)
-        self.gamma = check_number("gamma", gamma, high=1.0, low_open=True)
+        self.kappa = check_numbers("kappa", kappa)
+        self.gamma = check_numbers("gamma", gamma, high=1.0, low_open=True)
         self.interval = check_whole("interval", interval, low=1)
         self.start = Start(start_step, start_epoch, start_loss)
         self.curvature = _instance("curvature", curvature, Curvature, "SampledFisher()") or SampledFisher()
@@ -64,7 +71,7 @@ class Recipe:
     @property
     def boosts(self) -> bool:
         """Whether there is a boost at all, and so masks and estimates."""
-        return self.kappa > 0
+        return self.kappa > 0 if isinstance(self.kappa, float) else max(self.kappa.values()) > 0
 
     def should_refresh(self, step: int, started_at: int) -> bool:
         """Whether the mask is to be made at this step: the place to change the timing.
@@ -82,6 +89,21 @@ class Recipe:
             step: Zero-based count of real optimizer steps.
         """
         return self.perturbation is not None and step % self.perturbation.interval == 0
+
+
+def shown(value: float | Mapping[str, float]) -> str:
+    """A number, or numbers by pattern, in a line of text.
+
+    Args:
+        value: Kappa or gamma.
+
+    Example:
+        >>> shown(0.9), shown({"*embed*": 9.0, "*": 4.0})
+        ('0.9', '9 for *embed*, 4 for *')
+    """
+    if not isinstance(value, Mapping):
+        return f"{value:g}"
+    return ", ".join(f"{number:g} for {pattern}" for pattern, number in value.items())
 
 
 def _instance(name: str, value: Any, kind: type, example: str) -> Any:

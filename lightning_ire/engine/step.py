@@ -18,7 +18,13 @@ from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
 from lightning_ire.engine.no_trace import devices_of
-from lightning_ire.engine.optimizers import named_parameters, parameters_that_fit, trainable_parameters
+from lightning_ire.engine.optimizers import (
+    named_parameters,
+    parameters_that_fit,
+    patterns_in_force,
+    strengths,
+    trainable_parameters,
+)
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.replay import loss_of
 from lightning_ire.engine.sharding import GatheredWeights
@@ -70,6 +76,7 @@ class OptimizerStep:
         self.gathered = GatheredWeights(module)
         self.logs: dict[str, Tensor | float] = {}
         self._names = self._current_names()
+        self._strengths = strengths(recipe, module, optimizer)
         self.window: AccumulationWindow | None = None
         self._live: tuple[MicroBatch, Tensor] | None = None
         self._snapshot: WeightSnapshot | None = None
@@ -246,10 +253,15 @@ class OptimizerStep:
                 )
             return
         self._names = self._current_names()
+        self._strengths = strengths(self.recipe, self.module, self.optimizer)
         excluded = parameters_that_fit(self.module, self.recipe.exclude)
         names = [self._names[id(parameter)] for parameter in window.parameters]
         taking_part = [None if id(p) in excluded else h for p, h in zip(window.parameters, values, strict=True)]
-        self.progress.masks.refresh(names, taking_part, window.parameters)
+        patterns = None
+        if not isinstance(self.recipe.gamma, float):
+            of_each = patterns_in_force(self.module, self.optimizer, "gamma", self.recipe.gamma)
+            patterns = [of_each[id(p)] for p in window.parameters]
+        self.progress.masks.refresh(names, taking_part, window.parameters, patterns)
 
     def finish_gradient(self, second_pass: Callable[[bool], Tensor | None] | None) -> None:
         """What comes between the gradients at theta_t and the optimizer's step, in this order.
@@ -343,7 +355,7 @@ class OptimizerStep:
             self.logs |= boost(
                 optimizer,
                 weights,
-                kappas_now(recipe, progress, optimizer),
+                kappas_now(recipe, progress, optimizer, self._strengths),
                 scale_weight_decay=recipe.scale_weight_decay,
                 with_norms=self.host.will_log,
             )
