@@ -41,8 +41,8 @@ class IREStep:
         host: How the loop goes backward and steps; default: :class:`LocalHost`.
         clip: Called with the list of the optimizer's parameters between the last backward pass and the step, for
             instance ``lambda p: torch.nn.utils.clip_grad_norm_(p, 1.0)``.
-        **settings: The arguments of :class:`~lightning_ire.IRE`, but for `dry_run`. `start_step` is a number of steps
-            here: no loop says how long it is.
+        **settings: The arguments of :class:`~lightning_ire.IRE`, but for `dry_run`. `start_step` and `ramp_steps` are
+            numbers of steps here: no loop says how long it is.
 
     Attributes:
         logs: The values that the callback would log after the last step, by tag (:mod:`lightning_ire.tags`).
@@ -97,17 +97,19 @@ class IREStep:
                 f"Expected settings of IREStep among {', '.join(_SETTINGS)}, got `{min(unknown)}`: leave it out."
             )
         self.recipe = Recipe(**settings)
-        if self.recipe.start.is_fraction:
-            raise ConfigurationError(
-                f"Expected `start_step` to be a number of steps for IREStep, which does not know how long the run is, "
-                f"got {self.recipe.start.step} (a fraction of it): give `start_step` in steps."
-            )
+        for name, value in (("start_step", self.recipe.start.step), ("ramp_steps", self.recipe.ramp_steps)):
+            if isinstance(value, float):
+                raise ConfigurationError(
+                    f"Expected `{name}` to be a number of steps for IREStep, which does not know how long the run is, "
+                    f"got {value} (a fraction of it): give `{name}` in steps."
+                )
         self.host = LocalHost() if host is None else host
         self.module = self.host.prepare(model)
         self.optimizer = optimizer
         self.clip = clip
         self.logs: dict[str, Tensor] = {}
         self.progress = Progress.new(self.recipe)
+        self.progress.ramp = self.recipe.ramp_length(None)
         check_optimizers(self.recipe, self.module, [optimizer], masks=self.recipe.boosts)
         if optimizer in _SERVED:
             raise ConfigurationError(

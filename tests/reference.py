@@ -35,6 +35,7 @@ class Recipe:
     exclude: Sequence[str] = ()
     scale_weight_decay: bool | str = True
     kappa_schedule: str = "constant"
+    ramp: int = 1
     beta: float = 0.0
     curvature: str = "sampled"
     exclude_zero: bool = False
@@ -92,7 +93,8 @@ def train(
             torch.nn.utils.clip_grad_norm_(weights, recipe.clip)
         optimizer.step()
         if on:
-            _boost(recipe, module, optimizer, weights, base, peaks)
+            grown = min(1.0, (step - recipe.start + 1) / recipe.ramp)
+            _boost(recipe, module, optimizer, weights, base, peaks, grown)
         elif recipe.kappa_schedule == "lr":
             _peak(optimizer, peaks)
         if scheduler is not None:
@@ -256,6 +258,7 @@ def _boost(
     weights: list[Tensor],
     base: list[Tensor],
     peaks: dict[int, float],
+    grown: float,
 ) -> None:
     _peak(optimizer, peaks)
     group_of = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -266,7 +269,7 @@ def _boost(
         own = recipe.kappa if isinstance(recipe.kappa, dict) else {"*": recipe.kappa}
         by_name = next(kappa for pattern, kappa in own.items() if fnmatchcase(name, pattern))
         strength = group.get("ire_kappa", by_name)
-        kappa = strength * (group["lr"] / peaks[index] if recipe.kappa_schedule == "lr" else 1.0)
+        kappa = grown * strength * (group["lr"] / peaks[index] if recipe.kappa_schedule == "lr" else 1.0)
         decayed = old * (1 - group["lr"] * group["weight_decay"])
         if recipe.scale_weight_decay == "only":
             weight.copy_(weight - kappa * mask.to(weight) * (old - decayed))

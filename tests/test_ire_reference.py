@@ -131,6 +131,12 @@ ROWS |= {
         optimizer="sgd-kappas",
         scheduler=True,
     ),
+    "ire-ramp": Case(
+        {**BY_NAME, "kappa_schedule": "ramp", "ramp_steps": 9, "start_step": 6}, {**BY_NAME, "ramp": 9, "start": 6}
+    ),
+    "ire-ramp-fraction": Case(
+        {**BOOST, "kappa_schedule": "ramp", "ramp_steps": 0.4}, {**BOOST, "ramp": 12}, micro_batches=2
+    ),
     "ire-every-step": Case({**BOOST, "interval": 1}, {**BOOST, "interval": 1}),
     "ire-all-flat": Case({**BOOST, "gamma": 1.0}, {**BOOST, "gamma": 1.0}),
     "ire-per-tensor": Case({**BOOST, "scope": "tensor"}, {**BOOST, "scope": "tensor"}),

@@ -92,8 +92,12 @@ class IRE(Recipe, Callback):
         scale_weight_decay: Whether the boost lengthens decoupled weight decay too (as in the authors' code). "only": it
             lengthens nothing else, a control that tells IRE's gain from that of more decay along flat directions.
         exclude_zero_curvature: Whether coordinates with h = 0 (pruned, never used) are left out of the ranking.
-        kappa_schedule: "constant", or "lr": kappa * lr / (highest lr so far), per parameter group.
+        kappa_schedule: "constant"; "lr": kappa * lr / (highest lr so far), per parameter group; "ramp": with T_w
+            the step of the start, kappa at step t is kappa * min(1, (t - T_w + 1) / `ramp_steps`).
         beta: Weight of the past in a moving average of h over refreshes, in [0, 1).
+        ramp_steps: On how many boosted steps kappa grows with `kappa_schedule="ramp"`, which needs it, >= 1; strictly
+            between 0 and 1: fraction of the whole run's optimizer steps (rounded down, at least 1), refused where
+            nobody knows how many, as in manual optimization.
         dry_run: Train nothing: make one mask at the first batch, whatever `start_*` says, print a table of the flat
             coordinates of each parameter, and let the fit end before its first step.
 
@@ -123,8 +127,9 @@ class IRE(Recipe, Callback):
         exclude: str | Sequence[str] | None = None,
         scale_weight_decay: bool | Literal["only"] = True,
         exclude_zero_curvature: bool = False,
-        kappa_schedule: Literal["constant", "lr"] = "constant",
+        kappa_schedule: Literal["constant", "lr", "ramp"] = "constant",
         beta: float = 0.0,
+        ramp_steps: int | float | None = None,
         dry_run: bool = False,
     ) -> None:
         super().__init__(
@@ -142,6 +147,7 @@ class IRE(Recipe, Callback):
             exclude_zero_curvature=exclude_zero_curvature,
             kappa_schedule=kappa_schedule,
             beta=beta,
+            ramp_steps=ramp_steps,
         )
         self.dry_run = bool(dry_run)
         self._session: Session | None = None
@@ -261,6 +267,9 @@ class IRE(Recipe, Callback):
         total = steps_of_run(trainer) if automatic else None  # by hand nobody knows who steps how often
         pending = self.boosts and any(progress.started_at is None for progress in self._progresses)
         first_step = self.start.first_step(total if automatic else batches_of_run(trainer)) if pending else None
+        ramp = self.ramp_length(total) if self.boosts else 1
+        for progress in self._progresses:
+            progress.ramp = ramp
         session = AutomaticSession if automatic else ManualSession
         self._session = session(self, self._progresses, trainer, pl_module, first_step)
         rank_zero_info(self._summary(trainer, total))

@@ -157,14 +157,17 @@ def _norms(weights: WeightSnapshot) -> dict[str, Tensor | float]:
     return {tags.STEP_NORM_FLAT: norm(flat), tags.STEP_NORM_SHARP: norm(sharp)}
 
 
-def kappas_now(recipe: Recipe, progress: Progress, optimizer: Optimizer, own: Mapping[int, float]) -> dict[int, float]:
-    """Kappa of each parameter, with the learning rates as they are.
+def kappas_now(
+    recipe: Recipe, progress: Progress, optimizer: Optimizer, own: Mapping[int, float], step: int
+) -> dict[int, float]:
+    """Kappa of each parameter at a step, with the learning rates as they are.
 
     Args:
         recipe: The settings.
         progress: The optimizer's state.
         optimizer: The base optimizer.
         own: What :func:`strengths` said when the names were last looked up.
+        step: Zero-based count of real optimizer steps.
 
     Returns:
         By `id` of the parameter, of all that the optimizer has.
@@ -175,6 +178,9 @@ def kappas_now(recipe: Recipe, progress: Progress, optimizer: Optimizer, own: Ma
         if recipe.kappa_schedule == "lr":
             now = float(group["lr"])
             full = progress.peak_lrs[index] if index < len(progress.peak_lrs) else now
+        elif recipe.kappa_schedule == "ramp":
+            boosted = step - (progress.started_at or 0) + 1
+            now, full = float(min(boosted, progress.ramp)), float(progress.ramp)
         for key in map(id, group["params"]):
             kappas[key] = scheduled_kappa(float(group.get(GROUP_KAPPA, own.get(key, 0.0))), now, full)
     return kappas
@@ -183,7 +189,7 @@ def kappas_now(recipe: Recipe, progress: Progress, optimizer: Optimizer, own: Ma
 def boost_factors(
     recipe: Recipe, progress: Progress, module: nn.Module, optimizer: Optimizer
 ) -> dict[int, Tensor | float]:
-    """By how much the boost lengthens a step of an optimizer now: 1 + kappa * n.
+    """By how much the boost lengthens the next step of an optimizer, as things are now: 1 + kappa * n.
 
     Args:
         recipe: The settings.
@@ -196,7 +202,7 @@ def boost_factors(
     """
     if not recipe.boosts or progress.started_at is None:
         return {}
-    kappas = kappas_now(recipe, progress, optimizer, strengths(recipe, module, optimizer))
+    kappas = kappas_now(recipe, progress, optimizer, strengths(recipe, module, optimizer), progress.step)
     names = {id(parameter): name for name, parameter in named_parameters(module, optimizer).items()}
     masks = progress.masks.masks
     return {

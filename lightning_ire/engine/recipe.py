@@ -15,7 +15,7 @@ from lightning_ire._checks import (
 )
 from lightning_ire.curvature import Curvature, SampledFisher
 from lightning_ire.perturbation import Perturbation
-from lightning_ire.schedule import Start, mask_due
+from lightning_ire.schedule import Start, checked_steps, in_steps, mask_due
 
 __all__ = ["GROUP_KAPPA", "Recipe", "shown"]
 
@@ -52,8 +52,9 @@ class Recipe:
         exclude: str | Sequence[str] | None = None,
         scale_weight_decay: bool | Literal["only"] = True,
         exclude_zero_curvature: bool = False,
-        kappa_schedule: Literal["constant", "lr"] = "constant",
+        kappa_schedule: Literal["constant", "lr", "ramp"] = "constant",
         beta: float = 0.0,
+        ramp_steps: int | float | None = None,
     ) -> None:
         self.kappa = check_numbers("kappa", kappa)
         self.gamma = check_numbers("gamma", gamma, high=1.0, low_open=True)
@@ -65,13 +66,31 @@ class Recipe:
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
         self.scale_weight_decay = check_switch("scale_weight_decay", scale_weight_decay, "only")
         self.exclude_zero_curvature = bool(exclude_zero_curvature)
-        self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr"))
+        self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr", "ramp"))
         self.beta = check_number("beta", beta, high=1.0, high_open=True)
+        self.ramp_steps = ramp_steps if ramp_steps is None else checked_steps("ramp_steps", ramp_steps, low=1)
+        if (ramp_steps is None) == (self.kappa_schedule == "ramp"):
+            raise ConfigurationError(
+                f"Expected `ramp_steps` with `kappa_schedule='ramp'` and only there, got {ramp_steps!r} with "
+                f"{self.kappa_schedule!r}: "
+                + ("set `ramp_steps`." if ramp_steps is None else "set `kappa_schedule` to 'ramp' or leave it out.")
+            )
 
     @property
     def boosts(self) -> bool:
         """Whether there is a boost at all, and so masks and estimates."""
         return self.kappa > 0 if isinstance(self.kappa, float) else max(self.kappa.values()) > 0
+
+    def ramp_length(self, length: int | None) -> int:
+        """On how many boosted steps kappa grows; 1: it does not.
+
+        Args:
+            length: Optimizer steps in the whole run; ``None``: unknown.
+
+        Raises:
+            ConfigurationError: For a fraction of a run whose length is unknown.
+        """
+        return 1 if self.ramp_steps is None else max(1, in_steps("ramp_steps", self.ramp_steps, length))
 
     def should_refresh(self, step: int, started_at: int) -> bool:
         """Whether the mask is to be made at this step: the place to change the timing.

@@ -39,6 +39,7 @@ class Progress:
         seed: Seed of all draws of the callback.
         last_logged: The values that were logged last.
         ascent_norm: The norm that divided the last SAM step, not kept in checkpoints.
+        ramp: On how many boosted steps kappa grows, a setting: not kept in checkpoints either.
     """
 
     masks: FlatMasks
@@ -52,6 +53,7 @@ class Progress:
 
     last_logged: dict[str, Tensor] = field(default_factory=dict)
     ascent_norm: Tensor | None = None
+    ramp: int = 1
 
     @classmethod
     def new(cls, recipe: Recipe, step: int = 0, seed: int | None = None) -> Progress:

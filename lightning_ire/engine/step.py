@@ -355,7 +355,7 @@ class OptimizerStep:
             self.logs |= boost(
                 optimizer,
                 weights,
-                kappas_now(recipe, progress, optimizer, self._strengths),
+                kappas_now(recipe, progress, optimizer, self._strengths, progress.step - 1),
                 scale_weight_decay=recipe.scale_weight_decay,
                 with_norms=self.host.will_log,
             )
