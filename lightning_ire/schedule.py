@@ -142,8 +142,8 @@ def in_steps(name: str, value: int | float, length: int | None) -> int:
     if length is None:
         raise ConfigurationError(
             f"Expected a run of known length for `{name}={value}` (a fraction of it), got one without end, or with a "
-            "loader that has no length or is reloaded, or in manual optimization with `max_steps` "
-            f"(`ramp_steps`: in any): give `{name}` in steps, or let `trainer.max_steps` alone end the run (`trainer.max_epochs` -1)."
+            "loader that has no length or is reloaded, or in manual optimization with `max_steps` (`ramp_steps`: in "
+            f"any): give `{name}` in steps, or let `trainer.max_steps` alone end the run (`trainer.max_epochs` -1)."
         )
     return int(value * length)
 

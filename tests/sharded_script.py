@@ -203,6 +203,8 @@ CELLS: dict[str, dict[str, Any]] = {
         "ire": BOOST
         | {"kappa": {"*.bias": 0, "*0*": 3, "*": 1}, "gamma": {"*2*": 0.3, "*": 0.8}, "curvature": EmpiricalFisher()}
     },
+    "soft": {"ire": BOOST | {"mask": "soft", "curvature": EmpiricalFisher(), "exclude_zero_curvature": True}},
+    "soft-tensor": {"ire": BOOST | {"mask": "soft", "scope": "tensor", "curvature": EmpiricalFisher()}},
     "excluded": {"ire": BOOST | {"exclude": "*.bias", "exclude_zero_curvature": True}},
     "scheduled": {"ire": BOOST | {"kappa_schedule": "lr", "beta": 0.5, "scale_weight_decay": False}},
     "groups": {"ire": BOOST | SYNC, "optimizer": groups},

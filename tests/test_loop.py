@@ -87,6 +87,7 @@ def test_a_plain_loop_is_the_trainer(optimizer: str, perturbation: str, accumula
         pytest.param({**BOOST, "start_epoch": 1, "kappa_schedule": "lr"}, id="epoch"),
         pytest.param({**BOOST, "kappa_schedule": "ramp", "ramp_steps": 7, "start_step": 2}, id="ramp"),
         pytest.param({**BOOST, "exclude": "*.bias", "scope": "tensor"}, id="exclude"),
+        pytest.param({**BOOST, "mask": "soft", "scope": "tensor", "gamma": {"*.bias": 0.5, "*": 0.9}}, id="soft"),
     ],
 )
 def test_other_settings(settings: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ THREE = [
     "scheduled",
     "hessian",
 ]
-THREE = [f"{name}@empty" for name in [*THREE, "by-name"]]
+THREE = [f"{name}@empty" for name in [*THREE, "by-name", "soft", "soft-tensor"]]
 FOUR = ["sampled@2d", "sam-sampled@2d", "second-moment@2d", "hessian@2d", "sam-sampled@hybrid", "sampled@hybrid"]
 
 

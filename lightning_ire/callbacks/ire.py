@@ -98,6 +98,9 @@ class IRE(Recipe, Callback):
         ramp_steps: On how many boosted steps kappa grows with `kappa_schedule="ramp"`, which needs it, >= 1; strictly
             between 0 and 1: fraction of the whole run's optimizer steps (rounded down, at least 1), refused where
             nobody knows how many, as in manual optimization.
+        mask: "hard": n is 0 or 1. "soft": n in [0, 1] with the mean `gamma` (steps of 1/255, 1 byte per parameter): 1
+            up to a curvature a, 0 from 2 a on, linear between (:func:`~lightning_ire.functional.soft_masks`; LITE,
+            arXiv 2602.22681); `scope` says whether a is one number for all tensors or one for each, as LITE has it.
         dry_run: Train nothing: make one mask at the first batch, whatever `start_*` says, print a table of the flat
             coordinates of each parameter, and let the fit end before its first step.
 
@@ -130,6 +133,7 @@ class IRE(Recipe, Callback):
         kappa_schedule: Literal["constant", "lr", "ramp"] = "constant",
         beta: float = 0.0,
         ramp_steps: int | float | None = None,
+        mask: Literal["hard", "soft"] = "hard",
         dry_run: bool = False,
     ) -> None:
         super().__init__(
@@ -148,6 +152,7 @@ class IRE(Recipe, Callback):
             kappa_schedule=kappa_schedule,
             beta=beta,
             ramp_steps=ramp_steps,
+            mask=mask,
         )
         self.dry_run = bool(dry_run)
         self._session: Session | None = None

@@ -13,7 +13,7 @@ from lightning_ire import tags
 from lightning_ire.engine.optimizers import decay_factors, named_parameters, projects, strengths
 from lightning_ire.engine.recipe import GROUP_KAPPA, Recipe
 from lightning_ire.engine.state import Progress
-from lightning_ire.functional import boost_, copied, global_norm, local
+from lightning_ire.functional import as_shares, boost_, copied, global_norm, local
 from lightning_ire.functional._foreach import groups_of, joined
 from lightning_ire.functional._shards import Shards
 from lightning_ire.schedule import scheduled_kappa
@@ -121,7 +121,7 @@ def boost(
     masks = weights.masks
     if not type(optimizer).__module__.startswith("torch.optim"):
         pairs = zip(weights.parameters, masks, strict=True)
-        masks = [None if mask is None else mask & (weight != 0) for weight, mask in pairs]
+        masks = [None if mask is None else mask * (weight != 0) for weight, mask in pairs]
     boost_(
         weights.parameters,
         weights.old,
@@ -149,7 +149,7 @@ def _norms(weights: WeightSnapshot) -> dict[str, Tensor | float]:
         step = step - joined([weights.old[index] for index in members])
         masks = [mask for index in members if (mask := weights.masks[index]) is not None]
         if masks:
-            boosted = step * joined(masks)
+            boosted = step * as_shares(joined(masks), step.dtype)
             flat.append(global_norm([boosted]))
             step.sub_(boosted)
         sharp.append(global_norm([step]))
@@ -206,7 +206,7 @@ def boost_factors(
     names = {id(parameter): name for name, parameter in named_parameters(module, optimizer).items()}
     masks = progress.masks.masks
     return {
-        id(parameter): 1 + kappas[id(parameter)] * masks[names[id(parameter)]].to(parameter)
+        id(parameter): 1 + kappas[id(parameter)] * as_shares(masks[names[id(parameter)]], parameter.dtype)
         for group in optimizer.param_groups
         for parameter in group["params"]
         if names.get(id(parameter)) in masks

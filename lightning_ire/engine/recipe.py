@@ -55,6 +55,7 @@ class Recipe:
         kappa_schedule: Literal["constant", "lr", "ramp"] = "constant",
         beta: float = 0.0,
         ramp_steps: int | float | None = None,
+        mask: Literal["hard", "soft"] = "hard",
     ) -> None:
         self.kappa = check_numbers("kappa", kappa)
         self.gamma = check_numbers("gamma", gamma, high=1.0, low_open=True)
@@ -69,6 +70,7 @@ class Recipe:
         self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr", "ramp"))
         self.beta = check_number("beta", beta, high=1.0, high_open=True)
         self.ramp_steps = ramp_steps if ramp_steps is None else checked_steps("ramp_steps", ramp_steps, low=1)
+        self.mask = check_choice("mask", mask, ("hard", "soft"))
         if (ramp_steps is None) == (self.kappa_schedule == "ramp"):
             raise ConfigurationError(
                 f"Expected `ramp_steps` with `kappa_schedule='ramp'` and only there, got {ramp_steps!r} with "

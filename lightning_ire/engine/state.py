@@ -64,7 +64,10 @@ class Progress:
             step: The optimizer's real steps so far, of a run without IRE.
             seed: Seed of all draws; ``None``: that of the run.
         """
-        self = cls(FlatMasks(recipe.gamma, recipe.scope, recipe.exclude_zero_curvature, recipe.beta), step)
+        masks = FlatMasks(
+            recipe.gamma, recipe.scope, recipe.exclude_zero_curvature, recipe.beta, soft=recipe.mask == "soft"
+        )
+        self = cls(masks, step)
         if seed is not None:
             self.seed = seed
         return self
