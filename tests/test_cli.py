@@ -253,6 +253,35 @@ def test_kappa_and_gamma_by_name():
         assert list(ire.kappa) == list(kappa)
 
 
+def test_a_preset_replaces_the_configs_settings_and_flags_replace_its_own():
+    Path("other.yaml").write_text("ire: {kappa: 7, beta: 0.5, start_step: 3}")
+    flags = ["--ire.preset", "cifar100_resnet56_sam_ire"]
+    for more, text in (
+        (["--ire.start_epoch", "0"], "IRE(kappa=1.0, gamma=0.99, start_epoch=0, perturbation=SAM(rho=0.1))"),
+        (["--ire.start_epoch=null", "--ire.kappa", "2"], "IRE(kappa=2.0, gamma=0.99, perturbation=SAM(rho=0.1))"),
+    ):
+        for args in ([*flags, "--config", "other.yaml", *more], ["--config=other.yaml", *more, "=".join(flags)]):
+            (ire,) = (c for c in IRECLI([*DRY, *args]).trainer.callbacks if isinstance(c, IRE))
+            assert repr(ire) == text
+
+
+@pytest.mark.parametrize("name", ["blockwise", "lite"])
+def test_presets_with_mappings_and_objects(name, capsys):
+    with pytest.raises(SystemExit):
+        IRECLI([*DRY, "--ire.preset", name, "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)["ire"]
+    assert settings["curvature"]["class_path"].endswith({"blockwise": "RandomMask", "lite": "SecondMoment"}[name])
+    assert settings["kappa"] == IRE.preset(name).kappa
+    assert settings["mask"] == IRE.preset(name).mask
+
+
+def test_an_unknown_preset_is_one_line(capsys):
+    for flags, words in (("--ire.preset lit", "one of 'cifar10_wrn28_10_sgd_ire', "), ("--ire.preset", "a name after")):
+        line = usage_error([*DRY, *flags.split()], capsys)
+        assert words in line
+        assert "ire.preset`" in line
+
+
 def test_perturbation_alone_is_active():
     (ire,) = (c for c in IRECLI([*DRY, "--ire.perturbation", "SAM"]).trainer.callbacks if isinstance(c, IRE))
     assert ire.kappa == 0

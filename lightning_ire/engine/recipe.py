@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -77,6 +78,17 @@ class Recipe:
                 f"{self.kappa_schedule!r}: "
                 + ("set `ramp_steps`." if ramp_steps is None else "set `kappa_schedule` to 'ramp' or leave it out.")
             )
+
+    def __repr__(self) -> str:
+        """The call that makes the same, with the arguments that differ from their defaults."""
+        changed = []
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            owner = self.start if name.startswith("start_") else self
+            value = getattr(owner, name.removeprefix("start_"), parameter.default)
+            default = {"curvature": "SampledFisher()", "exclude": "[]"}.get(name, repr(parameter.default))
+            if name != "self" and repr(value) != default:
+                changed.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     @property
     def boosts(self) -> bool:
