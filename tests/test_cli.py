@@ -257,7 +257,7 @@ def test_a_preset_replaces_the_configs_settings_and_flags_replace_its_own():
     Path("other.yaml").write_text("ire: {kappa: 7, beta: 0.5, start_step: 3}")
     flags = ["--ire.preset", "cifar100_resnet56_sam_ire"]
     for more, text in (
-        (["--ire.start_epoch", "0"], "IRE(kappa=1.0, gamma=0.99, start_epoch=0, perturbation=SAM(rho=0.1))"),
+        (["--ire.start_epoch", "0"], "IRE(gamma=0.99, start_epoch=0, perturbation=SAM(rho=0.1))"),
         (["--ire.start_epoch=null", "--ire.kappa", "2"], "IRE(kappa=2.0, gamma=0.99, perturbation=SAM(rho=0.1))"),
     ):
         for args in ([*flags, "--config", "other.yaml", *more], ["--config=other.yaml", *more, "=".join(flags)]):

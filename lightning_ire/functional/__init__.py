@@ -77,6 +77,7 @@ from lightning_ire.functional.soft_mask import as_shares, soft_masks, soft_masks
 from lightning_ire.functional.spectrum import Extremes, Krylov, SpectralDensity, extreme_eigenvalues, spectral_density
 from lightning_ire.functional.stability import adam_limit, effective_product, sgd_limit, stability_edge
 from lightning_ire.functional.state import BufferState, RandomState, kept_buffers, seeded
+from lightning_ire.functional.subspace import sharp_subspace
 from lightning_ire.functional.threshold import flat_threshold
 from lightning_ire.functional.vectors import (
     Coordinates,
@@ -151,6 +152,7 @@ __all__ = [
     "sampled_poisson_nll_loss",
     "seeded",
     "sgd_limit",
+    "sharp_subspace",
     "soft_masks",
     "soft_masks_and_threshold",
     "spectral_density",
