@@ -76,6 +76,7 @@ def step_pair(
     optimizer = make(parameters)
     optimizer.step()
     names = {id(parameter): str(index) for index, parameter in enumerate(parameters)}
+    kappas = dict.fromkeys(map(id, parameters), KAPPA)
     masks = {str(index): torch.rand_like(parameter) < GAMMA for index, parameter in enumerate(parameters)}
 
     def save() -> WeightSnapshot:
@@ -84,10 +85,10 @@ def step_pair(
     def boosted() -> None:
         weights = save()
         optimizer.step()
-        boost(optimizer, weights, KAPPA, None, True, False)
+        boost(optimizer, weights, kappas, True, False)
 
     weights = save()
-    mine = {"all": boosted, "copy": save, "boost": lambda: boost(optimizer, weights, KAPPA, None, True, False)}
+    mine = {"all": boosted, "copy": save, "boost": lambda: boost(optimizer, weights, kappas, True, False)}
     return mine[part], optimizer.step
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +17,7 @@ __all__ = [
     "check_choice",
     "check_folder",
     "check_number",
+    "check_numbers",
     "check_path",
     "check_switch",
     "check_whole",
@@ -35,6 +36,7 @@ def check_number(
     high: float = math.inf,
     low_open: bool = False,
     high_open: bool = False,
+    where: str = "",
 ) -> float:
     """Return `value` as a float if it is a finite number between `low` and `high`.
 
@@ -45,6 +47,7 @@ def check_number(
         high: Largest value allowed.
         low_open: Whether `low` itself is refused.
         high_open: Whether `high` itself is refused.
+        where: Said after the name.
 
     Returns:
         The value as a float.
@@ -57,9 +60,33 @@ def check_number(
         ok = (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
     if not ok:
         raise ConfigurationError(
-            f"Expected `{name}` to be a number {_range(low, high, low_open, high_open)}, got {value!r}."
+            f"Expected `{name}`{where} to be a number {_range(low, high, low_open, high_open)}, got {value!r}."
         )
     return float(value)
+
+
+def check_numbers(name: str, value: Any, **limits: Any) -> float | dict[str, float]:
+    """Return `value` if it is a number in a range, or a mapping from name patterns to such numbers.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: What came.
+        **limits: The range, as :func:`check_number` takes it.
+
+    Returns:
+        The value as a float, or as a dictionary of floats.
+
+    Raises:
+        ConfigurationError: If `value` is neither.
+    """
+    if not isinstance(value, Mapping):
+        return check_number(name, value, **limits)
+    if not value or not all(isinstance(pattern, str) and pattern for pattern in value):
+        raise ConfigurationError(
+            f"Expected `{name}` to be a number, or a mapping from name patterns to numbers such as "
+            f'{{"*.bias": 0.5, "*": 1}}, got {value!r}.'
+        )
+    return {pattern: check_number(name, one, where=f" of {pattern!r}", **limits) for pattern, one in value.items()}
 
 
 def check_whole(name: str, value: Any, *, low: int) -> int:

@@ -58,6 +58,7 @@ def one_line(message: str) -> str:
     lines = [line.strip(" -") for line in message.splitlines()]
     lines = [_plainer(line) for line in lines if not line.startswith(_BESIDE_THE_POINT)]
     lines = [line for line in lines if not _OTHER_CLASS.match(line)] or lines
+    lines = [line for line in lines if f"{line}, got" not in " ".join(lines)]  # what a number in a mapping adds to
     text, key = "; ".join(dict.fromkeys(filter(None, lines))), ".".join(keys)
     given = _GIVEN.search(message)
     if given and "got " not in text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import secrets
@@ -25,6 +26,7 @@ from lightning_ire._checks import check_folder, check_whole
 from lightning_ire._cli_checkpoints import NAMES, check_checkpoint, find_checkpoint, misfit, on_this_machine
 from lightning_ire._cli_messages import one_line, with_full_key
 from lightning_ire._lightning import ConfigWins
+from lightning_ire.callbacks._presets import as_flags
 
 __all__ = ["IRECLI", "main"]
 
@@ -37,10 +39,12 @@ CALLBACK_KEYS: dict[str, tuple[type[Callback], dict[str, Any]]] = {
 Such a callback has an attribute `idle`; with these defaults it is True, and an idle callback is not added.
 """
 
+_DESCRIPTION = "Train with IRE and SAM. Settings of IRE by name: --ire.preset NAME. Grids of runs: cli.py sweep --help"
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after SIGINT and SIGTERM: 128 and the signal's number."""
 
 
+_CONFIGS = ("--config", "-c")
 _SEEDS = 2**32
 """Seeds are whole numbers below: numpy's."""
 _PROCESSES = ("WORLD_SIZE", "SLURM_NTASKS", "JSM_NAMESPACE_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -52,6 +56,14 @@ class OneLineParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """As always, with a preset in place of the flag that names it."""
+        try:
+            args = _with_preset(sys.argv[1:] if args is None else list(args))
+        except ConfigurationError as error:
+            self.error(str(error), error)
+        return super().parse_args(args, *rest, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print `message` as one line on stderr and exit with code 2."""
@@ -94,7 +106,7 @@ class IRECLI(ConfigWins, LightningCLI):
                 parser_class=OneLineParser,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
-                parser_kwargs={"description": "Train with IRE and SAM. Grids of runs: cli.py sweep --help"},
+                parser_kwargs={"description": _DESCRIPTION},
                 args=args,
             )
         except (ValueError, RuntimeError) as error:
@@ -274,6 +286,24 @@ def main(args: list[str] | None = None) -> int:
     finally:
         if signal.getsignal(signal.SIGTERM) is _end:
             signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)  # None: not set from Python
+
+
+def _with_preset(args: list[str]) -> list[str]:
+    """Flags for all of IRE's arguments in place of `--ire.preset NAME`: after the configs, before other flags."""
+    flag = "--ire.preset"
+    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith(f"{flag}=") else [arg])]
+    if flag not in words:
+        return args
+    place = words.index(flag)
+    if words[place + 1 : place + 2] in ([], [flag]):
+        raise ConfigurationError(f"Expected a name after `{flag}`, got none.")
+    name = words[place + 1]
+    del words[place : place + 2]
+    configs = [i + (arg in _CONFIGS) for i, arg in enumerate(words) if arg.split("=")[0] in _CONFIGS]
+    parameters = inspect.signature(IRE).parameters.items()
+    defaults = {key: parameter.default for key, parameter in parameters if key != "dry_run"}
+    after = max(configs, default=0) + 1
+    return words[:after] + as_flags(name, "ire", defaults) + words[after:]
 
 
 def _end(*_: Any) -> NoReturn:

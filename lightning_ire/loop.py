@@ -41,8 +41,8 @@ class IREStep:
         host: How the loop goes backward and steps; default: :class:`LocalHost`.
         clip: Called with the list of the optimizer's parameters between the last backward pass and the step, for
             instance ``lambda p: torch.nn.utils.clip_grad_norm_(p, 1.0)``.
-        **settings: The arguments of :class:`~lightning_ire.IRE`, but for `dry_run`. `start_step` is a number of steps
-            here: no loop says how long it is.
+        **settings: The arguments of :class:`~lightning_ire.IRE`, but for `dry_run`. `start_step` and `ramp_steps` are
+            numbers of steps here: no loop says how long it is.
 
     Attributes:
         logs: The values that the callback would log after the last step, by tag (:mod:`lightning_ire.tags`).
@@ -97,12 +97,16 @@ class IREStep:
                 f"Expected settings of IREStep among {', '.join(_SETTINGS)}, got `{min(unknown)}`: leave it out."
             )
         self.recipe = Recipe(**settings)
+        timing = [("start_step", self.recipe.start.step), ("ramp_steps", self.recipe.ramp_steps)]
         perturbation = self.recipe.perturbation
-        for start in (self.recipe.start, *((perturbation.start, perturbation.stop) if perturbation else ())):
-            if start.is_fraction:
+        if perturbation is not None:
+            timing += [("perturbation.start_step", perturbation.start.step)]
+            timing += [("perturbation.stop_step", perturbation.stop.step)]
+        for name, value in timing:
+            if isinstance(value, float):
                 raise ConfigurationError(
-                    f"Expected `{start.name}_step` to be a number of steps for IREStep, which does not know how long "
-                    f"the run is, got {start.step} (a fraction of it): give `{start.name}_step` in steps."
+                    f"Expected `{name}` to be a number of steps for IREStep, which does not know how long the run is, "
+                    f"got {value} (a fraction of it): give `{name}` in steps."
                 )
         self.host = LocalHost() if host is None else host
         self.module = self.host.prepare(model)
@@ -110,7 +114,8 @@ class IREStep:
         self.clip = clip
         self.logs: dict[str, Tensor] = {}
         self.progress = Progress.new(self.recipe)
-        check_optimizers(self.recipe, self.module, [optimizer], masks=self.recipe.kappa > 0)
+        self.progress.ramp = self.recipe.ramp_length(None)
+        check_optimizers(self.recipe, self.module, [optimizer], masks=self.recipe.boosts)
         if optimizer in _SERVED:
             raise ConfigurationError(
                 f"Expected an optimizer that no other IREStep serves, got a {type(optimizer).__name__} that one does, "
@@ -241,7 +246,7 @@ class IREStep:
         if self.perturbation is not None and state.get("perturbation"):
             self.perturbation.load_state_dict(state["perturbation"])
         misfits = self.progress.restore(saved[0], named_parameters(self.module, self.optimizer))
-        if self.recipe.kappa:
+        if self.recipe.boosts:
             warn_of_misfits(misfits, of="state")
 
     def preview(self, loss_of: Callable[[Any], Any], *batches: Any) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_ire._checks import ConfigurationError, check_number, check_whole
 
-__all__ = ["Start", "mask_due", "scheduled_kappas"]
+__all__ = ["Start", "checked_steps", "in_steps", "mask_due", "scheduled_kappa"]
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,8 @@ class Start:
         if len(self._given) > 1:
             names = " and ".join(f"`{self.name}_{unit}`" for unit in self._given)
             raise ConfigurationError(f"Expected at most one of the {self.name}_* arguments, got {names}.")
-        if isinstance(self.step, float) and self.step.is_integer():
-            # what a command line makes of "3000" where `float | int` was imported before `int | float`: typing's cache
-            # takes the two for the same
-            object.__setattr__(self, "step", int(self.step))
-        if isinstance(self.step, float) and not 0 < self.step < 1:
-            raise ConfigurationError(
-                f"Expected `{self.name}_step` to be a whole number of steps >= 0 or a fraction of the run strictly "
-                f"between 0 and 1, got {self.step!r}."
-            )
-        if self.step is not None and not isinstance(self.step, float):
-            check_whole(f"{self.name}_step", self.step, low=0)
+        if self.step is not None:
+            object.__setattr__(self, "step", checked_steps(f"{self.name}_step", self.step, low=0))
         if self.epoch is not None:
             check_whole(f"{self.name}_epoch", self.epoch, low=0)
         if self.loss is not None:
@@ -80,16 +70,7 @@ class Start:
         """
         if self.immediate:
             return 0
-        if not isinstance(self.step, float):  # as `is_fraction` says, but known to a type checker
-            return self.step
-        if length is None:
-            raise ConfigurationError(
-                f"Expected a run of known length for `{self.name}_step={self.step}` (a fraction of it), got one "
-                "without end, or with a loader that has no length or is reloaded, or in manual optimization with "
-                f"`max_steps`: give `{self.name}_step` in steps, or let `trainer.max_steps` alone end the run "
-                "(`trainer.max_epochs` -1)."
-            )
-        return int(self.step * length)
+        return None if self.step is None else in_steps(f"{self.name}_step", self.step, length)
 
     def reached(self, step: int, epoch: int, first_step: int | None) -> bool:
         """Whether IRE is to be on at this step (a start by loss is decided at the end of an epoch instead).
@@ -123,6 +104,56 @@ class Start:
         return f"step {self.step or 0}" if not isinstance(self.step, float) else f"{100 * self.step:g}% of the run"
 
 
+def checked_steps(name: str, value: int | float, low: int) -> int | float:
+    """Return `value` if it is a number of steps, or a fraction of the run.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: What came.
+        low: Smallest number of steps allowed.
+
+    Returns:
+        An int, or a float strictly between 0 and 1.
+
+    Raises:
+        ConfigurationError: If it is neither.
+    """
+    if isinstance(value, float) and value.is_integer():
+        # what a command line makes of "3000" where `float | int` was imported before `int | float`: typing's cache
+        # takes the two for the same
+        value = int(value)
+    if not isinstance(value, float):
+        return check_whole(name, value, low=low)
+    if not 0 < value < 1:
+        raise ConfigurationError(
+            f"Expected `{name}` to be a whole number of steps >= {low} or a fraction of the run strictly between 0 and "
+            f"1, got {value!r}."
+        )
+    return value
+
+
+def in_steps(name: str, value: int | float, length: int | None) -> int:
+    """A number of steps, or a fraction of the run in steps (or in batches, where those are counted).
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: What :func:`checked_steps` returned.
+        length: Of the whole run; ``None``: unknown.
+
+    Raises:
+        ConfigurationError: For a fraction of a run whose length is unknown.
+    """
+    if not isinstance(value, float):
+        return value
+    if length is None:
+        raise ConfigurationError(
+            f"Expected a run of known length for `{name}={value}` (a fraction of it), got one without end, or with a "
+            "loader that has no length or is reloaded, or in manual optimization with `max_steps` (`ramp_steps`: in "
+            f"any): give `{name}` in steps, or let `trainer.max_steps` alone end the run (`trainer.max_epochs` -1)."
+        )
+    return int(value * length)
+
+
 def mask_due(step: int, start: int, interval: int) -> bool:
     """Alg. 1 of the IRE paper: the mask is made where (t - T_w) mod K = 0, before the update.
 
@@ -138,16 +169,19 @@ def mask_due(step: int, start: int, interval: int) -> bool:
     return (step - start) % interval == 0
 
 
-def scheduled_kappas(kappa: float, lrs: Sequence[float], peak_lrs: Sequence[float]) -> list[float]:
-    """The "lr" schedule of kappa: kappa * lr / (highest lr so far), per parameter group.
+def scheduled_kappa(kappa: float, now: float, full: float) -> float:
+    """Kappa where it follows something that grows or shrinks: kappa * now / full.
+
+    The "lr" schedule is this with a group's learning rate now and its highest so far, "ramp" with the count of boosted
+    steps (this one included) and that of the steps on which kappa grows.
 
     Args:
-        kappa: The strength at the highest learning rate.
-        lrs: Learning rate of each group.
-        peak_lrs: Highest learning rate of each group so far.
+        kappa: The strength at `full`.
+        now: What it follows.
+        full: The highest of that; 0: there has been none.
 
     Example:
-        >>> scheduled_kappas(2.0, [0.05, 0.1], [0.1, 0.1])
-        [1.0, 2.0]
+        >>> scheduled_kappa(2.0, 0.05, 0.1)
+        1.0
     """
-    return [kappa * lr / peak if peak > 0 else 0.0 for lr, peak in zip(lrs, peak_lrs, strict=True)]
+    return kappa * now / full if full > 0 else 0.0

@@ -5,22 +5,25 @@ from __future__ import annotations
 from typing import Final
 
 KAPPA: Final = "ire/kappa"
-"""Strength in force at this step (largest over the parameter groups)."""
+"""Strength in force at this step (the largest, where parameters have different ones)."""
 FLAT_FRACTION: Final = "ire/flat_fraction"
-"""Share of the coordinates taking part that are called flat (>= gamma * p where there are ties)."""
+"""Share of the coordinates taking part that are called flat (>= gamma * p where there are ties). Soft masks:
+the mean of n."""
 THRESHOLD: Final = "ire/threshold"
 """Largest curvature estimate still called flat (per-tensor scope: the largest of the tensors' thresholds). With `beta`:
-of the moving average, whose bias towards its start at zero is taken out of this value."""
+of the moving average, whose bias towards its start at zero is taken out of this value. With a mapping as `gamma` each
+pattern has one, `ire/threshold/PATTERN`, in place of this. Soft masks: the curvature at which n is 1/2."""
 MASK_IOU: Final = "ire/mask_iou"
-"""Intersection over union of the sharp sets of the last two masks."""
+"""Intersection over union of the sharp sets of the last two masks. Soft masks: the sum of the smaller of the two sharp
+shares 1 - n over that of the larger ones."""
 MASK_IOU_CHANCE: Final = "ire/mask_iou_chance"
-"""What `ire/mask_iou` is expected to be for two independent random masks of these sizes."""
+"""What `ire/mask_iou` is expected to be for two independent random masks of these sizes; not logged for soft masks."""
 LAYER_FLAT_FRACTIONS: Final = "ire/layer_flat_fractions"
 """TensorBoard histogram: the share of flat coordinates in each parameter tensor, at the rows after a new mask."""
 STEP_NORM_FLAT: Final = "ire/step_norm_flat"
-"""L2 norm of the whole step (boost included) over the flat coordinates, in weight units."""
+"""L2 norm of the whole step (boost included) over the flat coordinates, in weight units; soft masks: of n times it."""
 STEP_NORM_SHARP: Final = "ire/step_norm_sharp"
-"""L2 norm of the whole step over all other coordinates, in weight units."""
+"""L2 norm of the whole step over all other coordinates, in weight units; soft masks: of 1 - n times it."""
 
 PERTURBED_LOSS: Final = "sam/perturbed_loss"
 """Training loss at the perturbed weights, averaged over the accumulation window, on this device."""

@@ -19,8 +19,8 @@ from lightning_ire.functional.seeds import mixed_seed
 class Recipe:
     """What the reference does; the names are the callback's."""
 
-    kappa: float = 0.0
-    gamma: float = 0.9
+    kappa: Any = 0.0
+    gamma: Any = 0.9
     interval: int = 10
     start: int = 0
     rho: float | None = None
@@ -35,6 +35,7 @@ class Recipe:
     exclude: Sequence[str] = ()
     scale_weight_decay: bool | str = True
     kappa_schedule: str = "constant"
+    ramp: int = 1
     beta: float = 0.0
     curvature: str = "sampled"
     exclude_zero: bool = False
@@ -59,7 +60,7 @@ def train(
     history = []
     for step, window in enumerate(windows):
         seed = mixed_seed(0, step)
-        on = recipe.kappa > 0 and step >= recipe.start
+        on = recipe.kappa != 0 and step >= recipe.start
         buffers = [buffer.clone() for buffer in module.buffers()]
         base = [weight.detach().clone() for weight in weights]
         perturbs = (recipe.rho is not None or recipe.ball is not None) and step % recipe.sam_interval == 0
@@ -92,7 +93,8 @@ def train(
             torch.nn.utils.clip_grad_norm_(weights, recipe.clip)
         optimizer.step()
         if on:
-            _boost(recipe, optimizer, weights, base, peaks)
+            grown = min(1.0, (step - recipe.start + 1) / recipe.ramp)
+            _boost(recipe, module, optimizer, weights, base, peaks, grown)
         elif recipe.kappa_schedule == "lr":
             _peak(optimizer, peaks)
         if scheduler is not None:
@@ -225,14 +227,18 @@ def _remake_masks(recipe: Recipe, module: nn.Module, h: list[Tensor]) -> None:
     h = [v.abs() for v in h]
     names = [name for name, _ in module.named_parameters()]
     takes_part = [not any(fnmatchcase(name, pattern) for pattern in recipe.exclude) for name in names]
-    pools = [[v for v, t in zip(h, takes_part, strict=True) if t]] if recipe.scope == "global" else [[v] for v in h]
+    gammas = recipe.gamma if isinstance(recipe.gamma, dict) else {"*": recipe.gamma}
+    fits = [next(pattern for pattern in gammas if fnmatchcase(name, pattern)) for name in names]
     thresholds = []
-    for pool in pools:
+    for index, pattern in enumerate(fits):
+        together = [t and f == pattern for t, f in zip(takes_part, fits, strict=True)]
+        pool = [v for v, t in zip(h, together, strict=True) if t] if recipe.scope == "global" else [h[index]]
+        if not pool:
+            thresholds.append(torch.tensor(-1.0))
+            continue
         ranked = torch.cat([v.reshape(-1) for v in pool]).sort().values
         ranked = ranked[ranked > 0] if recipe.exclude_zero else ranked
-        thresholds.append(ranked[max(1, int(len(ranked) * recipe.gamma)) - 1])
-    if recipe.scope == "global":
-        thresholds = thresholds * len(h)
+        thresholds.append(ranked[max(1, int(len(ranked) * gammas[pattern])) - 1])
     recipe.masks = [
         ((v <= threshold) & t & ((v > 0) | (not recipe.exclude_zero)))
         for v, threshold, t in zip(h, thresholds, takes_part, strict=True)
@@ -247,17 +253,23 @@ def _peak(optimizer: torch.optim.Optimizer, peaks: dict[int, float]) -> None:
 @torch.no_grad()
 def _boost(
     recipe: Recipe,
+    module: nn.Module,
     optimizer: torch.optim.Optimizer,
     weights: list[Tensor],
     base: list[Tensor],
     peaks: dict[int, float],
+    grown: float,
 ) -> None:
     _peak(optimizer, peaks)
     group_of = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    for weight, old, mask in zip(weights, base, recipe.masks, strict=True):
+    names = [name for name, _ in module.named_parameters()]
+    for name, weight, old, mask in zip(names, weights, base, recipe.masks, strict=True):
         index = group_of[id(weight)]
         group = optimizer.param_groups[index]
-        kappa = recipe.kappa * (group["lr"] / peaks[index] if recipe.kappa_schedule == "lr" else 1.0)
+        own = recipe.kappa if isinstance(recipe.kappa, dict) else {"*": recipe.kappa}
+        by_name = next(kappa for pattern, kappa in own.items() if fnmatchcase(name, pattern))
+        strength = group.get("ire_kappa", by_name)
+        kappa = grown * strength * (group["lr"] / peaks[index] if recipe.kappa_schedule == "lr" else 1.0)
         decayed = old * (1 - group["lr"] * group["weight_decay"])
         if recipe.scale_weight_decay == "only":
             weight.copy_(weight - kappa * mask.to(weight) * (old - decayed))

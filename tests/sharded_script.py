@@ -214,6 +214,12 @@ CELLS: dict[str, dict[str, Any]] = {
     "functional": {"ire": {"kappa": 0.0, "perturbation": FunctionalSAM(0.1, sync=True)}},
     "sharp": {"ire": BOOST | {"perturbation": SAM(0.1, sync=True, coordinates="sharp")}},
     "tensor-scope": {"ire": BOOST | {"scope": "tensor", "curvature": EmpiricalFisher()}},
+    "by-name": {
+        "ire": BOOST
+        | {"kappa": {"*.bias": 0, "*0*": 3, "*": 1}, "gamma": {"*2*": 0.3, "*": 0.8}, "curvature": EmpiricalFisher()}
+    },
+    "soft": {"ire": BOOST | {"mask": "soft", "curvature": EmpiricalFisher(), "exclude_zero_curvature": True}},
+    "soft-tensor": {"ire": BOOST | {"mask": "soft", "scope": "tensor", "curvature": EmpiricalFisher()}},
     "excluded": {"ire": BOOST | {"exclude": "*.bias", "exclude_zero_curvature": True}},
     "scheduled": {
         "ire": BOOST

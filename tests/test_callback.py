@@ -47,7 +47,7 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "start_loss": ({"start_loss": "low"}, r"Expected `start_loss` to be a number >= -inf, got 'low'\."),
     "two-starts": ({"start_step": 1, "start_epoch": 1}, r"Expected at most one .*`start_step` and `start_epoch`\."),
     "scope": ({"scope": "layer"}, r"Expected `scope` to be one of 'global', 'tensor', got 'layer'\."),
-    "schedule": ({"kappa_schedule": "cosine"}, r"Expected `kappa_schedule` to be one of 'constant', 'lr', got 'cosi"),
+    "schedule": ({"kappa_schedule": "cosine"}, r"`kappa_schedule` to be one of 'constant', 'lr', 'ramp', got 'cosi"),
     "beta": ({"beta": 1.0}, r"Expected `beta` to be a number in \[0, 1\), got 1\.0\."),
     "perturbation": ({"perturbation": 0.05}, r"Expected `perturbation` to be a Perturbation such as SAM\(rho=0\.05\)"),
     "curvature": ({"curvature": "fisher"}, r"Expected `curvature` to be a Curvature such as SampledFisher\(\), got"),

@@ -89,9 +89,14 @@ def usage_error(args: list[str], capsys) -> str:
     [
         pytest.param("--ire.gama 1", "unrecognized arguments: --ire.gama 1", id="misspelt"),
         pytest.param("--ire.kap 1", "unrecognized arguments: --ire.kap 1", id="abbreviated"),
-        pytest.param("--ire.gamma x", "ire.gamma: Expected float, got x", id="wrong-type"),
+        pytest.param("--ire.beta x", "ire.beta: Expected float, got x", id="wrong-type"),
         pytest.param("--ire.start_epoch x", "ire.start_epoch: Expected int, got x", id="wrong-type-optional"),
         pytest.param("--ire.gamma 1.5", "Expected `ire.gamma` to be a number in (0, 1], got 1.5.", id="range"),
+        pytest.param(
+            "--ire.kappa {'a':1,'*':-2}",
+            "Expected `ire.kappa` of '*' to be a number >= 0, got -2.0.",
+            id="range-mapping",
+        ),
         pytest.param(
             "--ire.perturbation SAM --ire.perturbation.rho -1",
             "Expected `ire.perturbation.rho` to be a number >= 0, got -1.0.",
@@ -237,6 +242,44 @@ def test_key_sets_up_the_callback():
     assert isinstance(ire.perturbation, SAM)
     assert ire.perturbation.rho == 0.1
     assert type(ire.curvature).__name__ == "EmpiricalFisher"
+
+
+def test_kappa_and_gamma_by_name():
+    Path("by_name.yaml").write_text('ire: {kappa: {"*linear*": 9, "*": 4}, gamma: {"*": 0.5}}')  # in this order
+    config = ["--config", "by_name.yaml"]
+    for flags, kappa in ([], {"*linear*": 9.0, "*": 4.0}), (["--ire.kappa", '{"*": 2}'], {"*": 2.0}):
+        (ire,) = (c for c in IRECLI([*DRY, *config, *flags]).trainer.callbacks if isinstance(c, IRE))
+        assert (ire.kappa, ire.gamma) == (kappa, {"*": 0.5})
+        assert list(ire.kappa) == list(kappa)
+
+
+def test_a_preset_replaces_the_configs_settings_and_flags_replace_its_own():
+    Path("other.yaml").write_text("ire: {kappa: 7, beta: 0.5, start_step: 3}")
+    flags = ["--ire.preset", "cifar100_resnet56_sam_ire"]
+    for more, text in (
+        (["--ire.start_epoch", "0"], "IRE(gamma=0.99, start_epoch=0, perturbation=SAM(rho=0.1))"),
+        (["--ire.start_epoch=null", "--ire.kappa", "2"], "IRE(kappa=2.0, gamma=0.99, perturbation=SAM(rho=0.1))"),
+    ):
+        for args in ([*flags, "--config", "other.yaml", *more], ["--config=other.yaml", *more, "=".join(flags)]):
+            (ire,) = (c for c in IRECLI([*DRY, *args]).trainer.callbacks if isinstance(c, IRE))
+            assert repr(ire) == text
+
+
+@pytest.mark.parametrize("name", ["blockwise", "lite"])
+def test_presets_with_mappings_and_objects(name, capsys):
+    with pytest.raises(SystemExit):
+        IRECLI([*DRY, "--ire.preset", name, "--print_config"])
+    settings = yaml.safe_load(capsys.readouterr().out)["ire"]
+    assert settings["curvature"]["class_path"].endswith({"blockwise": "RandomMask", "lite": "SecondMoment"}[name])
+    assert settings["kappa"] == IRE.preset(name).kappa
+    assert settings["mask"] == IRE.preset(name).mask
+
+
+def test_an_unknown_preset_is_one_line(capsys):
+    for flags, words in (("--ire.preset lit", "one of 'cifar10_wrn28_10_sgd_ire', "), ("--ire.preset", "a name after")):
+        line = usage_error([*DRY, *flags.split()], capsys)
+        assert words in line
+        assert "ire.preset`" in line
 
 
 def test_perturbation_alone_is_active():

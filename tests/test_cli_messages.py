@@ -15,7 +15,7 @@ from lightning_ire._cli_messages import one_line, with_full_key
 
 FIT = ["fit", "--model", "ImageClassifier", "--model.num_classes", "10", "--model.model", "ResNet", "--data", "Digits"]
 LISTED = {"trainer": {"callbacks": [{"class_path": "IRE", "init_args": {"gama": 1}}]}}
-WRONG_TYPE, WRONG_VALUE, WRONG_CLASS = "--ire.start_epoch x", "--ire.gamma x", "--model.model ResNett"
+WRONG_TYPE, WRONG_VALUE, WRONG_CLASS = "--ire.start_epoch x", "--ire.beta x", "--model.model ResNett"
 WRONG_KEY, WRONG_LISTED_KEY, WRONG_CALLABLE_KEY = (
     "--model.model.block [1]",
     "--config listed.yaml",
@@ -84,7 +84,9 @@ def test_jsonargparse_still_says_what_is_recognized(pattern):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (WRONG_VALUE, "ire.gamma: Expected float, got x"),
+        (WRONG_VALUE, "ire.beta: Expected float, got x"),
+        ("--ire.kappa x", "ire.kappa: Expected float; Expected Mapping, got x"),
+        ("--ire.kappa {'*':x}", "ire.kappa: Expected float, got x"),
         (WRONG_TYPE, "ire.start_epoch: Expected int, got x"),
         (WRONG_CLASS, "model.model: Expected a known class, got ResNett"),
         (WRONG_KEY, "no such key: model.model.block"),

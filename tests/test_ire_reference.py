@@ -56,6 +56,14 @@ OPTIMIZERS = {
         ],
         lr=0.1,
     ),
+    "sgd-kappas": lambda module: torch.optim.SGD(
+        [
+            {"params": list(module.parameters())[:1], "ire_kappa": 0.5},
+            {"params": list(module.parameters())[1:2], "ire_kappa": 0},
+            {"params": list(module.parameters())[2:], "lr": 0.05},
+        ],
+        lr=0.1,
+    ),
     "sgd-mixed": lambda module: torch.optim.SGD(
         [
             {"params": list(module.parameters())[:2]},
@@ -90,7 +98,12 @@ ROWS = {
     f"{method}-{name}": Case(case.ire, case.recipe, optimizer=name)
     for method, case in METHODS.items()
     for name in OPTIMIZERS
-    if name != "sgd-radii"
+    if name not in ("sgd-radii", "sgd-kappas")
+}
+BY_NAME = {
+    "kappa": {"*.bias": 0.5, "net.2*": 3.0, "*": 1.0},
+    "gamma": {"net.0*": 0.9, "*": 0.4},
+    "interval": 5,
 }
 ROWS |= {
     "ire-batchnorm": Case(BOOST, BOOST, batch_norm=True),
@@ -103,6 +116,27 @@ ROWS |= {
     ),
     "ire-accumulated": Case(BOOST, BOOST, micro_batches=2),
     "sam-ire-accumulated": Case({**BOOST, "perturbation": SAM(0.1)}, {**BOOST, "rho": 0.1}, micro_batches=4),
+    "ire-own-kappas": Case(BOOST, BOOST, optimizer="sgd-kappas"),
+    "ire-own-kappas-lr-schedule": Case(
+        {**BOOST, "kappa_schedule": "lr", "start_step": 6},
+        {**BOOST, "kappa_schedule": "lr", "start": 6},
+        optimizer="sgd-kappas",
+        scheduler=True,
+    ),
+    "ire-by-name": Case(BY_NAME, BY_NAME),
+    "ire-by-name-per-tensor": Case({**BY_NAME, "scope": "tensor"}, {**BY_NAME, "scope": "tensor"}),
+    "ire-by-name-own-kappas-lr-schedule": Case(
+        {**BY_NAME, "kappa_schedule": "lr", "start_step": 6, "exclude": "net.0.bias"},
+        {**BY_NAME, "kappa_schedule": "lr", "start": 6, "exclude": ["net.0.bias"]},
+        optimizer="sgd-kappas",
+        scheduler=True,
+    ),
+    "ire-ramp": Case(
+        {**BY_NAME, "kappa_schedule": "ramp", "ramp_steps": 9, "start_step": 6}, {**BY_NAME, "ramp": 9, "start": 6}
+    ),
+    "ire-ramp-fraction": Case(
+        {**BOOST, "kappa_schedule": "ramp", "ramp_steps": 0.4}, {**BOOST, "ramp": 12}, micro_batches=2
+    ),
     "ire-every-step": Case({**BOOST, "interval": 1}, {**BOOST, "interval": 1}),
     "ire-all-flat": Case({**BOOST, "gamma": 1.0}, {**BOOST, "gamma": 1.0}),
     "ire-per-tensor": Case({**BOOST, "scope": "tensor"}, {**BOOST, "scope": "tensor"}),
@@ -195,7 +229,9 @@ ROWS |= {
 
 
 def schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.03], total_steps=STEPS * EPOCHS + 1)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=[0.1, 0.03, 0.05][: len(optimizer.param_groups)], total_steps=STEPS * EPOCHS + 1
+    )
 
 
 @pytest.mark.parametrize("case", cases.every_second(ROWS.values()), ids=ROWS.keys())

@@ -41,7 +41,7 @@ def kept_step(tensors: list[Tensor]) -> Operations:
     masks = {str(index): torch.ones_like(tensor, dtype=torch.bool) for index, tensor in enumerate(tensors)}
     with Operations() as seen:
         weights = WeightSnapshot.take(optimizer, names, masks, {}, False)
-        boost(optimizer, weights, 1.0, None, True, False)
+        boost(optimizer, weights, dict.fromkeys(map(id, parameters), 1.0), True, False)
     return seen
     return seen
 

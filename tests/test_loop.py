@@ -85,7 +85,9 @@ def test_a_plain_loop_is_the_trainer(optimizer: str, perturbation: str, accumula
         pytest.param({**BOOST, "curvature": EmpiricalFisher(), "start_step": 3}, id="empirical"),
         pytest.param({**BOOST, "curvature": HutchinsonHessian(), "beta": 0.5}, id="hutchinson"),
         pytest.param({**BOOST, "start_epoch": 1, "kappa_schedule": "lr"}, id="epoch"),
+        pytest.param({**BOOST, "kappa_schedule": "ramp", "ramp_steps": 7, "start_step": 2}, id="ramp"),
         pytest.param({**BOOST, "exclude": "*.bias", "scope": "tensor"}, id="exclude"),
+        pytest.param({**BOOST, "mask": "soft", "scope": "tensor", "gamma": {"*.bias": 0.5, "*": 0.9}}, id="soft"),
     ],
 )
 def test_other_settings(settings: dict[str, Any]) -> None:
@@ -230,6 +232,7 @@ def test_released_it_does_nothing_more() -> None:
         ({"kappa": -1}, "`kappa`"),
         ({"dry_run": True}, "got `dry_run`"),
         ({"start_step": 0.5}, "number of steps for IREStep"),
+        ({"kappa_schedule": "ramp", "ramp_steps": 0.5}, "`ramp_steps` to be a number of steps for IREStep"),
         ({"kappa_schedule": "cosine"}, "`kappa_schedule`"),
         ({"kappa": 0, "perturbation": SAM(0.1, parameters="norm")}, "normalization layers"),
     ],

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import cases
 import pytest
 import torch
+from modules import Classifier
 from torch import Tensor
+from torch.optim import Optimizer
 
-from lightning_ire import tags
+from lightning_ire import IREStep, tags
 from lightning_ire.engine.masks import FlatMasks
-from lightning_ire.functional import flat_masks, flat_threshold, pack_mask
+from lightning_ire.functional import as_shares, flat_masks, flat_threshold, pack_mask
 
 BETA, GAMMA = 0.9, 0.5
 
@@ -148,3 +151,103 @@ def test_a_mask_without_a_shape_is_made_anew() -> None:
     for shape in ((12,), (5, 2), (10,)):
         assert ours.load_state_dict(state, {"w": torch.zeros(shape)}) == ["w"]
         assert not ours.masks
+
+
+# soft masks
+
+
+def soft(beta: float = 0.0) -> FlatMasks:
+    return FlatMasks(GAMMA, "global", False, beta, soft=True)
+
+
+def test_soft_masks_are_logged_as_means() -> None:
+    first, second = estimates(2, (30, 20), (7,))
+    ours = soft()
+    ours.refresh(["w", "b"], first)
+    before = [as_shares(ours.masks[name], torch.float64) for name in "wb"]
+    ours.refresh(["w", "b"], second)
+    now = [as_shares(ours.masks[name], torch.float64) for name in "wb"]
+    flat = torch.cat([n.flatten() for n in now])
+    assert float(ours.logs[tags.FLAT_FRACTION]) == pytest.approx(float(flat.mean()))
+    assert float(flat.mean()) == pytest.approx(GAMMA, abs=2e-3)
+    sharp = [1 - torch.cat([n.flatten() for n in some]) for some in (before, now)]
+    jaccard = torch.minimum(*sharp).sum() / torch.maximum(*sharp).sum()
+    assert float(ours.logs[tags.MASK_IOU]) == pytest.approx(float(jaccard), rel=1e-5)
+    assert tags.MASK_IOU_CHANCE not in ours.logs
+    half = float(ours.logs[tags.THRESHOLD])  # n falls from 1 at 2/3 of it to 0 at 4/3 of it
+    expected = (2 - (1.5 / half) * torch.cat([h.flatten() for h in second])).clamp(0, 1)
+    torch.testing.assert_close(flat.float(), expected, rtol=0, atol=3e-3)
+    assert ours.flat_counts() == {"w": round(float(now[0].sum())), "b": round(float(now[1].sum()))}
+    assert "50.1 %" in ours.table({"w": torch.zeros(30, 20), "b": torch.zeros(7)}).splitlines()[-1]
+
+
+def test_soft_masks_are_saved_as_they_are() -> None:
+    first, second = estimates(2, (30, 20), (1,))
+    ours, resumed = soft(BETA), soft(BETA)
+    ours.refresh(["w", "b"], first)
+    state = ours.state_dict()
+    parameters = {"w": torch.zeros(30, 20), "b": torch.zeros(1)}
+    assert resumed.load_state_dict(state, parameters) == []
+    for one in (ours, resumed):
+        assert one.masks["w"].dtype == torch.uint8
+        one.refresh(["w", "b"], second)
+    assert all(torch.equal(ours.masks[name], resumed.masks[name]) for name in "wb")
+    assert resumed.logs.keys() == ours.logs.keys()
+    assert all(torch.equal(value, resumed.logs[tag]) for tag, value in ours.logs.items())
+
+
+def test_the_other_kind_stays_in_force_until_the_next_refresh() -> None:
+    first, second = estimates(2, (30, 20))
+    parameters = {"w": torch.zeros(30, 20)}
+    for before, after in ((soft(), masks(0.0)), (masks(0.0), soft())):
+        before.refresh(["w"], first)
+        assert after.load_state_dict(before.state_dict(), parameters) == []
+        assert torch.equal(after.masks["w"], before.masks["w"])
+        after.refresh(["w"], second)
+        assert after.masks["w"].dtype != before.masks["w"].dtype
+        assert tags.MASK_IOU not in after.logs
+
+
+def test_hard_masks_are_saved_as_before() -> None:
+    ours = masks(0.0)
+    ours.refresh(["w"], [torch.rand(10)])
+    state = ours.state_dict()
+    assert list(state) == ["masks", "shapes", "average", "average_weight", "logs"]
+    assert state["masks"]["w"].shape == (2,)
+
+
+class Steps(Optimizer):
+    """An optimizer of the user's own, whose exact zeros stay zeros."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.copy_(torch.where(parameter.grad > 0, 0.0, parameter - 0.1 * parameter.grad))
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.SGD(p, lr=0.1), Steps], ids=["sgd", "proximal"])
+def test_a_step_is_lengthened_by_the_soft_mask(make: Any) -> None:
+    torch.manual_seed(0)
+    model = Classifier().double()
+    step = IREStep(model, make(model.parameters()), kappa=3.0, gamma=0.6, mask="soft")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    step(cases.loss_of(model), next(iter(cases.loader(cases.data(dtype=torch.float64)))))
+    flat = sharp = 0.0
+    factors = step.boost_factors(model, step.optimizer)
+    for parameter, old, mask in zip(model.parameters(), before, step.progress.masks.masks.values(), strict=True):
+        n = mask.double() / 255
+        base = old - 0.1 * parameter.grad
+        if make is Steps:
+            base = torch.where(parameter.grad > 0, 0.0, base)
+            n = torch.where(base == 0, 0.0, n)
+        else:
+            torch.testing.assert_close(factors[id(parameter)], 1 + 3 * n)
+        torch.testing.assert_close(parameter.detach(), base + 3 * n * (base - old), rtol=1e-12, atol=1e-12)
+        n = mask.double() / 255
+        flat += float((n * (parameter.detach() - old)).square().sum())
+        sharp += float(((1 - n) * (parameter.detach() - old)).square().sum())
+    assert float(step.logs[tags.STEP_NORM_FLAT]) == pytest.approx(flat**0.5, rel=1e-6)
+    assert float(step.logs[tags.STEP_NORM_SHARP]) == pytest.approx(sharp**0.5, rel=1e-6)

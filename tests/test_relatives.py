@@ -520,8 +520,8 @@ def test_sharp_coordinates_where_there_is_no_mask_are_all_and_of_a_mask_of_ones_
     torch.testing.assert_close(found[()], weights_of(trained(None)), rtol=1e-9, atol=1e-11)
 
 
-def test_only_sharp_coordinates_move() -> None:
-    flat = torch.tensor([True, False, True])
+@pytest.mark.parametrize("flat", [torch.tensor([True, False, True]), torch.tensor([255, 0, 255], dtype=torch.uint8)])
+def test_only_sharp_coordinates_move(flat: Tensor) -> None:
     ascent = ascent_at(1.0)
     ascent = type(ascent)(**{**vars(ascent), "flat": [flat, None]})
     moves, norm = SAM(0.5, coordinates="sharp").displacement(ascent)

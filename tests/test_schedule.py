@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lightning_ire import ConfigurationError
-from lightning_ire.schedule import Start, mask_due, scheduled_kappas
+from lightning_ire.schedule import Start, mask_due, scheduled_kappa
 
 
 @pytest.mark.parametrize(
@@ -164,13 +164,9 @@ def test_masks_are_made_every_interval_from_the_start(start, interval, due):
 
 
 def test_kappa_follows_the_learning_rate_of_each_group():
-    assert scheduled_kappas(2.0, [0.05, 0.1, 0.0], [0.1, 0.1, 0.4]) == [1.0, 2.0, 0.0]
+    pairs = [(0.05, 0.1), (0.1, 0.1), (0.0, 0.4)]
+    assert [scheduled_kappa(2.0, lr, peak) for lr, peak in pairs] == [1.0, 2.0, 0.0]
 
 
 def test_kappa_is_zero_where_no_learning_rate_was_positive():
-    assert scheduled_kappas(2.0, [0.0, 1.0], [0.0, 1.0]) == [0.0, 2.0]
-
-
-def test_one_peak_per_group():
-    with pytest.raises(ValueError, match=r"zip\(\) argument 2 is shorter"):
-        scheduled_kappas(2.0, [0.1, 0.1], [0.1])
+    assert [scheduled_kappa(2.0, lr, lr) for lr in (0.0, 1.0)] == [0.0, 2.0]

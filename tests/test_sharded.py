@@ -11,7 +11,7 @@ import sharded_script as script
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
-from lightning_ire import tags
+from lightning_ire import IRE, tags
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import check_strategy
 from lightning_ire.engine.masks import FlatMasks
@@ -23,8 +23,18 @@ BF16 = [f"{name}@{precision}" for name in ("sam-sampled", "second-moment") for p
 TWO += ["sampled@tp", "sam-sampled@tp", "empirical@tp", "hessian@tp"]
 SAVED = ["scheduled@saved-parts", "scheduled@saved-file"]
 RESUMED = ["scheduled@resumed-parts", "scheduled@resumed-file"]
-THREE = ["sampled", "sam-sampled", "second-moment", "random", "excluded", "tensor-scope", "scheduled", "hessian"]
-THREE = [f"{name}@empty" for name in THREE]
+THREE = [
+    "sampled",
+    "sam-sampled",
+    "second-moment",
+    "random",
+    "excluded",
+    "tensor-scope",
+    "by-name",
+    "scheduled",
+    "hessian",
+]
+THREE = [f"{name}@empty" for name in [*THREE, "by-name", "soft", "soft-tensor"]]
 FOUR = ["sampled@2d", "sam-sampled@2d", "second-moment@2d", "hessian@2d", "sam-sampled@hybrid", "sampled@hybrid"]
 
 
@@ -77,7 +87,7 @@ def cells() -> list[Any]:
     ]
 
 
-def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], kappa: float) -> None:
+def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], boosts: bool) -> None:
     for rank in ranks:
         assert cases.same_bits(rank["weights"], ranks[0]["weights"])
         assert rank["logs"] == ranks[0]["logs"]
@@ -86,7 +96,7 @@ def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], kappa: float)
     count = len(ranks[0]["weights"])
     torch.testing.assert_close(ranks[0]["weights"], expected["weights"][-count:], rtol=1e-11, atol=1e-12)
     assert ranks[0]["masks"].keys() == expected["masks"].keys()
-    assert bool(expected["masks"]) == (kappa > 0)
+    assert bool(expected["masks"]) == boosts
     for key, mask in expected["masks"].items():
         assert torch.equal(ranks[0]["masks"][key], mask)
     assert ranks[0]["logs"].keys() == expected["logs"].keys()
@@ -99,7 +109,8 @@ def compare(ranks: list[dict[str, Any]], expected: dict[str, Any], kappa: float)
 def test_equals_one_process_on_the_joined_batch(ranks: Any, processes: int, name: str) -> None:
     """To the rounding of float64; masks to the bit, and the gathered weights of all ranks."""
     more = {"how": "layers"} if name.endswith("@hybrid") else {}
-    compare(ranks(processes, name), alone(name, **more), script.CELLS[name.partition("@")[0]]["ire"]["kappa"])
+    boosts = IRE(**script.CELLS[name.partition("@")[0]]["ire"]).boosts
+    compare(ranks(processes, name), alone(name, **more), boosts)
 
 
 @pytest.mark.slow
@@ -118,14 +129,14 @@ def test_half_precision_runs_and_ranks_agree(ranks: Any, name: str) -> None:
 @pytest.mark.parametrize("processes", [2, 3])
 def test_resumes_at_any_world_size(ranks: Any, processes: int, name: str) -> None:
     """A folder of parts, or one file, that two processes have saved."""
-    compare(ranks(processes, name), alone("scheduled", epochs=2), 2.0)
+    compare(ranks(processes, name), alone("scheduled", epochs=2), True)
 
 
 @pytest.mark.slow
 def test_one_process_resumes_what_two_have_saved_in_one_file(ranks: Any, folder: Path) -> None:
     ranks(2, SAVED[0])
     found = alone("scheduled", epochs=2, ckpt_path=folder / "one.ckpt")
-    compare([found], alone("scheduled", epochs=2), 2.0)
+    compare([found], alone("scheduled", epochs=2), True)
 
 
 @pytest.mark.slow

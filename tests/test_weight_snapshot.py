@@ -25,7 +25,7 @@ def run(everything, transposed=False):
     copies = {id(parameters[2]): parameters[2].detach().clone()}
     weights = WeightSnapshot.take(optimizer, names, masks, copies, everything)
     optimizer.step()
-    logs = boost(optimizer, weights, 2.0, None, True, everything)
+    logs = boost(optimizer, weights, dict.fromkeys(map(id, parameters), 2.0), True, everything)
     return weights, [parameter.detach() for parameter in parameters], logs
 
 

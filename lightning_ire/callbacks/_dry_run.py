@@ -8,7 +8,7 @@ from lightning_ire._checks import ConfigurationError
 from lightning_ire._lightning import step_arguments
 from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._probe import Probe
-from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.recipe import Recipe, shown
 from lightning_ire.engine.state import Progress
 from lightning_ire.engine.step import OptimizerStep
 
@@ -42,6 +42,6 @@ def show_mask(recipe: Recipe, progress: Progress, trainer: pl.Trainer, module: p
     finally:
         step.release()
     if trainer.is_global_zero:
-        print(f"IRE, dry run: {recipe.curvature!r}, gamma {recipe.gamma:g}, step {progress.step}\n{table}")
+        print(f"IRE, dry run: {recipe.curvature!r}, gamma {shown(recipe.gamma)}, step {progress.step}\n{table}")
     trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = 0, None
     trainer.should_stop = True

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_ire import tags
 from lightning_ire._lightning import logger_step, will_log
 from lightning_ire.engine.step import OptimizerStep
+from lightning_ire.functional import as_shares
 
 __all__ = ["loggers_of", "tensorboards", "write_logs"]
 
@@ -57,7 +58,7 @@ def _layer_fractions(trainer: pl.Trainer, masks: Mapping[str, Tensor], suffix: s
     if not loggers:
         return
     device = next(iter(masks.values())).device
-    fractions = torch.stack([mask.float().mean().to(device) for mask in masks.values()]).cpu()
+    fractions = torch.stack([as_shares(mask, torch.float32).mean().to(device) for mask in masks.values()]).cpu()
     for logger in loggers:
         logger.experiment.add_histogram(
             tags.LAYER_FLAT_FRACTIONS + suffix, fractions, logger_step(trainer), bins=[i / 40 for i in range(41)]

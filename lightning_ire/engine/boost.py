@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire import tags
-from lightning_ire.engine.optimizers import decay_factors, learning_rates, named_parameters, projects
-from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.optimizers import decay_factors, named_parameters, projects, strengths
+from lightning_ire.engine.recipe import GROUP_KAPPA, Recipe
 from lightning_ire.engine.state import Progress
-from lightning_ire.functional import boost_, copied, global_norm, local
+from lightning_ire.functional import as_shares, boost_, copied, global_norm, local
 from lightning_ire.functional._foreach import groups_of, joined
 from lightning_ire.functional._shards import Shards
-from lightning_ire.schedule import scheduled_kappas
+from lightning_ire.schedule import scheduled_kappa
 
-__all__ = ["WeightSnapshot", "boost", "boost_factors", "kappas_of_groups"]
+__all__ = ["WeightSnapshot", "boost", "boost_factors", "kappas_now"]
 
 _BLOCK = 1 << 21  # elements: 16 MB in float64
 
@@ -97,8 +97,7 @@ def _blocks(weight: Tensor, old: Tensor, mask: Tensor | None) -> Iterable[tuple[
 def boost(
     optimizer: Optimizer,
     weights: WeightSnapshot,
-    kappa: float,
-    peak_lrs: list[float] | None,
+    kappas: Mapping[int, float],
     scale_weight_decay: bool | str,
     with_norms: bool,
 ) -> dict[str, Tensor | float]:
@@ -111,31 +110,29 @@ def boost(
     Args:
         optimizer: The base optimizer, with the learning rates of this step.
         weights: What :meth:`WeightSnapshot.take` took.
-        kappa: Strength.
-        peak_lrs: Highest learning rate of each group so far, for the "lr" schedule of kappa; else ``None``.
+        kappas: What :func:`kappas_now` returned.
         scale_weight_decay: Whether decoupled weight decay is boosted too; "only": it alone is.
         with_norms: Whether the norms of the whole step are wanted.
 
     Returns:
         Values for the log.
     """
-    kappas = kappas_of_groups(optimizer, kappa, peak_lrs)
     factors = None if scale_weight_decay is True else decay_factors(optimizer)
     masks = weights.masks
     if not type(optimizer).__module__.startswith("torch.optim"):
         pairs = zip(weights.parameters, masks, strict=True)
-        masks = [None if mask is None else mask & (weight != 0) for weight, mask in pairs]
+        masks = [None if mask is None else mask * (weight != 0) for weight, mask in pairs]
     boost_(
         weights.parameters,
         weights.old,
         masks,
-        [kappas[group] for group in weights.groups],
+        [kappas[id(whole)] for whole in weights.wholes],
         decay=None if factors is None else [factors[group] for group in weights.groups],
         decay_only=scale_weight_decay == "only",
     )
     if projects(type(optimizer)):  # type: ignore[arg-type]
         optimizer.project()  # type: ignore[attr-defined]
-    logs: dict[str, Tensor | float] = {tags.KAPPA: max(kappas)}
+    logs: dict[str, Tensor | float] = {tags.KAPPA: max(kappas.values())}
     if with_norms:
         logs |= _norms(weights)
     return logs
@@ -152,7 +149,7 @@ def _norms(weights: WeightSnapshot) -> dict[str, Tensor | float]:
         step = step - joined([weights.old[index] for index in members])
         masks = [mask for index in members if (mask := weights.masks[index]) is not None]
         if masks:
-            boosted = step * joined(masks)
+            boosted = step * as_shares(joined(masks), step.dtype)
             flat.append(global_norm([boosted]))
             step.sub_(boosted)
         sharp.append(global_norm([step]))
@@ -160,23 +157,39 @@ def _norms(weights: WeightSnapshot) -> dict[str, Tensor | float]:
     return {tags.STEP_NORM_FLAT: norm(flat), tags.STEP_NORM_SHARP: norm(sharp)}
 
 
-def kappas_of_groups(optimizer: Optimizer, kappa: float, peak_lrs: Sequence[float] | None) -> list[float]:
-    """Kappa of each parameter group at this step.
+def kappas_now(
+    recipe: Recipe, progress: Progress, optimizer: Optimizer, own: Mapping[int, float], step: int
+) -> dict[int, float]:
+    """Kappa of each parameter at a step, with the learning rates as they are.
 
     Args:
-        optimizer: The base optimizer, with the learning rates of this step.
-        kappa: Strength.
-        peak_lrs: Highest learning rate of each group so far, for the "lr" schedule of kappa; else ``None``.
+        recipe: The settings.
+        progress: The optimizer's state.
+        optimizer: The base optimizer.
+        own: What :func:`strengths` said when the names were last looked up.
+        step: Zero-based count of real optimizer steps.
+
+    Returns:
+        By `id` of the parameter, of all that the optimizer has.
     """
-    if peak_lrs is None:
-        return [kappa] * len(optimizer.param_groups)
-    return scheduled_kappas(kappa, learning_rates(optimizer), peak_lrs)
+    kappas: dict[int, float] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        now = full = 1.0
+        if recipe.kappa_schedule == "lr":
+            now = float(group["lr"])
+            full = progress.peak_lrs[index] if index < len(progress.peak_lrs) else now
+        elif recipe.kappa_schedule == "ramp":
+            boosted = step - (progress.started_at or 0) + 1
+            now, full = float(min(boosted, progress.ramp)), float(progress.ramp)
+        for key in map(id, group["params"]):
+            kappas[key] = scheduled_kappa(float(group.get(GROUP_KAPPA, own.get(key, 0.0))), now, full)
+    return kappas
 
 
 def boost_factors(
     recipe: Recipe, progress: Progress, module: nn.Module, optimizer: Optimizer
 ) -> dict[int, Tensor | float]:
-    """By how much the boost lengthens a step of an optimizer now: 1 + kappa * n.
+    """By how much the boost lengthens the next step of an optimizer, as things are now: 1 + kappa * n.
 
     Args:
         recipe: The settings.
@@ -187,15 +200,14 @@ def boost_factors(
     Returns:
         By `id` of the parameter a tensor of its shape; parameters that are not boosted are left out.
     """
-    if recipe.kappa == 0 or progress.started_at is None:
+    if not recipe.boosts or progress.started_at is None:
         return {}
-    peak_lrs = progress.peak_lrs if recipe.kappa_schedule == "lr" and progress.peak_lrs else None
-    kappas = kappas_of_groups(optimizer, recipe.kappa, peak_lrs)
+    kappas = kappas_now(recipe, progress, optimizer, strengths(recipe, module, optimizer), progress.step)
     names = {id(parameter): name for name, parameter in named_parameters(module, optimizer).items()}
     masks = progress.masks.masks
     return {
-        id(parameter): 1 + kappa * masks[names[id(parameter)]].to(parameter)
-        for kappa, group in zip(kappas, optimizer.param_groups, strict=False)
+        id(parameter): 1 + kappas[id(parameter)] * as_shares(masks[names[id(parameter)]], parameter.dtype)
+        for group in optimizer.param_groups
         for parameter in group["params"]
         if names.get(id(parameter)) in masks
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning_ire.functional import (
     masks_and_threshold,
     pack_mask,
     part_of_whole,
+    soft_masks_and_threshold,
     unpack_mask,
     whole_of_part,
 )
@@ -27,11 +29,16 @@ __all__ = ["FlatMasks"]
 class FlatMasks:
     """One boolean tensor per parameter that takes part; 1 = flat. Of a sharded parameter: of this rank's part.
 
+    Soft masks are uint8 tensors with 255 n. After a resume with the other kind the loaded ones stay in force until the
+    next refresh; everything here goes by the dtype.
+
     Args:
-        gamma: Fraction of coordinates called flat.
+        gamma: Fraction of coordinates called flat, or such fractions by pattern: then the parameters of a pattern are
+            ranked among themselves.
         scope: Rank over all parameters at once ("global") or in each by itself ("tensor").
         exclude_zero: Leave coordinates with h = 0 out.
         beta: Weight of the past in the moving average of h; 0: none is kept.
+        soft: Make soft masks.
 
     The moving average starts at zero, as in the authors' code: after k estimates h_1, ..., h_k it is
     sum_j (1 - beta) * beta^(k - j) * h_j, whose weights add up to 1 - beta^k. The ranking does not see that factor,
@@ -42,11 +49,14 @@ class FlatMasks:
         average_weight: What its weights add up to.
     """
 
-    def __init__(self, gamma: float, scope: str, exclude_zero: bool, beta: float) -> None:
+    def __init__(
+        self, gamma: float | Mapping[str, float], scope: str, exclude_zero: bool, beta: float, soft: bool = False
+    ) -> None:
         self.gamma = gamma
         self.scope = scope
         self.exclude_zero = exclude_zero
         self.beta = beta
+        self.soft = soft
         self.masks: dict[str, Tensor] = {}
         self.average: dict[str, Tensor] = {}
         self.average_weight = 0.0
@@ -63,6 +73,7 @@ class FlatMasks:
         names: Sequence[str],
         values: Sequence[Tensor | None],
         parameters: Sequence[Tensor] | None = None,
+        patterns: Sequence[str] | None = None,
     ) -> None:
         """Make all masks anew from finite estimates h; parameters without one (``None``) get none.
 
@@ -70,6 +81,7 @@ class FlatMasks:
             names: Parameter names.
             values: Estimates, in the same order.
             parameters: The parameters, where some may be sharded; of these all ranks have an estimate, maybe empty.
+            patterns: The pattern of each one's gamma, where there are several.
         """
         given = {name: h for name, h in zip(names, values, strict=True) if h is not None}
         wholes = given if parameters is None else dict(zip(names, parameters, strict=True))
@@ -80,21 +92,37 @@ class FlatMasks:
             present = {name: self._averaged(name, h) for name, h in present.items()}
             self.average = present
         masks: dict[str, Tensor] = {}
-        threshold = None
-        if present:
-            made, threshold = masks_and_threshold(
-                list(present.values()),
-                self.gamma,
+        thresholds: dict[str, Tensor] = {}
+        for tag, gamma, members in self._ranked_together(names, patterns, present):
+            make = soft_masks_and_threshold if self.soft else masks_and_threshold
+            made, threshold = make(
+                [present[name] for name in members],
+                gamma,
                 scope=self.scope,  # type: ignore[arg-type]
                 exclude_zero=self.exclude_zero,
                 finite=True,
-                like=[wholes[name] for name in present],
+                like=[wholes[name] for name in members],
             )
-            masks = dict(zip(present, made, strict=True))
-            threshold = threshold / self.average_weight if self.beta else threshold
-        self.logs = {} if threshold is None else _statistics(self.masks, masks, threshold, wholes)
+            masks |= zip(members, made, strict=True)
+            thresholds[tag] = threshold / self.average_weight if self.beta else threshold
+        masks = {name: masks[name] for name in present}
+        self.logs = _statistics(self.masks, masks, thresholds, wholes) if masks else {}
         self.masks = masks
         self._new = True
+
+    def _ranked_together(
+        self, names: Sequence[str], patterns: Sequence[str] | None, present: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, float, list[str]]]:
+        """Parameters with one gamma: the tag of their threshold, it, and their names."""
+        if isinstance(self.gamma, float):
+            groups = [(tags.THRESHOLD, self.gamma, list(present))]
+        else:
+            of_each = dict(zip(names, patterns or (), strict=True))
+            groups = [
+                (f"{tags.THRESHOLD}/{pattern}", gamma, [name for name in present if of_each[name] == pattern])
+                for pattern, gamma in self.gamma.items()
+            ]
+        return (group for group in groups if group[2])
 
     def take_new(self) -> dict[str, Tensor]:
         """The masks, if they were made since this was asked last."""
@@ -108,7 +136,7 @@ class FlatMasks:
         return before.to(h).lerp(h, 1 - self.beta)
 
     def flat_counts(self) -> dict[str, int]:
-        """How many coordinates of each parameter are flat; sharded: on all ranks, which all have to call."""
+        """How many coordinates of each parameter are flat (soft: the sum of n); sharded: all ranks have to call."""
         if not self.masks:
             return {}
         masks = list(self.masks.values())
@@ -118,7 +146,8 @@ class FlatMasks:
             for mask, owned in zip(masks, shards.owned, strict=True)
         ]
         counts = shards.sum(torch.stack([count.to(masks[0].device) for count in own]))
-        return dict(zip(self.masks, map(int, counts.tolist()), strict=True))
+        unit = _unit(masks[0])
+        return {name: round(count / unit) for name, count in zip(self.masks, counts.tolist(), strict=True)}
 
     def table(self, parameters: Mapping[str, Tensor]) -> str:
         """How many coordinates of each parameter are flat, one line each, and in the last line of all.
@@ -146,7 +175,7 @@ class FlatMasks:
         return "\n".join(line.rstrip() for line in lines)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks as bits with their shapes, and the moving average, on the CPU.
+        """Masks as bits (soft ones as bytes) with their shapes, and the moving average, on the CPU.
 
         Of sharded parameters the whole, one after the other: all ranks have to call, and the first one has them.
         """
@@ -157,6 +186,8 @@ class FlatMasks:
             "average_weight": self.average_weight,
             "logs": {tag: value.cpu() for tag, value in self.logs.items()},
         }
+        if any(mask.dtype == torch.uint8 for mask in self.masks.values()):
+            state["soft"] = True
         first = True
         for name, mask in self.masks.items():
             parameter = self._sharded.get(name, mask)
@@ -164,7 +195,7 @@ class FlatMasks:
             whole = whole_of_part(mask, parameter)
             average = whole_of_part(self.average[name], parameter) if name in self.average else None
             if first:
-                state["masks"][name] = pack_mask(whole)
+                state["masks"][name] = pack_mask(whole) if whole.dtype == torch.bool else whole.cpu()
                 state["average"] |= {} if average is None else {name: average.cpu()}
         return state if first else state | {"of_rank": distributed.get_rank()}
 
@@ -196,7 +227,8 @@ class FlatMasks:
             if parameter is None or not _fits(parameter, shapes.get(name), average.get(name)):
                 misfits.append(name)
                 continue
-            self.masks[name] = part_of_whole(unpack_mask(bits, parameter.shape), parameter).to(parameter.device)
+            whole = bits if state.get("soft") else unpack_mask(bits, parameter.shape)
+            self.masks[name] = part_of_whole(whole, parameter).to(parameter.device)
             if self.beta and name in average:
                 self.average[name] = part_of_whole(average[name], parameter).to(parameter.device)
         # in the state of an older release the average starts at the first estimate, and its weights add up to 1
@@ -212,37 +244,56 @@ def _fits(parameter: Tensor, shape: Sequence[int] | None, average: Tensor | None
     return shape is not None and tuple(shape) == tuple(parameter.shape)
 
 
+def _alike(old: Tensor, new: Tensor) -> bool:
+    return old.shape == new.shape and old.dtype == new.dtype
+
+
+def _unit(mask: Tensor) -> int:
+    """What a mask has where n = 1."""
+    return 255 if mask.dtype == torch.uint8 else 1
+
+
+def _total(*masks: Sequence[Tensor]) -> Tensor:
+    """Sum over all places of the largest of several masks there."""
+    if masks[0][0].dtype == torch.bool:
+        return count_true(*masks)
+    sums = [functools.reduce(torch.maximum, some).sum() for some in zip(*masks, strict=True)]
+    return torch.stack([one.to(sums[0].device) for one in sums]).sum()
+
+
 def _statistics(
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
-    threshold: Tensor,
+    thresholds: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Values for the log: sums of booleans over all ranks that hold a part, no copy to the host."""
     shards = Shards(list(new.values()), [parameters[name] for name in new])
-    shared = [name for name in new if name in old and old[name].shape == new[name].shape]
+    shared = [name for name in new if name in old and _alike(old[name], new[name])]
     mine = dict(zip(new, shards.owned, strict=True))
     own = [name for name in shared if mine[name]]
     before, now = [old[name] for name in own], [new[name] for name in own]
     device = next(iter(new.values())).device
+    unit = _unit(next(iter(new.values())))
     none = torch.zeros((), dtype=torch.int64, device=device)
-    counts = [count_true(shards.mine(list(new.values()))) if any(shards.owned) else none]
+    counts = [_total(shards.mine(list(new.values()))) if any(shards.owned) else none]
     if own:
-        all_now = counts[0] if len(own) == len(new) else count_true(now)
-        counts += [count_true(before), all_now, count_true(before, now)]
+        all_now = counts[0] if len(own) == len(new) else _total(now)
+        counts += [_total(before), all_now, _total(before, now)]
     else:
         counts += [none] * 3
     flat, flat_before, flat_now, flat_either = shards.sum(torch.stack([count.to(device) for count in counts]))
     logs: dict[str, Tensor] = {
-        tags.FLAT_FRACTION: flat.float() / sum(shards.sizes),
-        tags.THRESHOLD: threshold.to(device),
+        tags.FLAT_FRACTION: flat.float() / unit / sum(shards.sizes),
+        **{tag: threshold.to(device) for tag, threshold in thresholds.items()},
     }
     if shared:
-        size = sum(parameters[name].numel() for name in shared)
+        size = unit * sum(parameters[name].numel() for name in shared)
         sharp_old, sharp_new = (size - flat_before).float(), (size - flat_now).float()
         both = (size - flat_either).float()
         either = sharp_old + sharp_new - both
         logs[tags.MASK_IOU] = torch.where(either > 0, both / either.clamp(min=1), 1.0)
+    if shared and unit == 1:
         share = sharp_old / size * (sharp_new / size)
         chance = share / ((sharp_old + sharp_new) / size - share).clamp(min=torch.finfo(torch.float32).tiny)
         logs[tags.MASK_IOU_CHANCE] = torch.where(either > 0, chance, 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_number
 from lightning_ire.engine.collectives import warn_on_rank_zero
-from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.recipe import GROUP_KAPPA, Recipe
 from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.functional import is_sharded
 from lightning_ire.perturbation import GROUP_RADIUS, Perturbation
@@ -21,13 +21,16 @@ from lightning_ire.perturbation import GROUP_RADIUS, Perturbation
 __all__ = [
     "check_decoupled_decay",
     "check_groups",
+    "check_kappas",
     "check_optimizers",
     "decay_factors",
     "decay_is_decoupled",
     "learning_rates",
     "named_parameters",
     "parameters_that_fit",
+    "patterns_in_force",
     "projects",
+    "strengths",
     "trainable_parameters",
 ]
 
@@ -75,6 +78,57 @@ def parameters_that_fit(module: nn.Module, patterns: Sequence[str]) -> set[int]:
     }
 
 
+def patterns_in_force(module: nn.Module, optimizer: Optimizer, key: str, patterns: Iterable[str]) -> dict[int, str]:
+    """Which pattern each parameter of an optimizer falls under: the first that fits any of its names.
+
+    Args:
+        module: The module being trained.
+        optimizer: Its optimizer.
+        key: The setting that has the patterns.
+        patterns: Patterns of `fnmatch`, in their order.
+
+    Returns:
+        The pattern by `id` of the parameter.
+
+    Raises:
+        ConfigurationError: If a parameter falls under none.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in named_parameters(module, optimizer).items():
+        names[id(parameter)] = [name]
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    found: dict[int, str] = {}
+    for parameter in (one for group in optimizer.param_groups for one in group["params"] if id(one) in names):
+        own = names[id(parameter)]
+        fits = (pattern for pattern in patterns if any(fnmatch.fnmatchcase(name, pattern) for name in own))
+        pattern = next(fits, None)
+        if pattern is None:
+            raise ConfigurationError(
+                f"Expected `{key}` to have a pattern for every parameter, got none for `{own[0]}` of "
+                f'{type(module).__name__}: add "*" for the rest.'
+            )
+        found[id(parameter)] = pattern
+    return found
+
+
+def strengths(recipe: Recipe, module: nn.Module, optimizer: Optimizer) -> dict[int, float]:
+    """The recipe's kappa of each parameter of an optimizer, by `id`.
+
+    Args:
+        recipe: The settings.
+        module: The module being trained.
+        optimizer: Its optimizer.
+
+    Raises:
+        ConfigurationError: If kappa is a mapping and a parameter falls under none of its patterns.
+    """
+    kappa = recipe.kappa
+    if isinstance(kappa, float):
+        return {id(parameter): kappa for group in optimizer.param_groups for parameter in group["params"]}
+    return {key: kappa[pattern] for key, pattern in patterns_in_force(module, optimizer, "kappa", kappa).items()}
+
+
 @functools.cache
 def projects(kind: type[Optimizer]) -> bool:
     """Whether there is a `project()` without arguments (SOAP has one for gradients, with arguments).
@@ -118,9 +172,10 @@ def check_optimizers(recipe: Recipe, module: nn.Module, optimizers: Sequence[Opt
                 "Expected an optimizer with a plain step, got LBFGS, which runs the closure several times per step: "
                 "use another optimizer or remove the callback."
             )
-        if recipe.kappa and recipe.scale_weight_decay is not True:
+        if recipe.boosts and recipe.scale_weight_decay is not True:
             check_decoupled_decay(optimizer, recipe.scale_weight_decay)
-        check_groups(optimizer, with_lrs=recipe.kappa > 0 and recipe.kappa_schedule == "lr")
+        check_groups(optimizer, with_lrs=recipe.boosts and recipe.kappa_schedule == "lr")
+        check_kappas(recipe, optimizer)
         if masks:
             _refuse_complex(module, optimizer)
         if any(map(is_sharded, trainable_parameters(optimizer))):
@@ -129,6 +184,20 @@ def check_optimizers(recipe: Recipe, module: nn.Module, optimizers: Sequence[Opt
     for pattern in recipe.exclude:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             warn_on_rank_zero(f"`exclude`: the pattern {pattern!r} fits no parameter of {type(module).__name__}.")
+    for key, value, used in (("kappa", recipe.kappa, recipe.boosts), ("gamma", recipe.gamma, masks)):
+        if used and isinstance(value, Mapping):
+            _check_patterns(key, value, module, optimizers)
+
+
+def _check_patterns(key: str, value: Mapping[str, float], module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse parameters that fall under none, and warn of patterns under which none falls ("*" may be in reserve)."""
+    in_force = {one for each in optimizers for one in patterns_in_force(module, each, key, value).values()}
+    for pattern in value:
+        if pattern not in in_force and pattern != "*":
+            warn_on_rank_zero(
+                f"`{key}`: the pattern {pattern!r} fits no parameter of {type(module).__name__}'s optimizer that an "
+                "earlier one does not fit."
+            )
 
 
 def _check_perturbation(perturbation: Perturbation, masks: bool) -> None:
@@ -188,6 +257,28 @@ def check_groups(optimizer: Optimizer, with_lrs: bool) -> None:
             raise ConfigurationError(
                 "Expected an optimizer with a learning rate in every parameter group for `kappa_schedule='lr'`, got "
                 f"{type(optimizer).__name__} without: set `kappa_schedule` to 'constant'."
+            )
+
+
+def check_kappas(recipe: Recipe, optimizer: Optimizer) -> None:
+    """Refuse strengths of parameter groups that are none, and such that would do nothing.
+
+    Args:
+        recipe: The settings.
+        optimizer: The base optimizer.
+
+    Raises:
+        ConfigurationError: With the key to change.
+    """
+    for group in optimizer.param_groups:
+        if GROUP_KAPPA not in group:
+            continue
+        check_number(GROUP_KAPPA, group[GROUP_KAPPA])
+        if not recipe.boosts:
+            raise ConfigurationError(
+                f"Expected `kappa` > 0 where a parameter group has `{GROUP_KAPPA}`, got {recipe.kappa!r} and a group "
+                f"with {group[GROUP_KAPPA]!r}: set `kappa`, which switches the boost on, or take `{GROUP_KAPPA}` out "
+                "of the group."
             )
 
 

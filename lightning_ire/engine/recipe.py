@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
+from lightning_ire._checks import (
+    ConfigurationError,
+    check_choice,
+    check_number,
+    check_numbers,
+    check_switch,
+    check_whole,
+)
 from lightning_ire.curvature import Curvature, SampledFisher
 from lightning_ire.perturbation import Perturbation
-from lightning_ire.schedule import Start, mask_due
+from lightning_ire.schedule import Start, checked_steps, in_steps, mask_due
 
-__all__ = ["Recipe"]
+__all__ = ["GROUP_KAPPA", "Recipe", "shown"]
+
+GROUP_KAPPA = "ire_kappa"
+"""Key in a parameter group of the optimizer: kappa of its parameters, in place of the recipe's."""
 
 
 class Recipe:
@@ -30,8 +41,8 @@ class Recipe:
 
     def __init__(
         self,
-        kappa: float = 1.0,
-        gamma: float = 0.9,
+        kappa: float | Mapping[str, float] = 1.0,
+        gamma: float | Mapping[str, float] = 0.9,
         interval: int = 10,
         start_step: int | float | None = None,
         start_epoch: int | None = None,
@@ -42,11 +53,13 @@ class Recipe:
         exclude: str | Sequence[str] | None = None,
         scale_weight_decay: bool | Literal["only"] = True,
         exclude_zero_curvature: bool = False,
-        kappa_schedule: Literal["constant", "lr"] = "constant",
+        kappa_schedule: Literal["constant", "lr", "ramp"] = "constant",
         beta: float = 0.0,
+        ramp_steps: int | float | None = None,
+        mask: Literal["hard", "soft"] = "hard",
     ) -> None:
-        self.kappa = check_number("kappa", kappa)
-        self.gamma = check_number("gamma", gamma, high=1.0, low_open=True)
+        self.kappa = check_numbers("kappa", kappa)
+        self.gamma = check_numbers("gamma", gamma, high=1.0, low_open=True)
         self.interval = check_whole("interval", interval, low=1)
         self.start = Start(start_step, start_epoch, start_loss)
         self.curvature = _instance("curvature", curvature, Curvature, "SampledFisher()") or SampledFisher()
@@ -55,8 +68,43 @@ class Recipe:
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
         self.scale_weight_decay = check_switch("scale_weight_decay", scale_weight_decay, "only")
         self.exclude_zero_curvature = bool(exclude_zero_curvature)
-        self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr"))
+        self.kappa_schedule = check_choice("kappa_schedule", kappa_schedule, ("constant", "lr", "ramp"))
         self.beta = check_number("beta", beta, high=1.0, high_open=True)
+        self.ramp_steps = ramp_steps if ramp_steps is None else checked_steps("ramp_steps", ramp_steps, low=1)
+        self.mask = check_choice("mask", mask, ("hard", "soft"))
+        if (ramp_steps is None) == (self.kappa_schedule == "ramp"):
+            raise ConfigurationError(
+                f"Expected `ramp_steps` with `kappa_schedule='ramp'` and only there, got {ramp_steps!r} with "
+                f"{self.kappa_schedule!r}: "
+                + ("set `ramp_steps`." if ramp_steps is None else "set `kappa_schedule` to 'ramp' or leave it out.")
+            )
+
+    def __repr__(self) -> str:
+        """The call that makes the same, with the arguments that differ from their defaults."""
+        changed = []
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            owner = self.start if name.startswith("start_") else self
+            value = getattr(owner, name.removeprefix("start_"), parameter.default)
+            default = {"curvature": "SampledFisher()", "exclude": "[]"}.get(name, repr(parameter.default))
+            if name != "self" and repr(value) != default:
+                changed.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    @property
+    def boosts(self) -> bool:
+        """Whether there is a boost at all, and so masks and estimates."""
+        return self.kappa > 0 if isinstance(self.kappa, float) else max(self.kappa.values()) > 0
+
+    def ramp_length(self, length: int | None) -> int:
+        """On how many boosted steps kappa grows; 1: it does not.
+
+        Args:
+            length: Optimizer steps in the whole run; ``None``: unknown.
+
+        Raises:
+            ConfigurationError: For a fraction of a run whose length is unknown.
+        """
+        return 1 if self.ramp_steps is None else max(1, in_steps("ramp_steps", self.ramp_steps, length))
 
     def should_refresh(self, step: int, started_at: int) -> bool:
         """Whether the mask is to be made at this step: the place to change the timing.
@@ -74,6 +122,21 @@ class Recipe:
             step: Zero-based count of real optimizer steps.
         """
         return self.perturbation is not None and self.perturbation.second_pass(step)
+
+
+def shown(value: float | Mapping[str, float]) -> str:
+    """A number, or numbers by pattern, in a line of text.
+
+    Args:
+        value: Kappa or gamma.
+
+    Example:
+        >>> shown(0.9), shown({"*embed*": 9.0, "*": 4.0})
+        ('0.9', '9 for *embed*, 4 for *')
+    """
+    if not isinstance(value, Mapping):
+        return f"{value:g}"
+    return ", ".join(f"{number:g} for {pattern}" for pattern, number in value.items())
 
 
 def _instance(name: str, value: Any, kind: type, example: str) -> Any:

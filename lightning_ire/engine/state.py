@@ -42,6 +42,7 @@ class Progress:
         memory: What the perturbation keeps of each weight.
         perturbation: The class of that perturbation.
         ascent_norm: The norm that divided the last SAM step, not kept in checkpoints.
+        ramp: On how many boosted steps kappa grows, a setting: not kept in checkpoints either.
     """
 
     masks: FlatMasks
@@ -57,6 +58,7 @@ class Progress:
     memory: PerturbationMemory = field(default_factory=PerturbationMemory)
     perturbation: str = ""
     ascent_norm: Tensor | None = None
+    ramp: int = 1
 
     @classmethod
     def new(cls, recipe: Recipe, step: int = 0, seed: int | None = None) -> Progress:
@@ -67,7 +69,10 @@ class Progress:
             step: The optimizer's real steps so far, of a run without IRE.
             seed: Seed of all draws; ``None``: that of the run.
         """
-        self = cls(FlatMasks(recipe.gamma, recipe.scope, recipe.exclude_zero_curvature, recipe.beta), step)
+        masks = FlatMasks(
+            recipe.gamma, recipe.scope, recipe.exclude_zero_curvature, recipe.beta, soft=recipe.mask == "soft"
+        )
+        self = cls(masks, step)
         if seed is not None:
             self.seed = seed
         self.perturbation = type(recipe.perturbation).__name__
@@ -140,7 +145,7 @@ class Progress:
         Args:
             recipe: The settings.
         """
-        return recipe.kappa > 0 and self.started_at is None and recipe.start.loss is not None
+        return recipe.boosts and self.started_at is None and recipe.start.loss is not None
 
     def reaches_start_loss(self, recipe: Recipe, host: Host) -> bool | None:
         """Whether the mean of the remembered losses on all devices lets the boost start; the losses are forgotten.

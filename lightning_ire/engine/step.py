@@ -14,12 +14,18 @@ from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
 from lightning_ire.curvature import MicroBatch
 from lightning_ire.engine._torch import run_first
-from lightning_ire.engine.boost import WeightSnapshot, boost
+from lightning_ire.engine.boost import WeightSnapshot, boost, kappas_now
 from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
 from lightning_ire.engine.no_trace import devices_of
-from lightning_ire.engine.optimizers import named_parameters, parameters_that_fit, trainable_parameters
+from lightning_ire.engine.optimizers import (
+    named_parameters,
+    parameters_that_fit,
+    patterns_in_force,
+    strengths,
+    trainable_parameters,
+)
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.replay import loss_of
 from lightning_ire.engine.sharding import GatheredWeights
@@ -81,6 +87,7 @@ class OptimizerStep:
         self.gathered = GatheredWeights(module)
         self.logs: dict[str, Tensor | float] = {}
         self._names = self._current_names()
+        self._strengths = strengths(recipe, module, optimizer)
         self.window: AccumulationWindow | None = None
         self._live: tuple[MicroBatch, Tensor] | None = None
         self._snapshot: WeightSnapshot | None = None
@@ -115,7 +122,7 @@ class OptimizerStep:
             Whether the next step needs anything but counting.
         """
         recipe, progress = self.recipe, self.progress
-        pending = recipe.kappa > 0 and progress.started_at is None
+        pending = recipe.boosts and progress.started_at is None
         if pending and recipe.start.reached(self.moment(recipe.start), self.host.epoch, self.first_step):
             progress.start()
         return progress.started_at is not None or self.perturbation is not None
@@ -291,10 +298,15 @@ class OptimizerStep:
                 )
             return
         self._names = self._current_names()
+        self._strengths = strengths(self.recipe, self.module, self.optimizer)
         excluded = parameters_that_fit(self.module, self.recipe.exclude)
         names = [self._names[id(parameter)] for parameter in window.parameters]
         taking_part = [None if id(p) in excluded else h for p, h in zip(window.parameters, values, strict=True)]
-        self.progress.masks.refresh(names, taking_part, window.parameters)
+        patterns = None
+        if not isinstance(self.recipe.gamma, float):
+            of_each = patterns_in_force(self.module, self.optimizer, "gamma", self.recipe.gamma)
+            patterns = [of_each[id(p)] for p in window.parameters]
+        self.progress.masks.refresh(names, taking_part, window.parameters, patterns)
 
     def finish_gradient(self, second_pass: Callable[[bool], Tensor | None] | None) -> None:
         """What comes between the gradients at theta_t and the optimizer's step, in this order.
@@ -382,9 +394,8 @@ class OptimizerStep:
         if overflow is not None and float(overflow):
             return
         recipe, progress = self.recipe, self.progress
-        follows_lr = recipe.kappa_schedule == "lr"
         rho_too = recipe.perturbation is not None and recipe.perturbation.rho_schedule == "lr"
-        progress.count_step(optimizer, with_lrs=follows_lr or rho_too)
+        progress.count_step(optimizer, with_lrs=recipe.kappa_schedule == "lr" or rho_too)
         if self.window is not None and self.window.finished and self.window.ascent is not None:
             self.window.ascent.after_step()
         weights, self._snapshot = self._snapshot, None
@@ -392,8 +403,7 @@ class OptimizerStep:
             self.logs |= boost(
                 optimizer,
                 weights,
-                recipe.kappa,
-                peak_lrs=progress.peak_lrs if follows_lr else None,
+                kappas_now(recipe, progress, optimizer, self._strengths, progress.step - 1),
                 scale_weight_decay=recipe.scale_weight_decay,
                 with_norms=self.host.will_log,
             )

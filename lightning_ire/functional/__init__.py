@@ -74,9 +74,11 @@ from lightning_ire.functional.sampled_losses import (
     sampled_nll_loss,
     sampled_poisson_nll_loss,
 )
+from lightning_ire.functional.soft_mask import as_shares, soft_masks, soft_masks_and_threshold
 from lightning_ire.functional.spectrum import Extremes, Krylov, SpectralDensity, extreme_eigenvalues, spectral_density
 from lightning_ire.functional.stability import adam_limit, effective_product, sgd_limit, stability_edge
 from lightning_ire.functional.state import BufferState, RandomState, kept_buffers, seeded
+from lightning_ire.functional.subspace import sharp_subspace
 from lightning_ire.functional.threshold import flat_threshold
 from lightning_ire.functional.vectors import (
     Coordinates,
@@ -104,6 +106,7 @@ __all__ = [
     "adaptive_mean",
     "all_finite",
     "as_real",
+    "as_shares",
     "ascent_in_ball",
     "average_sam_displacement",
     "boost_",
@@ -151,6 +154,9 @@ __all__ = [
     "sampled_poisson_nll_loss",
     "seeded",
     "sgd_limit",
+    "sharp_subspace",
+    "soft_masks",
+    "soft_masks_and_threshold",
     "spectral_density",
     "split_like",
     "stability_edge",

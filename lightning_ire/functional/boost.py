@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ire.functional._foreach import groups_of, joined, masked_, parts_of, subtract_
 from lightning_ire.functional._shards import local
+from lightning_ire.functional.soft_mask import as_shares
 
 __all__ = ["boost_"]
 
@@ -36,7 +37,8 @@ def boost_(
         parameters: Weights after the base step; changed in place. Of a DTensor this rank's part is, and what stands
             beside it in the other lists may be parts as well.
         old_parameters: Weights before the base step, same shapes; not changed.
-        masks: Boolean tensors, 1 = flat; ``None`` leaves that parameter alone.
+        masks: Boolean tensors, 1 = flat, or soft ones (uint8, n = value / 255, as :func:`soft_masks` makes them);
+            ``None`` leaves that parameter alone.
         kappa: Strength >= 0, one for all or one per parameter.
         decay: Per parameter, the factor lr * weight_decay by which the base step shrank the weights (decoupled weight
             decay). That part of the step, -decay * theta_old, is then not lengthened. Default: the whole step is.
@@ -68,10 +70,10 @@ def boost_(
         if masks[index] is not None and kappas[index] != 0 and not (decay_only and not decays[index])
     ]
     parameters = [local(parameter) for parameter in parameters]
-    keys = [(kappas[index], decays[index]) for index in chosen]
+    keys = [(kappas[index], decays[index], masks[index].dtype) for index in chosen]  # type: ignore[union-attr]
     for group in groups_of([parameters[index] for index in chosen], keys):
         members = [chosen[position] for position in group]
-        strength, shrunk = keys[group[0]]
+        strength, shrunk, _ = keys[group[0]]
         weights = [parameters[index] for index in members]
         olds = [local(old_parameters[index]) for index in members]
         flat: list[Tensor] = [local(masks[index]) for index in members]  # type: ignore[misc]
@@ -91,6 +93,9 @@ def _way_back(weight: Tensor, old: Tensor, mask: Tensor, shrunk: float, decay_on
         back = old - weight
         if shrunk:
             back.sub_(old, alpha=shrunk)
+    if mask.dtype == torch.uint8:
+        back.mul_(as_shares(mask, back.dtype))
+        mask = mask != 0
     masked_([back], [mask])
     return back
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
-from lightning_ire.functional import ascent_in_ball, average_sam_displacement, local, sam_displacement
+from lightning_ire.functional import as_shares, ascent_in_ball, average_sam_displacement, local, sam_displacement
 from lightning_ire.perturbation.base import Ascent, Perturbation
 
 __all__ = ["SAM", "AdversarialModelPerturbation", "AverageSAM"]
@@ -101,7 +101,7 @@ class SAM(Perturbation):
         if self.coordinates == "sharp" and ascent.flat:
             given = zip(directions, ascent.flat, ascent.parameters, strict=True)
             directions = [
-                d if d is None or flat is None else local(d, weight).to_dense() * (1 - flat.to(weight.dtype))
+                d if d is None or flat is None else local(d, weight).to_dense() * (1 - as_shares(flat, weight.dtype))
                 for d, flat, weight in given
             ]
         adaptive = [self.adapts(name) for name in ascent.names] if self.adaptive == "weights" else self.adaptive
