@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -165,13 +165,15 @@ def quiet_trainer(callbacks: list[Callback], device: str, precision: str) -> pl.
     )
 
 
-def times(name: str, rounds: int, options: Any) -> tuple[dict[str, list[float]], float]:
+def times(
+    name: str, rounds: int, options: Any, variants: Mapping[str, Callable[[], list[Callback]]]
+) -> tuple[dict[str, list[float]], float]:
     """Seconds of each step of each variant, and the backward pass's share of a plain step."""
     steps = WARM_UP + rounds
     passes = Passes(options.device)
     chosen = {
         variant: make
-        for variant, make in VARIANTS.items()
+        for variant, make in variants.items()
         if variant == PLAIN or not options.variants or variant in options.variants
     }
     if options.against:
@@ -292,7 +294,7 @@ def allocations(fit: Callable[[], None], device: str) -> tuple[float, float]:
 
 
 def measure(name: str, options: Any) -> dict[str, Any]:
-    seconds, backward = times(name, options.rounds, options)
+    seconds, backward = times(name, options.rounds, options, VARIANTS)
     parameters = sum(parameter.numel() for parameter in WORKLOADS[name].net().parameters())
     step = median(seconds[PLAIN])
     least = floors(backward, parameters / bandwidth(options.device) / step)

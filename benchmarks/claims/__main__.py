@@ -21,7 +21,7 @@ import report
 from claims._report import FIGURES, ROOT
 from claims._runs import Runs, collect
 
-CLAIMS = ["trajectories", "drift", "sharpness_grid", "accuracy", "language", "step_cost", "ablations"]
+CLAIMS = ["trajectories", "drift", "sharpness_grid", "accuracy", "language", "step_cost", "ablations", "relatives"]
 RESULTS = Path(__file__).parent / "results"
 SIZES = ("default", "full", "tiny")
 README, PAGE = ROOT / "README.md", ROOT / "benchmarks" / "CLAIMS.md"

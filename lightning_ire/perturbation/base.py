@@ -43,8 +43,8 @@ class Ascent:
             DTensor this rank's part) or numbers, by names of its own choice. It is saved in every checkpoint. Put new
             tensors in, do not write into old ones: if the step is left out (fp16 overflow), what was put in is dropped.
         factors: What `rho_schedule` multiplies the radius of each weight with.
-        flat: IRE's mask in force of each weight, whose values :func:`lightning_ire.functional.as_shares` gives (1: flat;
-            of a DTensor this rank's part); ``None`` where there is none.
+        flat: IRE's mask in force of each weight (of a DTensor this rank's part), whose values, 1 for flat,
+            :func:`lightning_ire.functional.as_shares` gives; ``None`` where there is none.
     """
 
     parameters: Sequence[Tensor]
