@@ -24,6 +24,7 @@ from lightning_ire import (
     AdversarialModelPerturbation,
     AverageSAM,
     ConfigurationError,
+    EmpiricalFisher,
     FriendlySAM,
     FunctionalSAM,
     IREStep,
@@ -33,6 +34,7 @@ from lightning_ire import (
     RandomMask,
     StableSAM,
     WeightedSAM,
+    in_extra_pass,
 )
 
 STEPS, BATCH, RATE = 30, 8, 0.1
@@ -358,6 +360,32 @@ def test_a_step_that_overflows_leaves_nothing_behind(name: str) -> None:
         found.append((weights_of(module), ire._progress.step))
     assert found[0][1] == found[1][1] == 7
     torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-3, atol=2e-4)
+
+
+class OverflowingAbove(Classifier):
+    """The gradient at the moved weights of the third step overflows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * 1e36 if batch_idx == 2 and in_extra_pass() else loss
+
+
+@pytest.mark.parametrize("name", ["weighted", "weighted-coupled", "gsam", "look", "friendly", "stable"])
+def test_an_overflow_at_the_moved_weights_leaves_the_step_out(name: str) -> None:
+    torch.manual_seed(5)
+    module = OverflowingAbove(Net(), sgd)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    ire = IRE(kappa=0.0, perturbation=LookSAM(0.3, k=2) if name == "look" else FORMULAS[name][0]())
+    plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    cases.fit(module, [ire], cases.loader(cases.data(8 * BATCH), BATCH), plugins=[plugin], max_epochs=1)
+    assert ire._progress.step == 7
+    assert torch.isfinite(weights_of(module)).all()
+
+
+def test_a_dry_run_makes_no_second_pass(capsys: Any) -> None:
+    ire = IRE(kappa=1.0, curvature=EmpiricalFisher(), perturbation=FunctionalSAM(0.1), dry_run=True)
+    cases.fit(Classifier(net()), [ire], cases.loader(cases.data(16, torch.float64), BATCH))
+    assert "all that take part" in capsys.readouterr().out
 
 
 def halved(optimizer: torch.optim.Optimizer) -> Any:

@@ -18,7 +18,7 @@ from lightning_ire.engine.module_state import MovingWeights
 from lightning_ire.engine.optimizers import named_parameters
 from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.engine.state import Progress
-from lightning_ire.functional import local, perturbed
+from lightning_ire.functional import all_finite, local, perturbed
 from lightning_ire.functional.seeds import mixed_seed
 from lightning_ire.perturbation import Ascent, Perturbation
 
@@ -185,13 +185,10 @@ class WeightAscent:
         return dict(copies), first_norm, loss
 
     def _gradients(self) -> list[Tensor | None]:
-        """Those in `.grad`, unscaled, of this rank's parts; copies where a later pass might write into them (DDP)."""
-        parts = [
-            None if weight.grad is None else local(weight.grad.detach(), weight).to_dense() for weight in self._trained
-        ]
-        if self._host.world_size > 1 and self._host.loss_scale == 1:
-            parts = [None if part is None else part.clone() for part in parts]
-        return unscaled(parts, self._host.loss_scale)
+        """Copies of those in `.grad`, unscaled, of this rank's parts: DDP uses the memory of the first pass again."""
+        scale = self._host.loss_scale
+        parts = [None if w.grad is None else local(w.grad.detach(), w).to_dense() for w in self._trained]
+        return unscaled(parts if scale != 1 else [None if part is None else part.clone() for part in parts], scale)
 
     @torch.no_grad()
     def _combine(self, own: Sequence[Tensor | None]) -> None:
@@ -199,7 +196,10 @@ class WeightAscent:
         perturbed = self._gradients() if self.second else None
         ascent = self._look(self._trained, own)
         scale = self._host.loss_scale
-        for weight, gradient in zip(self._trained, self.perturbation.combine(own, perturbed, ascent), strict=True):
+        made = self.perturbation.combine(own, perturbed, ascent)
+        if scale != 1 and perturbed is not None and not bool(all_finite([one for one in perturbed if one is not None])):
+            made = perturbed  # whatever was made of them: the GradScaler has to see that they overflowed
+        for weight, gradient in zip(self._trained, made, strict=True):
             if gradient is None:
                 weight.grad = None
                 continue

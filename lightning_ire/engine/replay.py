@@ -239,7 +239,8 @@ class ExtraPasses:
                 last = index == len(micro_batches) - 1
                 with nullcontext() if synchronized and last else self._host.no_sync():
                     micro_batch.replay.restore()
-                    with nullcontext() if self._ascent is None else self._ascent.watch(micro_batch.notes, again=True):
+                    ascent = self._ascent if self._ascent is not None and self._ascent.base else None  # in a preview
+                    with nullcontext() if ascent is None else ascent.watch(micro_batch.notes, again=True):
                         loss = loss_of(self._forward(*micro_batch.args, **micro_batch.kwargs))
                     if loss is None:
                         continue
