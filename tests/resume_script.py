@@ -27,7 +27,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from modules import Classifier, Net
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher
+from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher, FriendlySAM, LookSAM
 
 BATCHES = 8  # per epoch, the last one short
 EPOCHS = 3
@@ -230,6 +230,17 @@ RUNS: dict[str, dict[str, Any]] = {
         "kills": [(0, 7, "stepped"), (1, 4, "batch-end")],
         "trainer": {"accumulate_grad_batches": 3},
         "every": 2,
+    },
+    "friendly": {
+        "ire": {**BOOST, "mask": "soft", "perturbation": FriendlySAM(0.1, start_step=3)},
+        "kills": [(1, 4, "forward-2"), (2, 3, "stepped")],
+        "dropout": 0.4,
+        "streams": True,
+    },
+    "look": {
+        "ire": {"kappa": 0.0, "perturbation": LookSAM(0.1, k=4, rho_schedule="lr", stop_step=0.9)},
+        "kills": [(0, 6, "stepped"), (1, 4, "forward-1")],
+        "scheduler": cosine,
     },
     "dropout": {"ire": SAM_IRE, "kills": TWO, "dropout": 0.4, "streams": True},
     "float64": {"ire": SAM_IRE, "kills": TWO, "trainer": {"precision": "64-true"}},

@@ -25,7 +25,7 @@ SLOW = {
     "start-fraction", "start-epoch", "start-behind", "empirical", "average-sam", "bf16", "sparse-rows", "sam", "ire",
     "epoch-boundary-fixed", "start-loss-later", "sam-interval", "float64", "kappa-lr", "accumulated-start-loss",
     "validation-start-loss", "start-ahead", "beta", "epoch-boundary", "validation", "forced-accumulated",
-    "forced-validation",
+    "forced-validation", "friendly", "look",
 }  # fmt: skip
 
 
