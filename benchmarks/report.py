@@ -17,6 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "step_cost.png"
 STEPS, SIZES = RESULTS / "step_cost.json", RESULTS / "optimizer_step.json"
 SHARDED = RESULTS / "sharded.json"
+METHODS, METHODS_PICTURE = RESULTS / "methods_cost.json", ROOT / "docs" / "methods_cost.png"
 ROWS = {  # of the table: the run whose memory belongs to it
     "off": "off",
     "IRE, K=10": "IRE",
@@ -49,6 +50,13 @@ TARGETS = {  # the project's own
 }
 SIZE_TARGETS = {"mask": 0.2, "step + boost: AdamW, fused": 2.0}
 KEPT_TARGET = 1.0  # bytes
+METHOD_TARGETS = {  # the project's own; of two of them beside SAM's own ratio
+    "MomentumSAM(rho=0.05)": 1.05,
+    "SAM(rho=0.05, start_step=0.9)": 1.11,
+    "LookSAM(rho=0.05, k=5)": 1.25,
+    "SAM(rho=0.05, fraction=0.25)": 1.30,
+}
+BESIDE_SAM = {"GSAM(rho=0.05)": 0.05, "FriendlySAM(rho=0.05)": 0.05}
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -195,13 +203,29 @@ def ranking_table(content: Mapping[str, Any]) -> str:
     return table(["values on a rank", "seconds", "ns per value"], lines)
 
 
+def methods_table(content: Mapping[str, Any]) -> str:
+    """Ratios with quartiles of each relative of SAM, and what they were to be at most."""
+    workloads = content["workloads"]
+    lines = []
+    for method in next(iter(workloads.values()))["rows"]:
+        found = [one["rows"][method] for one in workloads.values()]
+        aim = f"{METHOD_TARGETS[method]:.2f}" if method in METHOD_TARGETS else ""
+        if method in BESIDE_SAM:
+            sam = [one["rows"]["SAM(rho=0.05)"]["ratio"] for one in workloads.values()]
+            aim = " / ".join(f"{ratio + BESIDE_SAM[method]:.2f}" for ratio in sam)
+        cells = [f"**{one['ratio']:.3f}** ({one['low']:.2f} to {one['high']:.2f})" for one in found]
+        lines.append([f"`{method}`", *cells, aim])
+    heads = [f"{name}: {one['seconds']:.2g} s, {one['rounds']} rounds" for name, one in workloads.items()]
+    return table(["", *heads, "aim"], lines)
+
+
 def load(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
 def blocks() -> dict[Path, dict[str, str]]:
     """For each file, what stands between its markers."""
-    steps, sizes, sharded = load(STEPS), load(SIZES), load(SHARDED)
+    steps, sizes, sharded, methods = load(STEPS), load(SIZES), load(SHARDED), load(METHODS)
     gpu = []
     for path in sorted((RESULTS / "gpu").glob("*.json")):
         content = load(path)
@@ -215,6 +239,7 @@ def blocks() -> dict[Path, dict[str, str]]:
             "memory": memory_table(steps),
             "sizes": f"{where(sizes)}\n\n{size_table(sizes)}",
             "targets": target_table(steps, sizes),
+            "methods": f"{where(methods)}\n\n{methods_table(methods)}",
             "traffic": traffic_table(sharded),
             "ranking": f"{where(sharded)}\n\n{ranking_table(sharded)}",
             "gpu": "\n\n".join(gpu) or "None yet: no session has had such a machine.",
@@ -277,6 +302,27 @@ def draw() -> None:
     right.legend(loc="lower left")
     right.grid(alpha=0.3)
     figure.savefig(PICTURE, dpi=100)
+    plt.close(figure)
+
+    methods = load(METHODS)["workloads"]
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for number, (name, one) in enumerate(methods.items()):
+        found = list(one["rows"].values())
+        height = [index + 0.2 * (number - (len(methods) - 1) / 2) for index in range(len(found))]
+        ends = [[each["ratio"] - each["low"] for each in found], [each["high"] - each["ratio"] for each in found]]
+        ratios = [each["ratio"] for each in found]
+        axis.errorbar(ratios, height, xerr=ends, fmt="o", markersize=4, capsize=2, label=name)
+    names = list(next(iter(methods.values()))["rows"])
+    for method, aim in METHOD_TARGETS.items():
+        axis.plot(aim, names.index(method), "k|", markersize=16)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set(
+        xlabel="step, against a plain one of the same run (median, quartiles; bars: aims)", title="SAM's relatives"
+    )
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(METHODS_PICTURE, dpi=100)
 
 
 def main() -> None:
@@ -284,7 +330,7 @@ def main() -> None:
         rewrite(path, contents)
         print(f"wrote {path.relative_to(ROOT)}")
     draw()
-    print(f"wrote {PICTURE.relative_to(ROOT)}")
+    print(f"wrote {PICTURE.relative_to(ROOT)}, {METHODS_PICTURE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

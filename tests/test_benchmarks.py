@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import methods_cost
 import pytest
 import report
 import step_cost
@@ -31,6 +32,14 @@ def test_every_row_of_every_network_was_measured() -> None:
     for each in sizes["measurements"].values():
         assert [one["parameters"] for one in each.values()][-3:] == pytest.approx([250e6, 1e6, 200e6], rel=0.01)
     assert content["machine"] == sizes["machine"]
+
+
+def test_every_relative_of_sam_was_measured() -> None:
+    for one in report.load(report.METHODS)["workloads"].values():
+        assert one["rows"].keys() == methods_cost.METHODS.keys()
+        assert one["rounds"] >= 2 * methods_cost.PERIOD
+    for name, made in methods_cost.METHODS.items():
+        assert repr(made).split("(")[0] == name.split("(")[0]
 
 
 def test_a_table_is_rewritten_between_its_markers(tmp_path: Path) -> None:
