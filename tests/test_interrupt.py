@@ -286,7 +286,10 @@ def ctrl_c_everywhere(settings: dict[str, Any], stride: int, function: str | Non
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stride", [397, pytest.param(29, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stride",
+    [397, pytest.param(97, marks=pytest.mark.slow), pytest.param(29, marks=[pytest.mark.slow, pytest.mark.weekly])],
+)
 @pytest.mark.parametrize("settings", cases.first_at_once([SAM_IRE, AVERAGE]), ids=["sam", "average-sam"])
 def test_ctrl_c_at_any_line_of_the_package(settings: dict[str, Any], stride: int) -> None:
     found = ctrl_c_everywhere(settings, stride)

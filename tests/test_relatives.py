@@ -318,16 +318,17 @@ def seen(folder: Any, perturbation: Perturbation, resume: str | None = None, **k
     )
 
 
-@pytest.mark.parametrize("name", cases.first_at_once(sorted(FORMULAS, key=lambda name: name not in ("friendly", "look")), 2))
-    "name", cases.first_at_once(["friendly", "look", *sorted(FORMULAS.keys() - {"friendly", "look"})], 2)
-)
+REMEMBERING = ["friendly", "look", "look-global"]
+
+
+@pytest.mark.parametrize("name", cases.first_at_once([*REMEMBERING, *sorted(FORMULAS.keys() - {*REMEMBERING})], 2))
 def test_a_resumed_run_goes_on_to_the_bit(name: str, tmp_path: Any) -> None:
     whole = seen(tmp_path / "whole", FORMULAS[name][0]())
     again = seen(tmp_path / "again", FORMULAS[name][0](), str(tmp_path / "whole" / "epoch=0.ckpt"))
     assert cases.same_bits(weights_of(whole), weights_of(again))
     saved = torch.load(tmp_path / "whole" / "epoch=0.ckpt", weights_only=False)
     kept = saved["callbacks"]["IRE"]["optimizers"][0].get("memory", {})
-    assert bool(kept) is (name in ("friendly", "look", "look-global"))
+    assert bool(kept) is (name in REMEMBERING)
 
 
 def test_another_method_starts_without_what_one_has_kept(tmp_path: Any) -> None:

@@ -52,8 +52,9 @@ def alone(name: str) -> dict[str, Any]:
 
 
 def cells() -> list[Any]:
+    weekly = [pytest.mark.slow, pytest.mark.weekly]  # four processes on two cores
     return [
-        pytest.param(processes, name, marks=[] if names is FAST else [pytest.mark.slow])
+        pytest.param(processes, name, marks=[] if names is FAST else weekly if names is FOUR else [pytest.mark.slow])
         for processes, names in LAUNCHES
         for name in names
         if not name.startswith("@") and names is not FAILURES

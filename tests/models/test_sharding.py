@@ -51,7 +51,8 @@ def alone(name: str, **more: Any) -> dict[str, Any]:
 
 
 def cells() -> list[Any]:
-    groups = [(2, FAST, []), (2, TWO, [pytest.mark.slow]), (4, FOUR, [pytest.mark.slow])]
+    weekly = [pytest.mark.slow, pytest.mark.weekly]  # four processes on two cores
+    groups = [(2, FAST, []), (2, TWO, [pytest.mark.slow]), (4, FOUR, weekly)]
     return [pytest.param(count, name, marks=marks) for count, names, marks in groups for name in names]
 
 
