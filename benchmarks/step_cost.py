@@ -82,6 +82,8 @@ def variants_of_checkout(folder: Path) -> dict[str, Callable[[], list[Callback]]
         return variants(package)
     finally:
         sys.path.pop(0)
+        for name in [name for name in sys.modules if name.split(".")[0] == "lightning_ire"]:
+            del sys.modules[name]
         sys.modules.update(before)
 
 

@@ -1,6 +1,7 @@
 """SharpnessMonitor of sharded models on the CPU: the numbers of one process on the joined probe, and no trace."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ THREE = ["one-batch@empty", "root-validated@empty"]
 FOUR = ["one-batch@2d", "one-batch@hybrid"]
 LAUNCHES = [(2, FAST), (2, ALL), (2, OTHERS), (2, PLAIN), (2, FAILURES), (3, THREE), (4, FOUR)]
 NETS = {"empty": base.with_empty, "tp": base.for_tensor_parallel, "2d": base.for_tensor_parallel}
+
+
+@pytest.fixture(autouse=True)
+def short() -> Iterator[None]:
+    with script.short_density():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -147,10 +147,11 @@ def soft_masks_and_threshold(
         high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
     masks: list[Tensor] = [vectors[0]] * len(values)
     for group, vector, place in zip(groups, vectors, places, strict=True):
-        mask = torch.empty_like(vector, dtype=torch.uint8)
-        for part, chunk in zip(_chunks(mask), _chunks(vector), strict=True):
+        levels = []
+        for chunk in _chunks(vector):
             flat = 1 - _sharp(chunk, high[place])
-            part.copy_((flat * (chunk != 0) if exclude_zero else flat).mul_(_LEVELS).round_())
+            levels.append((flat * (chunk != 0) if exclude_zero else flat).mul_(_LEVELS).round_().to(torch.uint8))
+        mask = torch.cat(levels)
         for index, part in zip(group, parts_of(mask, [shards.parts[index] for index in group]), strict=True):
             masks[index] = part
     return masks, (high.max() * (1 + _RATIO) / 2).to(

@@ -57,6 +57,10 @@ class On:
 
 
 ENTRIES: dict[str, Callable[[On], Any]] = {
+    "as_shares": lambda on: functional.as_shares((on.a * 255).to(torch.uint8), torch.float32),
+    "sharp_subspace": lambda on: functional.sharp_subspace(on.a),
+    "soft_masks": lambda on: functional.soft_masks([on.a, None, on.b], 0.6),
+    "soft_masks_and_threshold": lambda on: functional.soft_masks_and_threshold([on.a, on.b], 0.6),
     "adaptive_mean": lambda on: functional.adaptive_mean(lambda: on.b, relative_error=0.1).weighted([1.0] * 5).value,
     "all_finite": lambda on: functional.all_finite([on.a, on.b]),
     "as_real": lambda on: functional.as_real(on.a),
