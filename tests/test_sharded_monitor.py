@@ -16,14 +16,15 @@ from torch.func import functional_call
 
 from lightning_ire import tags
 
-FAST = ["root-validated@alone", "@refusals", "@second-derivatives"]
+pytestmark = pytest.mark.slow
+FIRST = ["root-validated@alone", "@refusals", "@second-derivatives"]
 ALL = ["all@alone", "one-batch", "groups"]
 OTHERS = ["adaptive", "frozen", "fisher-loss", "one-batch@tp", "@validated", "@in-half"]
 PLAIN = ["accumulated", "@plain-loop", "@plain-tensor-parallel"]
 FAILURES = ["raises@failing", "memory@failing"]
 THREE = ["one-batch@empty", "root-validated@empty"]
 FOUR = ["one-batch@2d", "one-batch@hybrid"]
-LAUNCHES = [(2, FAST), (2, ALL), (2, OTHERS), (2, PLAIN), (2, FAILURES), (3, THREE), (4, FOUR)]
+LAUNCHES = [(2, FIRST), (2, ALL), (2, OTHERS), (2, PLAIN), (2, FAILURES), (3, THREE), (4, FOUR)]
 NETS = {"empty": base.with_empty, "tp": base.for_tensor_parallel, "2d": base.for_tensor_parallel}
 
 
@@ -59,9 +60,8 @@ def alone(name: str) -> dict[str, Any]:
 
 
 def cells() -> list[Any]:
-    weekly = [pytest.mark.slow, pytest.mark.weekly]  # four processes on two cores
     return [
-        pytest.param(processes, name, marks=[] if names is FAST else weekly if names is FOUR else [pytest.mark.slow])
+        pytest.param(processes, name, marks=[pytest.mark.weekly] if names is FOUR else [])  # on two cores
         for processes, names in LAUNCHES
         for name in names
         if not name.startswith("@") and names is not FAILURES
@@ -108,13 +108,11 @@ def test_leaves_no_trace(ranks: Any, processes: int, name: str) -> None:
         assert all(seen["untouched"] and seen["resharded"] for seen in rank["seen"])
 
 
-@pytest.mark.slow
 def test_all_quantities_are_compared(ranks: Any) -> None:
     found = {tag for name in [*ALL, "accumulated"] for seen in ranks(2, name)[0]["seen"] for tag in seen["values"]}
     assert {*tags.SHARPNESS_TAGS, tags.RATIO, tags.SGD_RATIO, tags.EDGE} <= found
 
 
-@pytest.mark.slow
 def test_eigenvalues_and_traces_of_a_dense_hessian(ranks: Any) -> None:
     """Of the joined probe at the weights of the run."""
     x, y = base.data_of(torch.nn.Sequential()).tensors
@@ -163,7 +161,6 @@ def test_second_derivatives_of_torch_are_wrong_under_tensor_parallelism(ranks: A
         assert float((rank["found"] - rank["right"]).abs().max()) > 0.1 * float(rank["right"].abs().max())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAILURES)
 def test_what_fails_on_one_rank_is_skipped_on_all(ranks: Any, name: str) -> None:
     found = ranks(2, name)
@@ -184,7 +181,6 @@ def test_what_fails_on_one_rank_is_skipped_on_all(ranks: Any, name: str) -> None
         assert [text.split(":")[0] for text in found[1][evaluation]["warnings"]] == ["SharpnessMonitor on device 1"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN[1:])
 def test_a_plain_loop(ranks: Any, name: str) -> None:
     """With `fully_shard`; with `parallelize_module`."""
@@ -195,7 +191,6 @@ def test_a_plain_loop(ranks: Any, name: str) -> None:
     compare(first["layer_traces"], expected["layer_traces"])
 
 
-@pytest.mark.slow
 def test_validate_measures(ranks: Any) -> None:
     first, second = ranks(2, "@validated")
     expected = script.validated(1)
@@ -205,7 +200,6 @@ def test_validate_measures(ranks: Any) -> None:
     assert all(seen["untouched"] and seen["resharded"] for seen in first["seen"])
 
 
-@pytest.mark.slow
 def test_the_step_of_differences_is_that_of_the_type_that_layers_compute_in(ranks: Any) -> None:
     """With FSDP2's bfloat16 policy; that of float32 weights would give eigenvalues more than half too large."""
     first, second = ranks(2, "@in-half")

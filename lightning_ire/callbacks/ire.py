@@ -72,11 +72,11 @@ class IRE(Recipe, Callback):
 
     Args:
         kappa: Strength >= 0; 0 switches the boost and its estimates off, and with them all arguments but
-            `perturbation` (a `start_*` is warned about). Parameter groups of the optimizer may have strengths of their
-            own under the key "ire_kappa" (0: not boosted, but ranked); with `kappa=0` these are refused. A mapping from
-            name patterns (`fnmatch`) to strengths: ``{"*embed*": 9, "*norm*": 0, "*": 4}``; a parameter has that of the
-            first pattern that fits any of its names (tied weights have several), and one that none fits is refused.
-            A group's "ire_kappa" goes before that.
+            `perturbation` (beside which a `start_*` is refused then). Parameter groups of the optimizer may have
+            strengths of their own under the key "ire_kappa" (0: not boosted, but ranked), unless `kappa` is 0. A
+            mapping from name patterns (`fnmatch`) to strengths: ``{"*embed*": 9, "*norm*": 0, "*": 4}``; a parameter
+            has that of the first pattern that fits any of its names (tied weights have several), and one that none fits
+            is refused. A group's "ire_kappa" goes before that.
         gamma: Fraction of the coordinates called flat, in (0, 1]; 1: all of them (a larger learning rate). A mapping as
             for `kappa`: the parameters of a pattern are ranked among themselves (with `scope="tensor"` each tensor by
             its own gamma), and their thresholds logged as `ire/threshold/PATTERN`.

@@ -13,6 +13,7 @@ from lightning_ire.models import ResNet, Transformer
 from lightning_ire.models._sharding import layers_of
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.slow
 
 FAST = ["llama@run", "llama@tp"]
 SAVED, RESUMED = ["tied@saved", "llama@tp-saved"], ["tied@resumed", "llama@tp-resumed"]
@@ -51,8 +52,7 @@ def alone(name: str, **more: Any) -> dict[str, Any]:
 
 
 def cells() -> list[Any]:
-    weekly = [pytest.mark.slow, pytest.mark.weekly]  # four processes on two cores
-    groups = [(2, FAST, []), (2, TWO, [pytest.mark.slow]), (4, FOUR, weekly)]
+    groups = [(2, FAST, []), (2, TWO, []), (4, FOUR, [pytest.mark.weekly])]  # four processes on two cores
     return [pytest.param(count, name, marks=marks) for count, names, marks in groups for name in names]
 
 
@@ -91,7 +91,6 @@ def test_each_device_has_its_part(ranks: Ranks, name: str) -> None:
         assert rank["share"] == 0.5 if fsdp else 0.5 < rank["share"] < 0.52
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama@bf16", "llama@gather"])
 def test_bfloat16_is_near_single_precision(ranks: Ranks, name: str) -> None:
     first, second = ranks(2, name)
@@ -102,7 +101,6 @@ def test_bfloat16_is_near_single_precision(ranks: Ranks, name: str) -> None:
     assert not torch.equal(*(ranks(2, f"llama@{kind}")[0]["weights"] for kind in ("bf16", "gather")))
 
 
-@pytest.mark.slow
 def test_what_does_not_run_says_so(ranks: Ranks) -> None:
     messages, others = ranks(2, "@refusals")
     assert messages == others
