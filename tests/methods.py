@@ -176,28 +176,29 @@ METHODS: list[Method] = [
         "d = g - σm, m ← λm + (1 - λ)g; ∇L(θ + ρ d/‖d‖)",
         *passes("1", "1"),
         "Li et al., [2403.12350](https://arxiv.org/abs/2403.12350)",
-        "noisy batches; σ = 1, λ = 0.9 as in the authors' code (images: λ 0.6 to 0.95)",
+        "noisy batches; σ = 1, λ = 0.9 as in the authors' code",
     ),
     Method(
         lambda: GSAM(rho=0.05),
         "g_p - α g⊥, g⊥ the part of g orthogonal to g_p = ∇L(θ + ρ g/‖g‖)",
         *passes("1", "1"),
         "Zhuang et al., [2203.08065](https://arxiv.org/abs/2203.08065)",
-        "vision transformers; α 0.1 to 0.4, with `rho_schedule='lr'` as in the paper",
+        "vision transformers, with `rho_schedule='lr'` as in the paper",
     ),
     Method(
         lambda: WeightedSAM(rho=0.05),
         "a step with g, then θ ← θ - lr·a (g_p - g), a = γ/(1 - γ)",
         *passes("1", "1"),
         "WSAM: Yue et al., [2305.15817](https://arxiv.org/abs/2305.15817)",
-        "adaptive optimizers, whose moments see g only; γ 0.5 to 0.98; `decouple=False`: a step with (1 - a)g + a g_p",
+        "adaptive optimizers, whose moments see g only; γ = 0.9 as in the authors' code; `decouple=False`: a step with "
+        "(1 - a)g + a g_p",
     ),
     Method(
         lambda: StableSAM(rho=0.05),
         "g_p ‖g‖/‖g_p‖",
         *passes("1", "1"),
-        "Zhou et al., [2401.07250](https://arxiv.org/abs/2401.07250)",
-        "learning rates at which SAM diverges; the base run's rates and SAM's radii",
+        "Tan et al., [2401.07250](https://arxiv.org/abs/2401.07250)",
+        "learning rates at which SAM is unstable; SAM's radii",
     ),
     Method(
         lambda: LookSAM(rho=0.05),
@@ -225,7 +226,7 @@ METHODS: list[Method] = [
         "∇L(θ - ρ v/‖v‖), v the optimizer's momentum",
         *passes("0", "0"),
         "MSAM: Becker et al., [2401.12033](https://arxiv.org/abs/2401.12033)",
-        "no second pass to spare; radii above SAM's (0.3 to 3 in the paper's table)",
+        "no second pass to spare; try larger radii than SAM's",
     ),
 ]
 

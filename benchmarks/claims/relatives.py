@@ -54,7 +54,7 @@ METHODS: dict[str, tuple[Callable[[float], Perturbation | None], float, tuple[fl
     "StableSAM": (StableSAM, 2.0, (0.02, 0.5)),
     "WeightedSAM": (WeightedSAM, 2.0, (0.02, 0.5)),
 }
-SIZES = {"default": (5, 1, 6, 300), "full": (12, 2, 16, 300), "tiny": (2, 1, 2, 4)}  # as in accuracy.py
+SIZES = {"default": (5, 1, 4, 300), "full": (5, 1, 4, 300), "tiny": (2, 1, 2, 4)}  # as in accuracy.py
 
 
 def plan(size: str, runs: Runs) -> list[dict[str, Any]]:

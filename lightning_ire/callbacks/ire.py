@@ -49,8 +49,8 @@ class IRE(Recipe, Callback):
     gradient of a step is taken at moved weights (SAM), with or without the boost.
 
     When: from the start (`start_*`) on, the mask is made at every `interval`-th optimizer step, at the weights before
-    that update (Alg. 1). A perturbation works from the first step of the run. An accumulation window counts as one
-    batch, for the mask and for SAM alike.
+    that update (Alg. 1). A perturbation has a start and a stop of its own (none: all of the run). An accumulation
+    window counts as one batch, for the mask and for SAM alike.
 
     What a step costs: one copy of the weights inside the step; with SAM one more forward and backward pass; at a
     refresh what the `curvature` says (:class:`~lightning_ire.SampledFisher`: one backward pass). For good: 1 byte per

@@ -158,8 +158,8 @@ class WeightedSAM(_SynchronizedSAM):
 class StableSAM(_SynchronizedSAM):
     """SAM whose gradient is made as long as the plain one: g_p * ||g|| / ||g_p||.
 
-    Zhou et al. 2025, "Sharpness-Aware Minimization and the Edge of Stability in Training" (JMLR, arXiv 2401.07250):
-    the learning rates that are stable are then those of the base optimizer.
+    Tan et al. 2025, "Stabilizing Sharpness-Aware Minimization Through a Simple Renormalization Strategy" (JMLR, arXiv
+    2401.07250), which widens the range of learning rates at which SAM works.
 
     Args:
         rho: Radius >= 0 in weight units.
@@ -248,8 +248,8 @@ class LookSAM(_SynchronizedSAM):
 class LESAM(SAM):
     """SAM whose radius shrinks where the gradient is large: rho_t = min(sigma / ||g||, rho_max).
 
-    "Loss-equated" radius: to first order the loss rises by at most sigma, whatever the gradient (ICML 2026, arXiv
-    2605.10183).
+    To first order the loss rises by at most sigma, whatever the gradient. "Fix the Loss, Not the Radius: Rethinking the
+    Adversarial Perturbation of Sharpness-Aware Minimization" (LE-SAM, ICML 2026, arXiv 2605.10183).
 
     Args:
         rho_max: Largest radius >= 0 in weight units.
