@@ -15,6 +15,7 @@ from typing import Any
 __all__ = [
     "ConfigurationError",
     "check_choice",
+    "check_flag",
     "check_folder",
     "check_number",
     "check_numbers",
@@ -143,6 +144,24 @@ def check_switch(name: str, value: Any, word: str) -> Any:
     """
     if not isinstance(value, bool) and value != word:
         raise ConfigurationError(f"Expected `{name}` to be true, false or {word!r}, got {value!r}.")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return `value` if it is true or false.
+
+    Args:
+        name: The argument's name, as the user typed it.
+        value: What came.
+
+    Returns:
+        The value.
+
+    Raises:
+        ConfigurationError: If `value` is anything else.
+    """
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"Expected `{name}` to be true or false, got {value!r}.")
     return value
 
 

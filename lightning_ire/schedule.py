@@ -52,6 +52,11 @@ class Start:
         return ", ".join(f"{self.name}_{unit}={getattr(self, unit)!r}" for unit in self._given)
 
     @property
+    def key(self) -> str:
+        """The argument that was set, as `start_epoch`."""
+        return "".join(f"{self.name}_{unit}" for unit in self._given)
+
+    @property
     def is_fraction(self) -> bool:
         """Whether IRE starts after a fraction of the run."""
         return isinstance(self.step, float)

@@ -469,8 +469,14 @@ def test_a_perturbation_that_never_starts_is_said() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GSAM(sync=False), "Expected GSAM with the gradient of all devices, got sync=False: leave `sync` out"),
+        (
+            lambda: GSAM(sync=False),
+            "Expected GSAM without `sync`, which is always true there, got sync=False: leave it out",
+        ),
         (lambda: LookSAM(interval=2), "Expected `k` to say how often LookSAM makes a second pass, got interval=2"),
+        (lambda: LESAM(rho=0.1), "Expected `rho_max` for LESAM's radius, got rho=0.1: set `rho_max`"),
+        (lambda: WeightedSAM(decouple="no"), "Expected `decouple` to be true or false, got 'no'"),
+        (lambda: SAM(sync="no"), "Expected `sync` to be true or false, got 'no'"),
         (lambda: FriendlySAM(lam=1.0), r"Expected `lam` to be a number in \[0, 1\), got 1.0"),
         (lambda: SAM(fraction=0), r"Expected `fraction` to be a number in \(0, 1\], got 0"),
         (lambda: SAM(coordinates="flat"), "Expected `coordinates` to be one of 'all', 'sharp', got 'flat'"),
@@ -499,8 +505,21 @@ def refused(message: str, ire: IRE, module: pl.LightningModule | None = None, **
 
 def test_a_start_of_the_boost_without_one_says_what_to_write() -> None:
     ire = IRE(kappa=0.0, start_step=3, perturbation=SAM(0.1))
-    refused(r"got 0: write perturbation=SAM\(rho=0.1, start_step=3\) for a perturbation that starts then", ire)
-    refused("leave it out .a perturbation starts by step or epoch", IRE(kappa=0, start_loss=1.0, perturbation=SAM(0.1)))
+    refused(
+        r"got 0: leave `start_step` out, and write SAM\(rho=0.1, start_step=3\) for a perturbation that starts", ire
+    )
+    refused("leave `start_loss` out .a perturbation starts", IRE(kappa=0, start_loss=1.0, perturbation=SAM(0.1)))
+    refused("leave `start_epoch` out[.]$", IRE(kappa=0, start_epoch=1, perturbation=SAM(0.1, start_step=3)))
+
+
+def test_radii_of_groups_are_not_ignored() -> None:
+    def grouped(module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": list(module.parameters()), "sam_rho": 0.2}], lr=0.1)
+
+    ire = IRE(kappa=0, perturbation=AdversarialModelPerturbation())
+    refused(
+        "Expected no `sam_rho` in parameter groups for AdversarialModelPerturbation", ire, Classifier(optimizer=grouped)
+    )
 
 
 def test_what_needs_a_mask_needs_a_boost() -> None:
@@ -581,6 +600,56 @@ def test_a_perturbation_as_a_callback_resumes_and_serves_two_trainers(tmp_path: 
     whole = run("whole")
     again = run("again", str(tmp_path / "whole" / "epoch=0.ckpt"))
     assert cases.same_bits(weights_of(whole), weights_of(again))
+
+
+@pytest.mark.parametrize("others", [lambda: [IRE(kappa=1.0)], lambda: [GSAM(0.1)]])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_perturbation_beside_ire_says_what_to_write(others: Any, first: bool) -> None:
+    callbacks = [SAM(0.1), *others()] if first else [*others(), SAM(0.1)]
+    with pytest.raises(
+        ConfigurationError, match=r"to be the only callback of its kind, got .* as `perturbation="
+    ) as error:
+        cases.fit(Classifier(), callbacks)
+    assert "\n" not in str(error.value)
+
+
+class Stepping(Classifier):
+    """By hand, counting the calls of each closure."""
+
+    def __init__(self) -> None:
+        super().__init__(net())
+        self.automatic_optimization = False
+        self.passes = cases.Notes()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        def closure() -> Tensor:
+            self.passes[-1] += 1
+            optimizer.zero_grad()
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.manual_backward(loss)
+            return loss
+
+        optimizer: Any = self.optimizers()
+        self.passes.append(0)
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("timing", "perturbed"),
+    [
+        ({"start_step": 5}, range(5, 12)),
+        ({"start_step": 0.5}, range(6, 12)),
+        ({"start_epoch": 1}, range(6, 12)),
+        ({"stop_epoch": 1}, range(6)),
+        ({"stop_step": 0.5}, range(6)),
+    ],
+)
+def test_starts_and_stops_are_counted_by_hand(kappa: float, timing: Any, perturbed: Any) -> None:
+    module = Stepping()
+    ire = IRE(kappa=kappa, curvature=EmpiricalFisher(), perturbation=SAM(0.1, **timing))
+    cases.fit(module, [ire], cases.loader(cases.data(6 * BATCH, torch.float64), BATCH), max_epochs=2)
+    assert [index for index, passes in enumerate(module.passes) if passes == 2] == list(perturbed)
 
 
 def test_a_failure_before_the_fit_is_the_one_that_is_seen() -> None:

@@ -1,4 +1,4 @@
-"""What SAM's relatives buy, for what price: ten of them on the digits, with few labels and with noisy labels.
+"""What SAM's relatives buy, for what price: on the digits with few labels (100 training images).
 
 Protocol as for tables 1 to 3: every method gets the same number of trials, at the same points of a scrambled Sobol
 sequence for learning rate and weight decay; the radius is its own coordinate. Trials are ranked by validation accuracy
@@ -37,7 +37,7 @@ from lightning_ire import (
 )
 
 QUESTION = "Relatives of SAM: what does each buy, and for how many passes?"
-SPLITS = ("few labels", "noisy labels")
+SPLITS = ("few labels",)
 # what makes the perturbation of a radius; passes per plain pass; the range of radii
 METHODS: dict[str, tuple[Callable[[float], Perturbation | None], float, tuple[float, float]]] = {
     "SGD": (lambda rho: None, 1.0, (0.02, 0.5)),
@@ -151,7 +151,7 @@ def _short(settings: Settings) -> str:
 
 
 def draw(runs: Runs) -> None:
-    figure, axes = plt.subplots(1, len(SPLITS), figsize=(13, 5), layout="constrained")
+    figure, (axes,) = plt.subplots(1, len(SPLITS), figsize=(11, 5.5), layout="constrained", squeeze=False)
     differences = _differences(runs)
     for axis, split in zip(axes, SPLITS, strict=True):
         for place, price in enumerate(sorted({one[1] for one in METHODS.values()})):

@@ -212,13 +212,22 @@ class ManualSession:
         """Open the window of the optimizer's next step, and let its estimate watch this `training_step`."""
         if not stepper.switch_on():
             return
-        window = stepper.window or stepper.open(self._refuse_to_step_again)
+        window = stepper.window
+        if window is None or (not window.micro_batches and window.perturbation is not stepper.perturbation):
+            window = stepper.open(self._refuse_to_step_again)  # what was opened after the last step may be out of date
         if window.estimate is not None and self._call is not None:
             self._watching.enter_context(window.watch(self._micro_batch()))
 
     def _refuse_to_step_again(self, *args: Any, **kwargs: Any) -> None:
         """In place of `training_step` for extra passes: it would step the optimizers."""
         name = type(self.module).__name__
+        moved = [one.window.perturbation for one in self.steppers if one.window is not None and not one.window.unmoved]
+        if moved:
+            raise ConfigurationError(
+                f"Expected a curvature estimate without passes of its own beside {moved[0]!r} in manual optimization, "
+                f"where the weights are moved already in the only pass, got {self.steppers[0].recipe.curvature!r}: set "
+                "`curvature` to EmpiricalFisher()."
+            )
         raise ConfigurationError(
             f"Expected `{name}` (manual optimization) to back-propagate a loss whose graph an estimate can use (for "
             f"SampledFisher one made with {known_losses()}), got another loss: give {name} a method "

@@ -336,10 +336,12 @@ class IRE(Recipe, Callback):
     def _start_without_boost(self) -> str:
         """What to write in place of a start of the boost, where there is a perturbation alone."""
         late: Any = copy.copy(self.perturbation)
-        late.start = self.start
-        remedy = f"write perturbation={late!r} for a perturbation that starts then"
+        remedy = f"leave `{self.start.key}` out"
         if self.start.loss is not None:
-            remedy = "leave it out (a perturbation starts by step or epoch)"
+            remedy += " (a perturbation starts by step or epoch)"
+        elif late.start.immediate:
+            late.start = self.start
+            remedy += f", and write {late!r} for a perturbation that starts then"
         return f"Expected `kappa` > 0 for `{self.start.setting}`, which says when the boost starts, got 0: {remedy}."
 
     def _warn_of_late_ascent(self, trainer: pl.Trainer, total: int | None, length: int | None) -> None:

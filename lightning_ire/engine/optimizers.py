@@ -165,7 +165,7 @@ def check_optimizers(recipe: Recipe, module: nn.Module, optimizers: Sequence[Opt
     """
     if recipe.perturbation is not None:
         recipe.perturbation.selects(module)
-        _check_perturbation(recipe.perturbation, masks)
+        _check_perturbation(recipe.perturbation, masks, optimizers)
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ConfigurationError(
@@ -200,8 +200,13 @@ def _check_patterns(key: str, value: Mapping[str, float], module: nn.Module, opt
             )
 
 
-def _check_perturbation(perturbation: Perturbation, masks: bool) -> None:
-    """What a perturbation of the user's own class may have left out, and what needs a mask."""
+def _check_perturbation(perturbation: Perturbation, masks: bool, optimizers: Sequence[Optimizer]) -> None:
+    """What a perturbation of the user's own class may have left out, what needs a mask, and radii that it ignores."""
+    if not perturbation.has_radii and any(GROUP_RADIUS in group for one in optimizers for group in one.param_groups):
+        raise ConfigurationError(
+            f"Expected no `{GROUP_RADIUS}` in parameter groups for {type(perturbation).__name__}, which has one ball "
+            "for all of them, got some: leave it out."
+        )
     if perturbation.combines and not perturbation.sync and perturbation.uses_gradient:
         raise ConfigurationError(
             f"Expected a perturbation that combines gradients to have sync=True, got {perturbation!r}: set `sync` in "

@@ -100,6 +100,7 @@ class Perturbation(ABC):
             for a class that combines gradients or keeps something in `Ascent.memory`.
         fraction: Part of each micro-batch that the gradient at the unmoved weights is taken from.
         needs_mask: Whether it looks at `Ascent.flat`, so that it makes sense with IRE's boost only.
+        has_radii: Whether it takes radii of parameter groups (`Ascent.radii`).
     """
 
     uses_gradient: ClassVar[bool] = True
@@ -108,6 +109,7 @@ class Perturbation(ABC):
     sync: bool = False
     fraction: float = 1.0
     needs_mask: bool = False
+    has_radii: bool = True
     _settled: ClassVar[tuple[str, ...]] = ()  # arguments of a base class that this one gives itself
     start: Start = Start()
     stop: Start = Start(name="stop")
@@ -252,6 +254,12 @@ class Perturbation(ABC):
             stage: "fit", "validate", "test" or "predict".
         """
         ire = importlib.import_module("lightning_ire").IRE  # which only those load who have a Trainer
+        others = [one for one in trainer.callbacks if isinstance(one, (ire, Perturbation)) and one is not self]
+        if any(isinstance(one, Perturbation) or not one.idle for one in others):
+            raise ConfigurationError(
+                f"Expected {self!r} to be the only callback of its kind, got {others[0]!r} beside it: give IRE(...) "
+                f"its perturbation as `perturbation={self!r}`; two perturbations do not go together."
+            )
         callback = ire(kappa=0, perturbation=self)
         trainer.callbacks = [callback if one is self else one for one in trainer.callbacks]
         callback.setup(trainer, pl_module, stage)

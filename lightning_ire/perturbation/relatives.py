@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_flag, check_number, check_whole
 from lightning_ire.functional import global_dot, global_norm, local, sam_displacement
 from lightning_ire.perturbation.base import Ascent, Perturbation
 from lightning_ire.perturbation.sam import SAM
@@ -28,8 +28,8 @@ class _SynchronizedSAM(SAM):
     def __init__(self, rho: float = 0.05, **sam: Any) -> None:
         if "sync" in sam:
             raise ConfigurationError(
-                f"Expected {type(self).__name__} with the gradient of all devices, got sync={sam['sync']!r}: leave "
-                "`sync` out."
+                f"Expected {type(self).__name__} without `sync`, which is always true there, got sync={sam['sync']!r}: "
+                "leave it out."
             )
         super().__init__(rho, sync=True, **sam)
 
@@ -115,7 +115,8 @@ class WeightedSAM(_SynchronizedSAM):
 
     Args:
         rho: Radius >= 0 in weight units.
-        gamma: Weight of the sharpness, in [0, 1); 0: the base run; 1/2 without `decouple`: SAM.
+        gamma: Weight of the sharpness, in [0, 1); 0: the base run (sparse gradients are made dense); 1/2 without
+            `decouple`: SAM.
         decouple: Whether the optimizer (its momentum and second moments) sees g only.
         **sam: Further arguments of :class:`SAM` and :class:`Perturbation`; `sync` is always true.
 
@@ -128,7 +129,7 @@ class WeightedSAM(_SynchronizedSAM):
     def __init__(self, rho: float = 0.05, gamma: float = 0.9, decouple: bool = True, **sam: Any) -> None:
         super().__init__(rho, **sam)
         self.gamma = check_number("gamma", gamma, high=1.0, high_open=True)
-        self.decouple = bool(decouple)
+        self.decouple = check_flag("decouple", decouple)
 
     @property
     def _weight(self) -> float:
@@ -265,6 +266,8 @@ class LESAM(SAM):
     _settled: ClassVar[tuple[str, ...]] = ("rho",)
 
     def __init__(self, rho_max: float = 0.05, sigma: float = 1.0, **sam: Any) -> None:
+        if "rho" in sam:
+            raise ConfigurationError(f"Expected `rho_max` for LESAM's radius, got rho={sam['rho']!r}: set `rho_max`.")
         super().__init__(rho=check_number("rho_max", rho_max), **sam)
         self.rho_max = self.rho
         self.sigma = check_number("sigma", sigma)
