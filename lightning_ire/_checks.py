@@ -15,7 +15,6 @@ from typing import Any
 __all__ = [
     "ConfigurationError",
     "check_choice",
-    "check_flag",
     "check_folder",
     "check_number",
     "check_numbers",
@@ -128,13 +127,13 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     return value
 
 
-def check_switch(name: str, value: Any, word: str) -> Any:
+def check_switch(name: str, value: Any, word: str = "") -> Any:
     """Return `value` if it is true, false or one word.
 
     Args:
         name: The argument's name, as the user typed it.
         value: What came.
-        word: The word allowed.
+        word: The word allowed; none by default.
 
     Returns:
         The value.
@@ -142,26 +141,9 @@ def check_switch(name: str, value: Any, word: str) -> Any:
     Raises:
         ConfigurationError: If `value` is anything else.
     """
-    if not isinstance(value, bool) and value != word:
-        raise ConfigurationError(f"Expected `{name}` to be true, false or {word!r}, got {value!r}.")
-    return value
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """Return `value` if it is true or false.
-
-    Args:
-        name: The argument's name, as the user typed it.
-        value: What came.
-
-    Returns:
-        The value.
-
-    Raises:
-        ConfigurationError: If `value` is anything else.
-    """
-    if not isinstance(value, bool):
-        raise ConfigurationError(f"Expected `{name}` to be true or false, got {value!r}.")
+    if not isinstance(value, bool) and (not word or value != word):
+        words = f"true, false or {word!r}" if word else "true or false"
+        raise ConfigurationError(f"Expected `{name}` to be {words}, got {value!r}.")
     return value
 
 

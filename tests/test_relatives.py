@@ -539,6 +539,21 @@ class ByHand(Classifier):
         return (z.exp().sum(1).log() - z[:, 0]).mean()
 
 
+class OfTwoLengths(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch[0], batch[1][: len(batch[0])]), batch_idx)
+
+
+def test_a_part_of_a_batch_needs_samples_that_can_be_cut() -> None:
+    x, y = cases.data(8).tensors
+    train: Any = torch.utils.data.DataLoader([(x, torch.cat([y, y]))], batch_size=None)
+    message = (
+        r"Expected a batch of tensors with the same first dimension, that of the samples, for SAM\(rho=0.1, "
+        r"fraction=0.5\) to cut it, got first dimensions of 8, 16: set `perturbation.fraction` to 1, or put"
+    )
+    refused(message, IRE(kappa=0, perturbation=SAM(0.1, fraction=0.5)), OfTwoLengths(), train=train)
+
+
 def test_functional_sam_needs_a_known_loss() -> None:
     refused("Expected a loss made with one of `cross_entropy`", IRE(kappa=0, perturbation=FunctionalSAM()), ByHand())
 

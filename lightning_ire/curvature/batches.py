@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["first_dimensions", "map_tensors", "part_of", "samples_in", "stacked_tensors"]
+from lightning_ire._checks import ConfigurationError
+
+__all__ = ["first_dimensions", "map_tensors", "part_of", "samples_in", "samples_to_cut", "stacked_tensors"]
 
 
 def samples_in(batch: Any) -> int | None:
@@ -33,6 +35,27 @@ def first_dimensions(batch: Any) -> list[int]:
         return [len(items)]
     sizes = list(dict.fromkeys(tensor.size(0) for tensor in _tensors(batch) if tensor.dim()))
     return [size for size in sizes if size > 1] or sizes[:1]
+
+
+def samples_to_cut(batch: Any, who: object, remedy: str) -> int:
+    """How many samples a batch has that is to be cut.
+
+    Args:
+        batch: As in :func:`samples_in`.
+        who: What cuts it.
+        remedy: What to set in place of cutting.
+
+    Raises:
+        ConfigurationError: If it is not known.
+    """
+    sizes = first_dimensions(batch)
+    if len(sizes) == 1:
+        return sizes[0]
+    got = f"first dimensions of {', '.join(map(str, sizes))}" if sizes else f"none in a {type(batch).__name__}"
+    raise ConfigurationError(
+        f"Expected a batch of tensors with the same first dimension, that of the samples, for {who!r} to cut it, got "
+        f"{got}: {remedy}, or put the samples first."
+    )
 
 
 def part_of(batch: Any, start: int, stop: int) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire.curvature.base import Curvature, Estimate, MicroBatch, Window, finite_or_none
-from lightning_ire.curvature.batches import first_dimensions, part_of
+from lightning_ire.curvature.batches import part_of, samples_to_cut
 from lightning_ire.curvature.per_sample import one_by_one, squares_at_once
 from lightning_ire.curvature.shared_forward import SharedForward, refused_by_checkpointing
 from lightning_ire.curvature.tap import LossCall, LossTap, factors_in, known_losses
@@ -210,7 +210,8 @@ class _SampledSquare(SharedForward):
             return
         with self._blaming_the_cut():
             batch, *rest = micro_batch.args or (None,)
-            count = math.ceil(self.settings.fraction * self._samples_in(batch))
+            samples = samples_to_cut(batch, self.settings, self.settings.remedy)
+            count = math.ceil(self.settings.fraction * samples)
             args = (batch if self.settings.fraction == 1 else part_of(batch, 0, count), *rest)
             if self.settings.form != "sample":
                 self._one_after_the_other(micro_batch, args, count, self.settings.micro_batch_size or count)
@@ -235,17 +236,6 @@ class _SampledSquare(SharedForward):
             piece = args[0] if stop - start == count else part_of(args[0], start, stop)
             self._forward_and_backward(micro_batch, (piece, *args[1:]))
         self.share_of_batch = 1.0
-
-    def _samples_in(self, batch: Any) -> int:
-        """How many samples a batch has that is to be cut."""
-        sizes = first_dimensions(batch)
-        if len(sizes) == 1:
-            return sizes[0]
-        got = f"first dimensions of {', '.join(map(str, sizes))}" if sizes else f"none in a {type(batch).__name__}"
-        raise ConfigurationError(
-            f"Expected a batch of tensors with the same first dimension, that of the samples, for {self.settings!r} to "
-            f"cut it, got {got}: {self.settings.remedy}, or put the samples first."
-        )
 
     @contextmanager
     def _blaming_the_cut(self) -> Iterator[None]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ire._checks import ConfigurationError
-from lightning_ire.curvature.batches import first_dimensions, part_of
+from lightning_ire.curvature.batches import part_of, samples_to_cut
 from lightning_ire.engine.host import Host
 from lightning_ire.engine.module_state import MovingWeights
 from lightning_ire.engine.optimizers import named_parameters
@@ -98,14 +97,8 @@ class WeightAscent:
         if fraction == 1 or not self.second or self.before:
             return args
         batch, *rest = args or (None,)
-        sizes = first_dimensions(batch)
-        if len(sizes) != 1:
-            got = f"first dimensions {sizes}" if sizes else type(batch).__name__
-            raise ConfigurationError(
-                "Expected a batch whose tensors all have the samples in their first dimension for "
-                f"{self.perturbation!r}, got {got}: set `perturbation.fraction` to 1."
-            )
-        return (part_of(batch, 0, math.ceil(fraction * sizes[0])), *rest)
+        samples = samples_to_cut(batch, self.perturbation, "set `perturbation.fraction` to 1")
+        return (part_of(batch, 0, math.ceil(fraction * samples)), *rest)
 
     def put_back(self) -> None:
         """Put weights back that are moved, whatever line an interrupt hit."""

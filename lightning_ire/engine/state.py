@@ -18,6 +18,7 @@ from lightning_ire.engine.masks import FlatMasks
 from lightning_ire.engine.memory import PerturbationMemory
 from lightning_ire.engine.optimizers import learning_rates
 from lightning_ire.engine.recipe import Recipe
+from lightning_ire.schedule import scheduled_kappa
 
 __all__ = ["STATE_VERSION", "Progress", "check_version", "warn_of_misfits"]
 
@@ -116,9 +117,11 @@ class Progress:
         """
         self.step += 1
         if with_lrs:
-            lrs = learning_rates(optimizer)
-            before = self.peak_lrs + lrs[len(self.peak_lrs) :]
-            self.peak_lrs = [max(pair) for pair in zip(lrs, before, strict=False)]
+            self.peak_lrs = self._peaks(learning_rates(optimizer))
+
+    def _peaks(self, lrs: list[float]) -> list[float]:
+        """The highest learning rates, these included."""
+        return [max(pair) for pair in zip(lrs, self.peak_lrs + lrs[len(self.peak_lrs) :], strict=False)]
 
     def shares_of_peak_lrs(self, optimizer: Optimizer) -> list[float]:
         """The learning rate of each group before a step, divided by the highest one so far.
@@ -127,8 +130,7 @@ class Progress:
             optimizer: The optimizer.
         """
         lrs = learning_rates(optimizer)
-        peaks = [max(pair) for pair in zip(lrs, self.peak_lrs + lrs[len(self.peak_lrs) :], strict=False)]
-        return [lr / peak if peak > 0 else 0.0 for lr, peak in zip(lrs, peaks, strict=True)]
+        return [scheduled_kappa(1.0, lr, peak) for lr, peak in zip(lrs, self._peaks(lrs), strict=True)]
 
     def add_loss(self, loss: Tensor) -> None:
         """Remember the training loss of a micro-batch, while a start by loss is pending.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -242,7 +242,8 @@ class OptimizerStep:
         try:
             if window.ascent is not None and window.ascent.before:
                 window.ascent.move()
-            first, sight = args, cast("AbstractContextManager[Any]", nullcontext())
+            first: tuple[Any, ...] = args
+            sight: AbstractContextManager[Any] = nullcontext()
             if window.ascent is not None:
                 first, sight = window.ascent.part_of(args), window.ascent.watch(micro_batch.notes, again=False)
             with window.passes.training_pass(), window.watch(micro_batch), sight:

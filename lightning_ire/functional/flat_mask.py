@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,10 +52,20 @@ def flat_masks(
         >>> flat_masks([torch.tensor([0.1, 5.0]), torch.tensor([0.2, 9.0])], gamma=0.5)
         [tensor([ True, False]), tensor([ True, False])]
     """
+    return masks_of_present(masks_and_threshold, values, like, gamma=gamma, scope=scope, exclude_zero=exclude_zero)
+
+
+def masks_of_present(
+    make: Callable[..., tuple[list[Tensor], Tensor]],
+    values: Sequence[Tensor | None],
+    like: Sequence[Tensor | None] | None,
+    **settings: Any,
+) -> list[Tensor | None]:
+    """The masks that a function makes of the values that are there; ``None`` where there is none."""
     present = [index for index, value in enumerate(values) if value is not None]
     chosen: list[Tensor] = [values[index] for index in present]  # type: ignore[misc]
     wholes: list[Tensor] = chosen if like is None else [like[index] for index in present]  # type: ignore[misc]
-    found, _ = masks_and_threshold(chosen, gamma, scope=scope, exclude_zero=exclude_zero, like=wholes)
+    found, _ = make(chosen, like=wholes, **settings)
     masks: list[Tensor | None] = [None] * len(values)
     for index, mask in zip(present, found, strict=True):
         masks[index] = mask

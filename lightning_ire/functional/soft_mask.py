@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_ire.functional._foreach import groups_of, joined, parts_of
 from lightning_ire.functional._shards import Shards
+from lightning_ire.functional.flat_mask import masks_of_present
 from lightning_ire.functional.vectors import in_double
 
 __all__ = ["as_shares", "soft_masks", "soft_masks_and_threshold"]
@@ -74,14 +75,7 @@ def soft_masks(
         >>> as_shares(mask, torch.float32).mean().round(decimals=3)
         tensor(0.6250)
     """
-    present = [index for index, value in enumerate(values) if value is not None]
-    chosen: list[Tensor] = [values[index] for index in present]  # type: ignore[misc]
-    wholes: list[Tensor] = chosen if like is None else [like[index] for index in present]  # type: ignore[misc]
-    found, _ = soft_masks_and_threshold(chosen, gamma, scope=scope, exclude_zero=exclude_zero, like=wholes)
-    masks: list[Tensor | None] = [None] * len(values)
-    for index, mask in zip(present, found, strict=True):
-        masks[index] = mask
-    return masks
+    return masks_of_present(soft_masks_and_threshold, values, like, gamma=gamma, scope=scope, exclude_zero=exclude_zero)
 
 
 @torch.no_grad()

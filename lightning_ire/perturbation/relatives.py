@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_flag, check_number, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
 from lightning_ire.functional import global_dot, global_norm, local, sam_displacement
 from lightning_ire.perturbation.base import Ascent, Perturbation
 from lightning_ire.perturbation.sam import SAM
@@ -129,7 +129,7 @@ class WeightedSAM(_SynchronizedSAM):
     def __init__(self, rho: float = 0.05, gamma: float = 0.9, decouple: bool = True, **sam: Any) -> None:
         super().__init__(rho, **sam)
         self.gamma = check_number("gamma", gamma, high=1.0, high_open=True)
-        self.decouple = check_flag("decouple", decouple)
+        self.decouple = check_switch("decouple", decouple)
 
     @property
     def _weight(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from lightning_ire._checks import ConfigurationError, check_choice, check_flag, check_number, check_switch, check_whole
+from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_switch, check_whole
 from lightning_ire.functional import as_shares, ascent_in_ball, average_sam_displacement, local, sam_displacement
 from lightning_ire.perturbation.base import Ascent, Perturbation
 
@@ -75,7 +75,7 @@ class SAM(Perturbation):
             )
         self.interval = check_whole("interval", interval, low=1)
         self.parameters = _checked_patterns(parameters)
-        self.sync = check_flag("sync", sync)
+        self.sync = check_switch("sync", sync)
         self.fraction = check_number("fraction", fraction, high=1.0, low_open=True)
         self.coordinates = check_choice("coordinates", coordinates, ("all", "sharp"))
         self.needs_mask = self.coordinates == "sharp"
@@ -213,7 +213,7 @@ class AdversarialModelPerturbation(Perturbation):
         self.zeta = check_number("zeta", zeta, low_open=True)
         self.ascents = check_whole("ascents", ascents, low=1)
         self.scope: Any = check_choice("scope", scope, ("tensor", "global"))
-        self.sync = check_flag("sync", sync)
+        self.sync = check_switch("sync", sync)
 
     def displacement(self, ascent: Ascent) -> tuple[Sequence[Tensor | None], Tensor | None]:
         """See the base class."""
