@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lightning_ire.data
@@ -169,6 +169,8 @@ class IRECLI(ConfigWins, LightningCLI):
             if settings.get("ckpt_path") not in (None, *NAMES):
                 self._check_checkpoint(settings)
             on_this_machine("default_root_dir", str(settings.trainer.default_root_dir))
+            if self.subcommand == "fit":
+                _leave_out_start_of_no_boost(settings.ire)
             super().instantiate_classes()
             self._check_intervals()
             self._check_folders(settings)
@@ -286,6 +288,18 @@ def main(args: list[str] | None = None) -> int:
     finally:
         if signal.getsignal(signal.SIGTERM) is _end:
             signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)  # None: not set from Python
+
+
+def _leave_out_start_of_no_boost(ire: Any) -> None:
+    """Let `--ire.kappa 0` on a SAM-IRE config be its baseline: SAM from the first step."""
+    if ire.kappa != 0 or ire.perturbation is None or ire.dry_run:
+        return
+    for unit in ("step", "epoch", "loss"):
+        if (given := ire[key := f"start_{unit}"]) is None:
+            continue
+        ire[key] = None
+        later = "" if unit == "loss" else f"; `--ire.perturbation.{key} {given}` starts the perturbation then"
+        rank_zero_warn(f"`ire.{key}` {given} is left out: it says when the boost starts, and `ire.kappa` is 0{later}.")
 
 
 def _with_preset(args: list[str]) -> list[str]:

@@ -47,6 +47,11 @@ class Start:
         return not self._given
 
     @property
+    def at_once(self) -> bool:
+        """Whether it is on from the first step, as asked for or because nothing was set."""
+        return self.immediate or 0 in (self.step, self.epoch)
+
+    @property
     def setting(self) -> str:
         """What was set, as `start_epoch=60`."""
         return ", ".join(f"{self.name}_{unit}={getattr(self, unit)!r}" for unit in self._given)

@@ -83,7 +83,7 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     "groups": {"ire": BOOST, "monitor": {"quantities": ["sgd_ratio", "stability"]}, "optimizer": groups},
     "adaptive": {
-        "ire": {"kappa": 0.0, "perturbation": SAM(0.5, adaptive=True, sync=True, eta=0.01), "start_step": 7},
+        "ire": {"kappa": 0.0, "perturbation": SAM(0.5, adaptive=True, sync=True, eta=0.01)},
         "monitor": {"quantities": ["stability", "ascent_gap"]},
     },
     "root-validated": {

@@ -265,6 +265,16 @@ def test_a_preset_replaces_the_configs_settings_and_flags_replace_its_own():
             assert repr(ire) == text
 
 
+def test_the_baseline_of_a_sam_ire_config_is_sam_from_the_first_step():
+    flags = ["--ire.preset", "cifar100_resnet56_sam_ire", "--ire.kappa", "0"]
+    words = "`ire.start_epoch` 70 is left out: .* boost .*; `--ire.perturbation.start_epoch 70` starts the perturbation"
+    with pytest.warns(UserWarning, match=words):
+        cli = IRECLI([*DRY, *flags])
+    (ire,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, IRE))
+    assert repr(ire) == "IRE(kappa=0.0, gamma=0.99, perturbation=SAM(rho=0.1))"
+    assert cli.config.fit.ire.start_epoch is None  # and so in the saved config
+
+
 @pytest.mark.parametrize("name", ["blockwise", "lite"])
 def test_presets_with_mappings_and_objects(name, capsys):
     with pytest.raises(SystemExit):

@@ -509,6 +509,7 @@ def test_a_start_of_the_boost_without_one_says_what_to_write() -> None:
         r"got 0: leave `start_step` out, and write SAM\(rho=0.1, start_step=3\) for a perturbation that starts", ire
     )
     refused("leave `start_loss` out .a perturbation starts", IRE(kappa=0, start_loss=1.0, perturbation=SAM(0.1)))
+    cases.fit(Classifier(), [IRE(kappa=0, start_epoch=0, perturbation=SAM(0.1))])  # which is what it does
     refused("leave `start_epoch` out[.]$", IRE(kappa=0, start_epoch=1, perturbation=SAM(0.1, start_step=3)))
 
 

@@ -113,7 +113,7 @@ def make_ire(settings: Settings, **more: Any) -> IRE | None:
     kappa = settings.get("kappa", 0.0)
     if perturbation is None and not kappa:
         return None
-    start = settings.get("start") or None
+    start = settings.get("start") or None if kappa else None
     return IRE(kappa, settings.get("gamma", 0.9), start_step=start, perturbation=perturbation, **more)
 
 

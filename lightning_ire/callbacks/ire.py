@@ -282,7 +282,7 @@ class IRE(Recipe, Callback):
             replays=second_pass or self.dry_run or (self.boosts and self.curvature.reruns),
         )
         check_optimizers(self, pl_module, trainer.optimizers, masks=self.boosts or self.dry_run)
-        if not self.boosts and not self.start.immediate and self.perturbation is not None and not self.dry_run:
+        if not (self.boosts or self.start.at_once or self.perturbation is None or self.dry_run):
             raise ConfigurationError(self._start_without_boost())
         self._record.begin(trainer, pl_module)
 
