@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
-from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, sweeps
+from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, compare, sweeps
 from lightning_ire._checks import check_folder, check_whole
 from lightning_ire._cli_checkpoints import NAMES, check_checkpoint, find_checkpoint, misfit, on_this_machine
 from lightning_ire._cli_messages import one_line, with_full_key
@@ -39,7 +39,11 @@ CALLBACK_KEYS: dict[str, tuple[type[Callback], dict[str, Any]]] = {
 Such a callback has an attribute `idle`; with these defaults it is True, and an idle callback is not added.
 """
 
-_DESCRIPTION = "Train with IRE and SAM. Settings of IRE by name: --ire.preset NAME. Grids of runs: cli.py sweep --help"
+_DESCRIPTION = (
+    "Train with IRE and SAM. Settings of IRE by name: --ire.preset NAME. Grids of runs: cli.py sweep --help. Does it "
+    "help here? cli.py compare --help"
+)
+_COMMANDS = {"sweep": sweeps, "compare": compare}
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after SIGINT and SIGTERM: 128 and the signal's number."""
 
@@ -276,7 +280,8 @@ def main(args: list[str] | None = None) -> int:
     command = sys.argv[1:] if args is None else args
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        return sweeps.main(command[1:]) if command[:1] == ["sweep"] else _run(args)
+        ours = _COMMANDS.get(command[0]) if command else None
+        return ours.main(command[1:]) if ours else _run(args)
     except KeyboardInterrupt:
         return INTERRUPTED
     except SIGTERMException:  # Lightning's own, without a code

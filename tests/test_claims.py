@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from claims import __main__ as main
-from claims import _statistics, accuracy, drift, language
+from claims import accuracy, drift, language
 from claims._inverted import InvertedFisher
 from claims._runs import Runs, _key, collect
-from scipy import stats
 
 from lightning_ire import SampledFisher
+from lightning_ire.compare.statistics import expected_best
 from lightning_ire.curvature import Estimate
 
 
@@ -127,20 +127,6 @@ def test_drift_of_the_toy_is_measured_again(method: str) -> None:
     assert again["predicted"] == pytest.approx(known["predicted"], rel=1e-3)
 
 
-def test_paired_differences_are_scipys() -> None:
-    treated, base = {0: 1.0, 1: 2.5, 2: 2.0, 3: 9.0}, {0: 0.5, 1: 1.0, 2: 2.5}
-    one = _statistics.paired(treated, base)
-    reference = stats.ttest_rel([1.0, 2.5, 2.0], [0.5, 1.0, 2.5])
-    low, high = reference.confidence_interval(0.95)
-    assert (one.mean - one.half, one.mean + one.half) == pytest.approx((low, high))
-    assert one.p == pytest.approx(reference.pvalue)
-    assert one.pairs == 3
-
-
-def test_holm_by_hand() -> None:
-    assert _statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-
-
 def _search(scores: dict[str, list[float]], tests: dict[str, list[float]]) -> Runs:
     """Tuning runs of two seeds, whose means these are."""
     runs = Runs()
@@ -162,14 +148,14 @@ def test_the_luck_of_the_search_by_hand() -> None:
     assert accuracy.chosen(runs, "digits", "SAM")["trial"] == 3
     halves = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
     differences = [0.6 - 0.6, 0.5 - 0.6, 0.8 - 0.6, 0.6 - 0.5, 0.8 - 0.5, 0.8 - 0.7]
-    found = accuracy.searches(runs, "digits", "SAM", "SGD")
+    found = accuracy.luck(runs, "digits", "SAM", "SGD")
     assert found.mean == pytest.approx(sum(differences) / len(halves))
     assert found.better == pytest.approx(4 / 6)
     low, high = torch.tensor(differences).quantile(torch.tensor([0.025, 0.975])).tolist()
     assert (found.low, found.high) == pytest.approx((low, high))
     # with n trials: the mean over all; of the halves 0.6 0.5 0.8 0.6 0.8 0.8; of three: 0.8 but for (0, 1, 2); trial 3
     expected = [0.65, 4.1 / 6, (3 * 0.8 + 0.6) / 4, 0.8]
-    assert accuracy.curve(accuracy.ranked(runs, "digits", "SAM")) == pytest.approx(expected)
+    assert expected_best([*accuracy._by_trial(runs, "digits", "SAM").values()]) == pytest.approx(expected)
 
 
 def test_controls_are_tuned_like_what_they_control() -> None:

@@ -46,6 +46,7 @@ ALLOWED = {
     "models": {"_checks", "_lightning", "_run_length", "models"},
     "data": {"_checks", "_lightning", "data"},
     "sweeps": {"_checks", "__version__", "sweeps"},
+    "compare": {"_checks", "sweeps", "compare"},
 }
 # packages of others, beside the standard library
 THIRD_PARTY = {
@@ -67,6 +68,7 @@ THIRD_PARTY = {
     },
     "models": {"torch", "lightning", "torchmetrics", "transformers"},
     "sweeps": {"optuna", "tensorboard", "tqdm", "yaml", "matplotlib"},
+    "compare": {"torch", "numpy", "scipy", "lightning", "tqdm", "matplotlib"},
 }
 FILES = sorted(
     path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ("__init__.py", "cli.py")

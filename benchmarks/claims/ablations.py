@@ -15,9 +15,9 @@ from matplotlib import pyplot as plt
 from claims._inverted import InvertedFisher
 from claims._report import FIGURES, Verdict, table
 from claims._runs import Result, Runs, Settings
-from claims._statistics import Difference, holm, interval, paired
 from claims._train import train_digits, train_text
 from lightning_ire import IRE, EmpiricalFisher, HutchinsonHessian, RandomMask, SampledFisher, SecondMoment
+from lightning_ire.compare.statistics import Difference, holm, interval, paired
 
 QUESTION = "Which of IRE's settings matter?"
 DEFAULT = "SampledFisher(), K = 10, global"

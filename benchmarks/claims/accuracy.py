@@ -22,22 +22,20 @@ A ResNet of 19,074 parameters, 300 steps, cosine to 0, label smoothing 0.1, SGD 
 
 from __future__ import annotations
 
-import math
 from functools import cache
-from itertools import combinations
 from statistics import mean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from claims._report import FIGURES, Verdict, table
 from claims._runs import Result, Runs, Settings
-from claims._statistics import Difference, holm, interval, paired
 from claims._train import SPLITS, train_digits
 from lightning_ire import IRE, SAM, RandomMask
+from lightning_ire.compare.design import Range
+from lightning_ire.compare.statistics import Difference, Searches, expected_best, holm, interval, paired, searches
 
 QUESTION = "Tables 1 to 3: does IRE raise the test accuracy of SGD, SAM and AdamW at equal tuning effort?"
 BASES = {"SGD-IRE": "SGD", "SAM-IRE": "SAM", "AdmIRE": "AdamW"}
@@ -84,23 +82,23 @@ def _points() -> list[list[float]]:
 
 def _point(method: str, trial: int) -> dict[str, Any]:
     """The settings of a trial."""
-
-    def between(low: float, high: float, share: float) -> float:
-        return float(f"{low * (high / low) ** share:.3g}")
-
     lr, decay, rho, kappa, gamma, start = _points()[trial]
     adam = _adam(method)
     settings: dict[str, Any] = {
-        "lr": between(1e-3, 0.1, lr) if adam else between(0.02, 1.0, lr),
-        "weight_decay": between(1e-3, 1.0, decay) if adam else between(1e-4, 1e-2, decay),
+        "lr": _logarithmic(1e-3, 0.1, lr) if adam else _logarithmic(0.02, 1.0, lr),
+        "weight_decay": _logarithmic(1e-3, 1.0, decay) if adam else _logarithmic(1e-4, 1e-2, decay),
     }
     if method.startswith("SAM"):
-        settings["rho"] = between(0.02, 0.5, rho)
+        settings["rho"] = _logarithmic(0.02, 0.5, rho)
     if "IRE" in method:
-        settings["kappa"] = between(0.5, 20.0, kappa)
+        settings["kappa"] = _logarithmic(0.5, 20.0, kappa)
         settings["gamma"] = 1.0 if method.endswith("gamma = 1") else [0.8, 0.9, 0.99][int(3 * gamma)]
         settings["start"] = [0.0, 0.3, 0.6][int(3 * start)]
     return settings
+
+
+def _logarithmic(low: float, high: float, share: float) -> float:
+    return Range(low, high, log=True).value(share)
 
 
 def _adam(method: str) -> bool:
@@ -158,36 +156,17 @@ def chosen(runs: Runs, split: str, method: str) -> dict[str, Any]:
     return next(iter(ranked(runs, split, method).values())).settings
 
 
-class Searches(NamedTuple):
-    """Of the difference over all searches with half of the trials: mean, central 95 %, share where it is positive."""
-
-    mean: float
-    low: float
-    high: float
-    better: float
-
-    def show(self) -> str:
-        return f"{100 * self.mean:+.2f} ({100 * self.low:+.2f} to {100 * self.high:+.2f}), {100 * self.better:.0f} %"
-
-
-def searches(runs: Runs, split: str, treated: str, base: str) -> Searches | None:
+def luck(runs: Runs, split: str, treated: str, base: str) -> Searches | None:
     """Test accuracy of one method minus that of another, each tuned with the same half of the trials, in all ways.
 
     None for what is tuned on top of a base: its trials are not those of the base.
     """
-    if treated in ON_TOP:
-        return None
-    trials = [ranked(runs, split, method) for method in (treated, base)]
-    both = sorted(trials[0].keys() & trials[1].keys())
-    halves = np.array(list(combinations(range(len(both)), max(1, len(both) // 2))))
-    accuracies = []
-    for ranking in trials:
-        places = np.array([list(ranking).index(trial) for trial in both])
-        best = np.take_along_axis(halves, places[halves].argmin(1)[:, None], 1)[:, 0]
-        accuracies.append(np.array([ranking[trial].test_accuracy for trial in both])[best])
-    difference = accuracies[0] - accuracies[1]
-    low, high = np.quantile(difference, (0.025, 0.975))
-    return Searches(float(difference.mean()), float(low), float(high), float((difference > 0).mean()))
+    return None if treated in ON_TOP else searches(*(_by_trial(runs, split, method) for method in (treated, base)))
+
+
+def _by_trial(runs: Runs, split: str, method: str) -> dict[int, float]:
+    """Test accuracy by trial, the best in validation first."""
+    return {trial: one.test_accuracy for trial, one in ranked(runs, split, method).items()}
 
 
 def reported(runs: Runs, split: str, method: str, value: str = "test_accuracy") -> dict[int, float]:
@@ -257,8 +236,8 @@ def verdict(runs: Runs) -> Verdict:
             parts.append(f"against {name} better in {better}, worse in {worse} of nine")
         brief = f" Controls tuned as well: {'; '.join(parts)}."
         said += brief
-    luck = {key: searches(runs, *key) for key in listed}
-    if shares := [f"{key[0]} {key[1]} in {100 * one.better:.0f} %" for key, one in luck.items() if one]:
+    found = {key: luck(runs, *key) for key in listed}
+    if shares := [f"{key[0]} {key[1]} in {100 * one.better:.0f} %" for key, one in found.items() if one]:
         said += f" Of all searches with half of the trials IRE comes out better: {', '.join(shares)}."
     sam = ", ".join(f"{split} {differences[split, 'SAM', 'SGD'].show(scale=100)}" for split in SPLITS)
     pairs = differences["digits", "SAM", "SGD"].pairs
@@ -288,7 +267,7 @@ def tables(runs: Runs) -> str:
             f"{one.p:.2g}",
             f"{adjusted[split, treated, base]:.2g}" if (split, treated, base) in adjusted else "",
             f"{_ratio(runs, split, treated, base):.2f}",
-            luck.show() if (luck := searches(runs, split, treated, base)) else "",
+            chance.show() if (chance := luck(runs, split, treated, base)) else "",
         ]
         for (split, treated, base), one in differences.items()
     ]
@@ -308,7 +287,7 @@ def _budgets(runs: Runs) -> str:
     rows = []
     for method in _methods(runs):
         if method not in ON_TOP:
-            curves = [curve(ranked(runs, split, method)) for split in SPLITS]
+            curves = [expected_best([*_by_trial(runs, split, method).values()]) for split in SPLITS]
             rows.append([method, *(" → ".join(f"{100 * one[n - 1]:.2f}" for n in budgets) for one in curves)])
     numbers = ", ".join(map(str, budgets))
     return table([f"expected test accuracy, %, after a search of {numbers} trials", *SPLITS], rows)
@@ -324,18 +303,6 @@ def _ratio(runs: Runs, split: str, treated: str, base: str) -> float:
 def _short(settings: Settings) -> str:
     names = ["lr", "weight_decay", "rho", "kappa", "gamma", "start"]
     return ", ".join(f"{name} {settings[name]:g}" for name in names if name in settings)
-
-
-def curve(ranking: dict[int, Trial]) -> list[float]:
-    """Expected test accuracy of the best in validation of n of the trials, n = 1, 2, ... (all sets equally likely)."""
-    accuracies, total = [trial.test_accuracy for trial in ranking.values()], len(ranking)
-    return [
-        sum(
-            math.comb(total - 1 - place, n - 1) / math.comb(total, n) * accuracy
-            for place, accuracy in enumerate(accuracies[: total - n + 1])
-        )
-        for n in range(1, total + 1)
-    ]
 
 
 def draw(runs: Runs) -> None:
@@ -364,7 +331,7 @@ def draw(runs: Runs) -> None:
             style = "-" if method in BASES else "--"
             if method in CONTROLS:
                 style = ":" if method.endswith("random mask") else "-."
-            values = [100 * one for one in curve(ranked(runs, split, method))]
+            values = [100 * one for one in expected_best([*_by_trial(runs, split, method).values()])]
             axis.plot(range(1, len(values) + 1), values, linestyle=style, color=colours[family], label=method)
         axis.set(xlabel="trials of the search", title=f"{split}: what tuning finds")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from claims._report import FIGURES, Verdict, table
 from claims._runs import Result, Runs, Settings
-from claims._statistics import Difference, interval
+from lightning_ire.compare.statistics import Difference, interval
 
 QUESTION = "Section 5: is the drift to flat minima 1 + kappa times as fast with IRE, for kappa up to order 1 / rho?"
 METHODS = ("SAM", "average SAM")

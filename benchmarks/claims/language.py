@@ -37,9 +37,9 @@ from matplotlib import pyplot as plt
 from claims._inverted import InvertedFisher
 from claims._report import FIGURES, Verdict, table
 from claims._runs import Result, Runs, Settings
-from claims._statistics import Difference, interval, paired
 from claims._train import TEXT, train_text
 from lightning_ire import IRE, RandomMask
+from lightning_ire.compare.statistics import Difference, interval, paired
 
 QUESTION = "Figures 3 and 4: does AdmIRE train language models faster than tuned AdamW, and because of flatness?"
 ADMIRE: dict[str, dict[str, Any]] = {  # arguments of IRE, beside kappa and gamma

@@ -19,9 +19,8 @@ from matplotlib import pyplot as plt
 
 from claims._report import FIGURES, Verdict, table
 from claims._runs import Result, Runs, Settings
-from claims._statistics import Difference, holm, interval, paired
 from claims._train import train_digits
-from claims.accuracy import TUNING_SEED, _points, chosen, ranked, reported
+from claims.accuracy import TUNING_SEED, _logarithmic, _points, chosen, ranked, reported
 from lightning_ire import (
     GSAM,
     IRE,
@@ -35,6 +34,7 @@ from lightning_ire import (
     StableSAM,
     WeightedSAM,
 )
+from lightning_ire.compare.statistics import Difference, holm, interval, paired
 
 QUESTION = "Relatives of SAM: what does each buy, and for how many passes?"
 SPLITS = ("few labels",)
@@ -75,13 +75,9 @@ def plan(size: str, runs: Runs) -> list[dict[str, Any]]:
 
 def _point(method: str, trial: int) -> dict[str, Any]:
     """The settings of a trial."""
-
-    def between(low: float, high: float, share: float) -> float:
-        return float(f"{low * (high / low) ** share:.3g}")
-
     lr, decay, rho, *_ = _points()[trial]
-    settings = {"lr": between(0.02, 1.0, lr), "weight_decay": between(1e-4, 1e-2, decay)}
-    return settings if method == "SGD" else settings | {"rho": between(*METHODS[method][2], rho)}
+    settings = {"lr": _logarithmic(0.02, 1.0, lr), "weight_decay": _logarithmic(1e-4, 1e-2, decay)}
+    return settings if method == "SGD" else settings | {"rho": _logarithmic(*METHODS[method][2], rho)}
 
 
 def measure(settings: Settings) -> Result:

@@ -20,9 +20,9 @@ from scipy import stats
 
 from claims._report import FIGURES, Verdict, table
 from claims._runs import Result, Runs, Settings
-from claims._statistics import interval
 from claims._train import train_digits
 from claims.accuracy import make_ire
+from lightning_ire.compare.statistics import interval
 
 QUESTION = "Figure 2: the larger kappa, the flatter the minimum, the lower the training loss, the higher the accuracy?"
 KAPPAS, GAMMAS, SCHEDULES = (0.0, 2.0, 5.0, 10.0), (0.8, 0.9, 0.95), ("constant", "divided")

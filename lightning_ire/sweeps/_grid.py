@@ -44,9 +44,14 @@ class Trial(dict[str, str]):
         return [word for pair in words for word in pair]
 
     @property
+    def title(self) -> str:
+        """What tells it from every other trial."""
+        return self.prefix + ",".join(f"{key}={value}" for key, value in self.items())
+
+    @property
     def name(self) -> str:
-        """A name that every file system takes, different for every trial."""
-        plain = self.prefix + ",".join(f"{key}={value}" for key, value in self.items())
+        """The title as a name that every file system takes, different for every trial."""
+        plain = self.title
         safe = re.sub(r"[^\w.,=+-]", "_", plain, flags=re.ASCII)[:_LONGEST_NAME]
         return safe if safe == plain else f"{safe}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
 

@@ -16,7 +16,17 @@ from lightning_ire._checks import ConfigurationError, check_choice
 from lightning_ire.sweeps._grid import Grid
 from lightning_ire.sweeps._study import code
 
-__all__ = ["Options", "content", "pairs", "read_options"]
+__all__ = [
+    "Options",
+    "Parser",
+    "check_config",
+    "check_key",
+    "check_name",
+    "content",
+    "pairs",
+    "read_options",
+    "spelt_out",
+]
 
 _EXAMPLE = """\
 example (18 runs and 3 of plain SGD):
@@ -63,27 +73,30 @@ class Options(argparse.Namespace):
         return None if name in (None, True) or str(name).endswith("TensorBoardLogger") else f"trainer.logger: {name}"
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that raises what is wrong as a `ConfigurationError`."""
+
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message} (python cli.py sweep --help)")
+        """Raise.
+
+        Args:
+            message: What is wrong.
+        """
+        raise ConfigurationError(f"{message} (python {self.prog} --help)")
 
 
 def read_options(args: list[str]) -> Options:
     """Read what follows `sweep`; a `ConfigurationError` says what is wrong with it."""
     split = args.index("--") if "--" in args else len(args)
-    # a number behind a space is no flag to argparse, which knows -1 and -0.1 and not -1e-3
-    ours = [f" {word}" if re.match(r"-(\d|\.|inf|nan)", word) else word for word in args[:split]]
-    options = _parser().parse_args(ours, Options(flags=args[split + 1 :]))
-    if options.config is None or not options.config.is_file():
-        raise ConfigurationError(f"Expected `--config` to be a file, got {str(options.config or 'none')!r}.")
+    options = _parser().parse_args(spelt_out(args[:split]), Options(flags=args[split + 1 :]))
+    check_config(options.config)
     grid = _check_grid(vars(options)["grid"])
     for key, _ in pairs(options.flags):
-        _check_key(key)
+        check_key(key)
         if key in grid:
             raise ConfigurationError(f"Expected `{key}` to be set in one place, got it in --grid and behind `--`.")
     options.grid, options.name = Grid(grid), options.name or options.config.stem
-    if not re.fullmatch(r"[\w.+-]+", options.name) or not options.name.strip("."):
-        raise ConfigurationError(f"Expected `--name` to be of letters, digits and ._+-, got {options.name!r}.")
+    check_name(options.name)
     if not options.table:
         _check_test_after_fit(options)
     mode = options.mode or ("max" if "accuracy" in options.metric else "min")
@@ -93,7 +106,7 @@ def read_options(args: list[str]) -> Options:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="cli.py sweep",
         usage="python cli.py sweep --config FILE --grid KEY VALUE ... [options] [-- further flags of cli.py fit]",
         description="Train every combination of the values of some keys, each in a process of its own.",
@@ -101,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add, stripped = parser.add_argument, {"type": str.strip}  # see `read_options`
+    add, stripped = parser.add_argument, {"type": str.strip}  # see `spelt_out`
     add("--config", type=Path, metavar="FILE", help="config of all runs")
     grid: dict[str, Any] = {"nargs": "*", "action": "append", "default": [], **stripped}
     add("--grid", **grid, metavar="KEY VALUE", help="a key and its values; repeat")
@@ -127,14 +140,32 @@ def _check_grid(grid: list[list[str]]) -> dict[str, tuple[str, ...]]:
             raise ConfigurationError(f"Expected `--grid {key}` to have values, got {' '.join(values) or 'none'!r}.")
         if len(set(map(code, values))) < len(values):
             raise ConfigurationError(f"Expected `--grid {key}` to have different values, got {' '.join(values)}.")
-        _check_key(key)
+        check_key(key)
         checked[key] = tuple(values)
     return checked
 
 
-def _check_key(key: str) -> None:
+def spelt_out(words: Sequence[str]) -> list[str]:
+    """Return a command line in which numbers are no flags: argparse knows -1 and -0.1, and not -1e-3."""
+    return [f" {word}" if re.match(r"-(\d|\.|inf|nan)", word) else word for word in words]
+
+
+def check_config(config: Path | None) -> None:
+    """Refuse a config that is not there."""
+    if config is None or not config.is_file():
+        raise ConfigurationError(f"Expected `--config` to be a file, got {str(config or 'none')!r}.")
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no name of a file."""
+    if not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
+        raise ConfigurationError(f"Expected `--name` to be of letters, digits and ._+-, got {name!r}.")
+
+
+def check_key(key: str, by: str = "sweep", where: str = "in --grid or behind `--`") -> None:
+    """Refuse a key that the runs are given anyway."""
     if key in ("c", "config", "ckpt_path", "trainer.logger") or key.startswith("trainer.logger."):
-        raise ConfigurationError(f"Expected `{key}` to be left to the sweep, got it in --grid or behind `--`.")
+        raise ConfigurationError(f"Expected `{key}` to be left to the {by}, got it {where}.")
 
 
 def _check_test_after_fit(options: Options) -> None:

@@ -18,7 +18,7 @@ from lightning_ire._checks import ConfigurationError, check_folder
 from lightning_ire.sweeps._grid import Trial
 from lightning_ire.sweeps._options import Options, content, pairs
 
-__all__ = ["Run", "last_line", "last_values", "replace_text", "run_process"]
+__all__ = ["Run", "die_with_parent", "last_line", "last_values", "replace_text", "run_process", "versions"]
 
 _MADE_WITH = "made_with.json"
 _PATIENCE_SECONDS = 30  # how long a process may take to end after Ctrl-C
@@ -37,7 +37,7 @@ class Run:
     @property
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that earlier attempts have left."""
-        left = [version / "checkpoints" / "last.ckpt" for version in _versions(self.folder)]
+        left = [version / "checkpoints" / "last.ckpt" for version in versions(self.folder)]
         return next((path for path in reversed(left) if path.is_file()), None)
 
     @property
@@ -65,7 +65,7 @@ class Run:
     def check(self) -> None:
         """Refuse a folder in which there are runs with other settings than these, or one that cannot be made."""
         check_folder("--folder", self.options.folder, self.folder)
-        if not _versions(self.folder):
+        if not versions(self.folder):
             return
         ours = self.settings
         try:
@@ -79,14 +79,18 @@ class Run:
             there, here = (repr(made[key]) if key in made else "nothing" for made in (theirs, ours))
             difference = f"`{key}` {there} there and {here} here"
         raise ConfigurationError(
-            f"Expected the runs in {self.folder} to be made with the settings of this sweep, got {difference}: give "
+            f"Expected the runs in {self.folder} to be made with the settings of this study, got {difference}: give "
             "another `--name` or `--folder`, or remove that folder."
         )
 
     def execute(self) -> int:
         """Write down what the run is made with, run it, and return its exit code."""
-        replace_text(self.folder / _MADE_WITH, json.dumps(self.settings, indent=1))
+        self.write_settings()
         return run_process(self.command, self.log)
+
+    def write_settings(self) -> None:
+        """Write down what the run is made with."""
+        replace_text(self.folder / _MADE_WITH, json.dumps(self.settings, indent=1))
 
 
 def run_process(arguments: list[str], log: Path) -> int:
@@ -98,7 +102,7 @@ def run_process(arguments: list[str], log: Path) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(arguments, **files, preexec_fn=_die_with_parent if _PRCTL else None)
+        process = subprocess.Popen(arguments, **files, preexec_fn=die_with_parent if _PRCTL else None)
         try:
             return process.wait()
         except BaseException:
@@ -124,7 +128,7 @@ def last_values(folder: Path) -> dict[str, float]:
     )
 
     values: dict[str, float] = {}
-    for version in _versions(folder):
+    for version in versions(folder):
         events = EventAccumulator(str(version), size_guidance={"scalars": 1}, purge_orphaned_data=False)
         events.Reload()
         values.update({tag: float(events.Scalars(tag)[-1].value) for tag in events.Tags()["scalars"]})
@@ -148,12 +152,13 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, str(value)
 
 
-def _versions(folder: Path) -> list[Path]:
+def versions(folder: Path) -> list[Path]:
     """Return a run's version folders, the newest last."""
     versions = [path for path in folder.glob("version_*") if re.fullmatch(r"version_\d+", path.name)]
     return sorted(versions, key=lambda path: int(path.name.removeprefix("version_")))
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Let this process get SIGTERM when its parent ends (on Linux)."""
     if _PRCTL:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -95,10 +95,9 @@ class Study(Generic[TrialT]):
         fingerprint: str | None = "",
         flags: Sequence[str] = (),
     ) -> None:
-        self.trials = list(trials)
-        self._places = {_key(_params(trial)): place for place, trial in enumerate(self.trials)}
-        if len(self._places) < len(self.trials):
-            raise ConfigurationError("Expected the trials of a study to be different, got one of them twice.")
+        self.trials: list[TrialT] = []
+        self._places: dict[frozenset[tuple[str, float]], int] = {}
+        self.extend(trials)
         self._worst = -math.inf if mode == "max" else math.inf
         self._storage = _open(storage or f"sqlite:///{Path(folder) / name}.db", must_exist=fingerprint is None)
         where = {"study_name": name, "storage": self._storage}
@@ -118,10 +117,17 @@ class Study(Generic[TrialT]):
         if not refused and self._study.user_attrs.get("fingerprint", fingerprint) != fingerprint:
             raise ConfigurationError(
                 f"Expected the config and the further flags to be those that the study {name!r} was begun with, got "
-                "others: give this sweep a name of its own with `--name`."
+                "others: give this one a name of its own with `--name`."
             )
         self._study.set_user_attr("fingerprint", fingerprint)
         self._study.set_user_attr("flags", list(flags))
+
+    def extend(self, trials: Sequence[TrialT]) -> None:
+        """Add trials; `ConfigurationError` if one of them is there already."""
+        self._places |= {_key(_params(trial)): place for place, trial in enumerate(trials, len(self.trials))}
+        self.trials += trials
+        if len(self._places) < len(self.trials):
+            raise ConfigurationError("Expected the trials of a study to be different, got one of them twice.")
 
     @property
     def flags(self) -> list[str]:

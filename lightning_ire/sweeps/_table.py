@@ -12,7 +12,7 @@ from lightning_ire.sweeps._grid import SEED, Grid, in_order
 from lightning_ire.sweeps._study import code
 from lightning_ire.sweeps.paper import PAPER, PaperRow
 
-__all__ = ["Average", "Results", "averages", "shown", "table"]
+__all__ = ["Average", "Results", "averages", "markdown", "shown", "table"]
 
 Group = tuple[tuple[str, str], ...]
 """Keys and values of the runs that differ in the seed only."""
@@ -110,11 +110,11 @@ def _best_of(groups: Mapping[Group, Average], mode: str) -> Group | None:
 def _grid_lines(grid: Grid, groups: Mapping[Group, Average], metric: str) -> str:
     texts = {group: average.text(metric) for group, average in groups.items()}
     if len(grid.keys) != 2:
-        return _markdown([[*grid.keys, metric], *([*dict(group).values(), text] for group, text in texts.items())])
+        return markdown([[*grid.keys, metric], *([*dict(group).values(), text] for group, text in texts.items())])
     first, second = grid.keys
     heads = in_order(grid.values[second])
     rows = [[row, *(texts[(first, row), (second, column)] for column in heads)] for row in in_order(grid.values[first])]
-    return _markdown([[f"{first} \\ {second}", *heads], *rows])
+    return markdown([[f"{first} \\ {second}", *heads], *rows])
 
 
 def _summary(
@@ -138,7 +138,7 @@ def _summary(
             same = ours.get(frozenset(row.trial.items()), Average((), 1))
             rows.append([f"the paper's cell ({label})", same.text(metric), _quoted(row, metric)])
     head = ["", "here", *([f"paper, {paper.table}"] if paper and any(row[2] for row in rows) else [])]
-    return _markdown([head, *(row[: len(head)] for row in rows)])
+    return markdown([head, *(row[: len(head)] for row in rows)])
 
 
 def _spelt(group: Group) -> str:
@@ -149,7 +149,7 @@ def _quoted(row: PaperRow | None, metric: str) -> str:
     return f"{row.method} {row.percent[metric]:.2f}" if row and metric in row.percent else ""
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
     """Return a table with columns of even width; the first row is the head."""
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
     rows = [rows[0], ["-" * width for width in widths], *rows[1:]]

@@ -109,7 +109,7 @@ def test_a_new_study_adopts_no_run_with_other_settings(flags, config, version, d
     capsys.readouterr()
     assert sweep(f"--grid ire.kappa 2 1 --storage sqlite:///new/new.db -- {flags}", config=config) == 2
     assert capsys.readouterr().err == (
-        "error: Expected the runs in sweeps/c/ire.kappa=1 to be made with the settings of this sweep, got "
+        "error: Expected the runs in sweeps/c/ire.kappa=1 to be made with the settings of this study, got "
         f"{difference}: give another `--name` or `--folder`, or remove that folder.\n"
     )
     assert len(runs.commands) == 1  # the cell that has nothing in its folder did not run either
@@ -208,7 +208,7 @@ def test_another_config_or_other_flags_need_another_name(arguments, config, runs
     assert sweep(arguments, config=config) == 2
     assert capsys.readouterr().err == (
         "error: Expected the config and the further flags to be those that the study 'c' was begun with, got others: "
-        "give this sweep a name of its own with `--name`.\n"
+        "give this one a name of its own with `--name`.\n"
     )
     assert Path("sweeps/c.db").read_bytes() == before
     assert len(runs.commands) == 1
