@@ -111,7 +111,7 @@ def test_strengths_keep_their_proportions() -> None:
     module = Quadratic(curvatures=(SHARP, FLAT, FLAT / 4, FLAT / 4))
     other = nn.Parameter(torch.ones(1, dtype=torch.float64))
     module.other = other
-    module.training_step = lambda batch, index: (  # type: ignore[method-assign]
+    module.training_step = lambda batch, batch_idx: (  # type: ignore[method-assign]
         0.5 * (module.curvatures * module.weights.square()).sum() + 0.05 * module.other.square().sum()
     )
     watch = SharpnessMonitor(4, None, ["kappa_headroom"], **EXACT)
@@ -129,7 +129,10 @@ def test_what_is_measured_without_a_mask() -> None:
 
 def test_rounds_are_bounded_and_nothing_is_made_of_nan() -> None:
     n = torch.tensor([0.0, 1.0])
-    assert largest_stable_kappa(lambda kappa: (kappa, torch.tensor([0.6, 0.8])), n, 1.0, max_rounds=2)[1] is False
+    assert (
+        largest_stable_kappa(lambda kappa: (1 + kappa / 100, torch.tensor([0.9, 0.436])), n, 1.0, max_rounds=2)[1]
+        is False
+    )
     assert largest_stable_kappa(lambda kappa: (float("nan"), n), n, 1.0) == (0.0, False)
 
 
@@ -160,7 +163,7 @@ def test_kappa_is_a_share_of_the_headroom_and_stable(settings: dict[str, float],
     assert kappas[4:] == pytest.approx([safety * closed] * 96, rel=1e-8)
     assert all(kappa <= closed * (1 + 1e-8) for kappa in kappas)
     if safety < 1:
-        assert float(module.weights.detach().abs().max()) < 1e-3
+        assert float(module.weights.detach().abs().max()) < 0.05
     ratios = [row[tags.RATIO] for _, row in logger.rows if tags.RATIO in row]
     assert max(ratios) <= 1 + 1e-8
 

@@ -78,7 +78,8 @@ class IRE(Recipe, Callback):
             has that of the first pattern that fits any of its names (tied weights have several), and one that none fits
             is refused. A group's "ire_kappa" goes before that. "auto": `kappa_safety` times the largest kappa with
             which steps are stable near a quadratic, as a SharpnessMonitor with the quantity "stability" or
-            "kappa_headroom" measured it last; 0 before its first measurement with a mask; one optimizer, no "ire_kappa".
+            "kappa_headroom" measured it last; 0 before its first measurement with a mask. For one optimizer, without
+            "ire_kappa" in its groups.
         gamma: Fraction of the coordinates called flat, in (0, 1]; 1: all of them (a larger learning rate). A mapping as
             for `kappa`: the parameters of a pattern are ranked among themselves (with `scope="tensor"` each tensor by
             its own gamma), and their thresholds logged as `ire/threshold/PATTERN`.

@@ -301,7 +301,7 @@ class SharpnessMonitor(Callback):
         """Once per run, after some measurements in a row; one that was skipped does not count."""
         if ratio is None:
             return
-        self._unstable = self._unstable + 1 if ratio > 1 else 0
+        self._unstable = self._unstable + 1 if ratio > 1 + self.tolerance else 0
         if self._unstable != _UNSTABLE or self._warned_of_steps:
             return
         self._warned_of_steps = True

@@ -185,5 +185,5 @@ def largest_stable_kappa(
         for _ in range(50):
             middle = math.sqrt((1 + low) * (1 + high)) - 1
             low, high = (middle, high) if surplus(middle) > 0 else (low, middle)
-        kappa = high
+        kappa = low
     return kappa, False
