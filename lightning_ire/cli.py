@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test,predict,sweep} --config configs/NAME.yaml`."""
+"""The command line: `python cli.py {fit,validate,test,predict,sweep,find} --config configs/NAME.yaml`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
-from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, sweeps
+from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, find, sweeps
 from lightning_ire._checks import check_folder, check_whole
 from lightning_ire._cli_checkpoints import NAMES, check_checkpoint, find_checkpoint, misfit, on_this_machine
 from lightning_ire._cli_messages import one_line, with_full_key
@@ -40,6 +40,7 @@ Such a callback has an attribute `idle`; with these defaults it is True, and an 
 """
 
 _DESCRIPTION = "Train with IRE and SAM. Settings of IRE by name: --ire.preset NAME. Grids of runs: cli.py sweep --help"
+_DESCRIPTION += ". Range tests of the learning rate, kappa and rho: cli.py find --help"
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after SIGINT and SIGTERM: 128 and the signal's number."""
 
@@ -276,6 +277,8 @@ def main(args: list[str] | None = None) -> int:
     command = sys.argv[1:] if args is None else args
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        if command[:1] == ["find"]:
+            return find.main(command[1:], IRECLI)
         return sweeps.main(command[1:]) if command[:1] == ["sweep"] else _run(args)
     except KeyboardInterrupt:
         return INTERRUPTED

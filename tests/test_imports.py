@@ -46,6 +46,7 @@ ALLOWED = {
     "models": {"_checks", "_lightning", "_run_length", "models"},
     "data": {"_checks", "_lightning", "data"},
     "sweeps": {"_checks", "__version__", "sweeps"},
+    "find": {"_checks", "_cli_messages", "tags", "schedule", "perturbation", "engine", "callbacks", "find"},
 }
 # packages of others, beside the standard library
 THIRD_PARTY = {
@@ -66,6 +67,7 @@ THIRD_PARTY = {
         *("tokenizers", "datasets", "huggingface_hub", "pyarrow", "zstandard"),
     },
     "models": {"torch", "lightning", "torchmetrics", "transformers"},
+    "find": {"torch", "lightning", "tqdm", "matplotlib"},
     "sweeps": {"optuna", "tensorboard", "tqdm", "yaml", "matplotlib"},
 }
 FILES = sorted(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -360,18 +360,7 @@ class SharpnessMonitor(Callback):
                 self.last.skipped = dict.fromkeys(self.quantities, str(error))
                 return self.last
             with self._progress_bar(trainer, len(probe)) as bar:
-                loss = getattr(module, "sharpness_loss", None) or own_method(module, "training_step")
-                fisher_loss = getattr(module, "fisher_loss", None)
-                landscape = Landscape(
-                    host,
-                    module,
-                    _on_probe(probe, trainer, loss),
-                    len(probe),
-                    fisher_loss=None if fisher_loss is None else _on_probe(probe, trainer, fisher_loss),
-                    hvp=self.hvp if self._exact else "finite_difference",
-                    seed=self.seed,
-                    tick=bar.update,
-                )
+                landscape = self._landscape(trainer, module, probe, bar.update)
                 settings = self._settings(int(trainer.accumulate_grad_batches))
                 job = Job(landscape, settings, self.last, trainer.optimizers, find_ire(trainer))
                 measure(job, self._wanted(trainer), self._warn)
@@ -379,6 +368,39 @@ class SharpnessMonitor(Callback):
         if self.last.out_of_memory:
             self._after_out_of_memory(landscape, probe)
         return self.last
+
+    @contextmanager
+    def landscape(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Landscape]:
+        """The loss on the probe as a function of the weights, for measurements of your own; no trace is left.
+
+        Args:
+            trainer: A trainer that is fitting or validating the module, or has done so.
+            module: The module.
+
+        Yields:
+            The landscape, to be used in one of its modes (``with landscape.mode("train"): ...``).
+
+        Raises:
+            RuntimeError: If there is no probe to be had.
+        """
+        with measurement_mode(LightningHost(trainer, module), module):
+            yield self._landscape(trainer, module, self._probe_of(trainer, module))
+
+    def _landscape(
+        self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe, tick: Callable[[], Any] = lambda: None
+    ) -> Landscape:
+        loss = getattr(module, "sharpness_loss", None) or own_method(module, "training_step")
+        fisher_loss = getattr(module, "fisher_loss", None)
+        return Landscape(
+            LightningHost(trainer, module),
+            module,
+            _on_probe(probe, trainer, loss),
+            len(probe),
+            fisher_loss=None if fisher_loss is None else _on_probe(probe, trainer, fisher_loss),
+            hvp=self.hvp if self._exact else "finite_difference",
+            seed=self.seed,
+            tick=tick,
+        )
 
     def _probe_of(self, trainer: pl.Trainer, module: pl.LightningModule) -> Probe:
         def draw() -> Probe:
