@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,16 @@ from lightning_ire.callbacks import IRE, SharpnessMonitor
 from lightning_ire.engine.object_state import kept
 from lightning_ire.engine.recipe import AUTO, GROUP_KAPPA
 from lightning_ire.engine.replay import loss_of
-from lightning_ire.find._result import RangeTest, crossing, diverges, doubling, smoothed, spaced, steepest_descent
+from lightning_ire.find._result import (
+    RangeTest,
+    crossing,
+    diverges,
+    doubling,
+    raising,
+    smoothed,
+    spaced,
+    steepest_descent,
+)
 from lightning_ire.perturbation import SAM, Perturbation
 from lightning_ire.schedule import Start
 
@@ -141,7 +151,8 @@ def kappas(
     lowest = found.values[_place_of_least(smoothed(found.losses))] if found.losses else math.inf
     if found.headroom is not None and not (found.diverged and lowest < test.safety * found.headroom):
         found.suggestion = test.safety * found.headroom
-        found.reason = f"{test.safety:g} of the largest stable kappa, {found.headroom:.3g}"
+        passes, text = crossing(found.ratios), f"{test.safety:g} of the largest stable kappa, {found.headroom:.3g}"
+        found.reason = text if passes is None else f"{text}; while kappa rose, stability/ratio passed 1 at {passes:.3g}"
     elif found.diverged:
         found.suggestion = lowest
         stable = "is not known" if found.headroom is None else f"is {found.headroom:.3g}"
@@ -166,8 +177,9 @@ def radii(
 
     First `warm_up` steps of the run as it is configured; then, without training, the loss on one batch at theta + d,
     d = rho g / ||g||, for all radii (ASAM: rho T^2 g / ||T g||, if that is the run's perturbation), in training mode.
-    The suggestion is a rule of thumb of this package: the radius at which the gap is twice its first order rho ||g||.
-    Below it the ascent sees little but the slope, above it the curvature says most.
+    The suggestion is a rule of thumb of this package, a scale to begin with: the radius at which the ascent raises the
+    loss by a tenth, or at which the gap is twice its first order rho ||g||, if that is smaller (above it the curvature
+    says most of the gap).
 
     Args:
         trainer: See :func:`learning_rates`.
@@ -190,13 +202,18 @@ def radii(
     values = spaced(*_range(low, high), check_whole("steps", steps, low=2))
     test = _Radii(values, 0, check_whole("warm_up", warm_up, low=0))
     found = test.run(trainer, module, data, progress)
-    suggestion = doubling(found.values, found.gaps, found.slope or 0.0)
-    if suggestion is None:
-        found.reason = "the gap stays below twice its first order: raise `high`"
-    elif suggestion == found.values[0]:
-        found.reason = "the gap is above twice its first order from the smallest radius on: lower `low`"
+    loss = found.losses[0] - found.gaps[0] if found.gaps else 0.0
+    candidates = (
+        (raising(found.values, found.gaps, loss), f"the ascent raises the loss, {loss:.3g}, by a tenth there"),
+        (doubling(found.values, found.gaps, found.slope or 0.0), "the ascent gap is twice its first order there"),
+    )
+    known = [(rho, reason) for rho, reason in candidates if rho is not None]
+    if not known:
+        found.reason = "the gap stays below a tenth of the loss and twice its first order: raise `high`"
+    elif min(known)[0] == found.values[0]:
+        found.reason = "the gap is above a tenth of the loss or twice its first order from `low` on: lower it"
     else:
-        found.suggestion, found.reason = suggestion, "the ascent gap is twice its first order there"
+        found.suggestion, found.reason = min(known)
     return found
 
 
@@ -237,7 +254,8 @@ class _Test(Callback):
                 apart.fit_loop.epoch_loop.max_steps = max(apart.max_steps, total)
             name = f"find {self.key}"
             self.bar = tqdm(total=total, desc=name, disable=not (progress and trainer.is_global_zero), leave=False)
-            with self.bar:
+            with self.bar, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="IRE is on from the first step, while")  # as it is to be
                 if isinstance(loaders, LightningDataModule):
                     apart.fit(twin, datamodule=loaders)
                 else:

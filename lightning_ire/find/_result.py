@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["RangeTest", "crossing", "diverges", "doubling", "smoothed", "spaced", "steepest_descent"]
+__all__ = ["RangeTest", "crossing", "diverges", "doubling", "raising", "smoothed", "spaced", "steepest_descent"]
 
 
 @dataclass
@@ -80,7 +80,7 @@ class RangeTest:
             axes.axvline(self.suggestion, color="black", label=f"suggestion: {self.suggestion:.3g}")
         lines = [*axes.get_lines(), *other.get_lines()]
         named = [line for line in lines if not str(line.get_label()).startswith("_")]
-        axes.legend(named, [line.get_label() for line in named], fontsize=8)
+        figure.legend(named, [line.get_label() for line in named], fontsize=8, ncols=3, loc="outside lower center")
         axes.set_title(self.line, fontsize=9, wrap=True)
         return figure
 
@@ -146,6 +146,11 @@ def doubling(radii: Sequence[float], gaps: Sequence[float], slope: float) -> flo
     """
     pairs = [(rho, gap / (2 * slope * rho)) for rho, gap in zip(radii, gaps, strict=True)] if slope > 0 else []
     return crossing(pairs)
+
+
+def raising(radii: Sequence[float], gaps: Sequence[float], loss: float, share: float = 0.1) -> float | None:
+    """The radius at which the ascent raises the loss by a share of it; ``None``: it never does, or no loss > 0."""
+    return crossing([(rho, gap / (share * loss)) for rho, gap in zip(radii, gaps, strict=True)]) if loss > 0 else None
 
 
 def diverges(loss: float, first: float, best: float) -> bool:
