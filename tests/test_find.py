@@ -178,7 +178,15 @@ def test_groups_keep_their_proportions_and_the_schedule_is_out() -> None:
     assert [second for _, second in Noting.rates] == pytest.approx([rate / 5 for rate in expected])
     Noting.rates.clear()
     find.kappas(
-        cases.trainer(), Noting(), loader(), low=0.1, high=1.0, steps=10, warm_up=2, measurements=0, progress=False
+        cases.trainer([boosted()]),
+        Noting(),
+        loader(),
+        low=0.1,
+        high=1.0,
+        steps=10,
+        warm_up=2,
+        measurements=0,
+        progress=False,
     )
     firsts = [first for first, _ in Noting.rates if first > 0.0045]
     assert firsts == pytest.approx([0.1] * len(firsts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import warnings
@@ -57,7 +58,7 @@ def main(args: list[str], cli: type[Any]) -> int:
 
 
 def _in_place_of_fit(cli: type[Any], options: argparse.Namespace) -> type[Any]:
-    class Find(cli):  # type: ignore[misc]
+    class Find(cli):
         """Its `fit` tests in place of training."""
 
         def fit(self, model: LightningModule, datamodule: Any = None, **others: Any) -> None:
@@ -134,9 +135,9 @@ def _read(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     if options.config is None or not options.config.is_file():
         raise ConfigurationError(f"Expected `--config` to be a file, got {str(options.config or 'none')!r}.")
-    defaults = _TESTS[options.key].__kwdefaults__
-    low = check_number("--low", defaults["low"] if options.low is None else options.low, low_open=True)
-    high = defaults["high"] if options.high is None else options.high
+    defaults = inspect.signature(_TESTS[options.key]).parameters
+    low = check_number("--low", defaults["low"].default if options.low is None else options.low, low_open=True)
+    high = defaults["high"].default if options.high is None else options.high
     check_number("--high", high, low=low, low_open=True)
     if options.steps is not None:
         check_whole("--steps", options.steps, low=2 if options.key == "rho" else 10)

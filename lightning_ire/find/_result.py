@@ -80,7 +80,7 @@ class RangeTest:
             axes.axvline(self.suggestion, color="black", label=f"suggestion: {self.suggestion:.3g}")
         lines = [*axes.get_lines(), *other.get_lines()]
         named = [line for line in lines if not str(line.get_label()).startswith("_")]
-        figure.legend(named, [line.get_label() for line in named], fontsize=8, ncols=3, loc="outside lower center")
+        figure.legend(named, [str(line.get_label()) for line in named], fontsize=8, ncols=3, loc="outside lower center")
         axes.set_title(self.line, fontsize=9, wrap=True)
         return figure
 
