@@ -225,6 +225,36 @@ def test_kappa_and_its_losses_on_a_quadratic() -> None:
     assert [ratio for _, ratio in found.ratios] == pytest.approx([0.4, LR * 101 * FLAT / 2], rel=1e-3)
 
 
+def test_kappa_where_the_stability_is_not_known() -> None:
+    """RMSprop: the loss tells, or nothing does."""
+
+    class Unknown(Quadratic):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.RMSprop(self.parameters(), lr=self.lr)
+
+    class Broken(Unknown):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * math.nan
+
+    def test(module: pl.LightningModule, high: float) -> RangeTest:
+        with cases.monitor_warnings() as said:
+            found = find.kappas(
+                cases.trainer([boosted()]), module, loader(), high=high, steps=30, warm_up=2, measurements=0,
+                progress=False,
+            )  # fmt: skip
+        assert all("RMSprop is not known" in text or "finite" in text for text in said)
+        assert found.headroom is None
+        return found
+
+    risen = test(Unknown(), 1e5)
+    assert risen.diverged
+    assert risen.suggestion == risen.values[min(range(len(risen.values)), key=smoothed(risen.losses).__getitem__)]
+    calm = test(Unknown(lr=1e-3), 0.2)
+    assert (calm.suggestion, calm.reason[:26]) == (None, "the stability is not known")
+    broken = test(Broken(), 1e5)
+    assert (broken.suggestion, broken.reason) == (None, "there is no finite loss: look at the run with kappa 0 first")
+
+
 # The radius
 
 

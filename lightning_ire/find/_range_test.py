@@ -153,12 +153,14 @@ def kappas(
         found.suggestion = test.safety * found.headroom
         passes, text = crossing(found.ratios), f"{test.safety:g} of the largest stable kappa, {found.headroom:.3g}"
         found.reason = text if passes is None else f"{text}; while kappa rose, stability/ratio passed 1 at {passes:.3g}"
-    elif found.diverged:
+    elif found.diverged and found.losses:
         found.suggestion = lowest
         stable = "is not known" if found.headroom is None else f"is {found.headroom:.3g}"
         found.reason = f"the lowest loss before it diverged; the largest stable kappa {stable}"
     else:
-        found.reason = "the stability is not known and the loss did not diverge: raise `high`"
+        found.reason = "the stability is not known, and no kappa in the range makes the loss diverge: raise `high`"
+        if not found.losses:
+            found.reason = "there is no finite loss: look at the run with kappa 0 first"
     return found
 
 
