@@ -164,7 +164,7 @@ def largest_stable_kappa(
         ...     value, place = (lr * (1 + kappa * n) * curvatures).max(0)
         ...     return float(value), torch.eye(2)[place]
         >>> kappa, found = largest_stable_kappa(top, n, limit=2.0)
-        >>> round(kappa, 6), found  # lr * (1 + kappa) * 1 = 2
+        >>> round(kappa, 3), found  # lr * (1 + kappa) * 1 = 2
         (19.0, True)
     """
     space = coordinates or Coordinates([shares])
