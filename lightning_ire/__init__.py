@@ -98,6 +98,7 @@ _PUBLIC_MODULES = (
     "curvature",
     "data",
     "engine",
+    "find",
     "functional",
     "loop",
     "models",

@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test,predict,sweep} --config configs/NAME.yaml`."""
+"""The command line: `python cli.py {fit,validate,test,predict,sweep,find} --config configs/NAME.yaml`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
-from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, compare, sweeps
+from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, compare, find, sweeps
 from lightning_ire._checks import check_folder, check_whole
 from lightning_ire._cli_checkpoints import NAMES, check_checkpoint, find_checkpoint, misfit, on_this_machine
 from lightning_ire._cli_messages import one_line, with_full_key
@@ -40,10 +40,9 @@ Such a callback has an attribute `idle`; with these defaults it is True, and an 
 """
 
 _DESCRIPTION = (
-    "Train with IRE and SAM. Settings of IRE by name: --ire.preset NAME. Grids of runs: cli.py sweep --help. Does it "
-    "help here? cli.py compare --help"
+    "Train with IRE and SAM. Settings of IRE by name: --ire.preset NAME. Further commands: cli.py sweep --help (grids of "
+    "runs), compare --help (does it help here?), find --help (range tests of the learning rate, kappa and rho)"
 )
-_COMMANDS = {"sweep": sweeps, "compare": compare}
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after SIGINT and SIGTERM: 128 and the signal's number."""
 
@@ -280,7 +279,9 @@ def main(args: list[str] | None = None) -> int:
     command = sys.argv[1:] if args is None else args
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ours = _COMMANDS.get(command[0]) if command else None
+        if command[:1] == ["find"]:
+            return find.main(command[1:], IRECLI)
+        ours = {"sweep": sweeps, "compare": compare}.get(command[0]) if command else None
         return ours.main(command[1:]) if ours else _run(args)
     except KeyboardInterrupt:
         return INTERRUPTED

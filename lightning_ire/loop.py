@@ -194,17 +194,29 @@ class IREStep:
         norm = self.progress.ascent_norm
         return None if norm is None else float(norm)
 
-    def boost_factors(self, module: nn.Module, optimizer: Optimizer) -> dict[int, Tensor | float]:
+    def boost_factors(
+        self, module: nn.Module, optimizer: Optimizer, kappa: float | None = None
+    ) -> dict[int, Tensor | float]:
         """By how much the boost lengthens a step now: 1 + kappa * n.
 
         Args:
             module: The module being trained, beside any distributed wrapper.
             optimizer: Its optimizer.
+            kappa: The largest strength, in place of the one in force.
 
         Returns:
             By `id` of the parameter a tensor of its shape; parameters that are not boosted are left out.
         """
-        return boost_factors(self.recipe, self.progress, module, optimizer)
+        return boost_factors(self.recipe, self.progress, module, optimizer, kappa)
+
+    def note_headroom(self, headroom: float) -> None:
+        """Set kappa where it is "auto": `kappa_safety` times the largest stable one, from the next step on.
+
+        Args:
+            headroom: `stability/kappa_headroom` of ``measure_sharpness(..., ["kappa_headroom"], step=step)``, which
+                there is once a step has made a mask; the same number in all processes.
+        """
+        self.progress.note_headroom(self.recipe, headroom)
 
     @property
     def epoch(self) -> int:

@@ -51,6 +51,8 @@ EDGE: Final = "stability/edge"
 """Eigenvalue from which on steps of the current learning rate blow up."""
 RATIO: Final = "stability/ratio"
 """Effective sharpness divided by its limit: above 1 steps blow up near a quadratic."""
+KAPPA_HEADROOM: Final = "stability/kappa_headroom"
+"""Largest kappa with which `stability/ratio` is at most 1, for the mask in force; to be compared with `ire/kappa`."""
 SGD_RATIO: Final = "stability/sgd_ratio"
 """Necessary condition for stability in the mean square, with the noise of batches: above 1 unstable."""
 
@@ -73,4 +75,4 @@ HISTOGRAM: Final = "_histogram"
 """Added to the tag of a figure: the same as a histogram (TensorBoard shows only one kind of thing under a tag)."""
 
 SHARPNESS_TAGS: Final = (TRACE_FISHER, TRACE_HESSIAN, TRACE_NORMALIZED, LAMBDA_MAX, LAMBDA_MIN, ASCENT_GAP)
-STABILITY_TAGS: Final = (EDGE, RATIO, SGD_RATIO)
+STABILITY_TAGS: Final = (EDGE, RATIO, KAPPA_HEADROOM, SGD_RATIO)

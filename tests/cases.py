@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_ire import IRE, Curvature
+from lightning_ire.sharpness import QUANTITIES
 
 FEATURES, CLASSES = 6, 4
+BARE = [name for name in QUANTITIES if name != "kappa_headroom"]  # which needs a mask of IRE
 
 
 class Notes(UserList):

@@ -32,6 +32,7 @@ from lightning_ire.sharpness import QUANTITIES, quantities
 
 EVERY = 5
 ALL = [name for name in QUANTITIES if name != "sgd_ratio"]  # which is not known with SAM
+PLAIN = [name for name in ALL if name in cases.BARE]
 FINE = {"max_vectors": 9, "tolerance": 1e-5, "max_iterations": 50, "relative_error": 0.0}
 
 
@@ -99,10 +100,10 @@ CELLS: dict[str, dict[str, Any]] = {
         "optimizer": base.partly_frozen,
     },
     "fisher-loss": {"ire": {"kappa": 0.0}, "monitor": {"quantities": ["trace_fisher"]}, "module": OwnFisher},
-    "raises": {"ire": {"kappa": 0.0}, "monitor": {"quantities": ALL, **FINE, "max_iterations": 4}, "module": Failing},
+    "raises": {"ire": {"kappa": 0.0}, "monitor": {"quantities": PLAIN, **FINE, "max_iterations": 4}, "module": Failing},
     "memory": {
         "ire": {"kappa": 0.0},
-        "monitor": {"quantities": ALL, **FINE, "max_iterations": 4},
+        "monitor": {"quantities": PLAIN, **FINE, "max_iterations": 4},
         "module": OutOfMemory,
     },
 }
@@ -281,7 +282,7 @@ def plain_loop(processes: int, tensor_parallel: bool = False) -> dict[str, Any]:
 
     before = gathered(model)
     with the_likeliest_labels():
-        measured = measure_sharpness(model, loss_of, batches, QUANTITIES, optimizer=optimizer, host=host, **FINE)
+        measured = measure_sharpness(model, loss_of, batches, cases.BARE, optimizer=optimizer, host=host, **FINE)
     assert cases.same_bits(before, gathered(model))
     assert not any(gathered_of_fsdp(model))
     assert not measured.skipped

@@ -85,8 +85,8 @@ def test_jsonargparse_still_says_what_is_recognized(pattern):
     ("flags", "line"),
     [
         (WRONG_VALUE, "ire.beta: Expected float, got x"),
-        ("--ire.kappa x", "ire.kappa: Expected float; Expected Mapping, got x"),
-        ("--ire.kappa {'*':x}", "ire.kappa: Expected float, got x"),
+        ("--ire.kappa x", "ire.kappa: Expected float; Expected Mapping; Expected Literal['auto'], got x"),
+        ("--ire.kappa {'*':x}", "ire.kappa: Expected float, got x; Expected Literal['auto']"),
         (WRONG_TYPE, "ire.start_epoch: Expected int, got x"),
         (WRONG_CLASS, "model.model: Expected a known class, got ResNett"),
         (WRONG_KEY, "no such key: model.model.block"),

@@ -47,6 +47,7 @@ ALLOWED = {
     "data": {"_checks", "_lightning", "data"},
     "sweeps": {"_checks", "__version__", "sweeps"},
     "compare": {"_checks", "sweeps", "compare"},
+    "find": {"_checks", "_cli_messages", "tags", "schedule", "perturbation", "engine", "callbacks", "find"},
 }
 # packages of others, beside the standard library
 THIRD_PARTY = {
@@ -67,6 +68,7 @@ THIRD_PARTY = {
         *("tokenizers", "datasets", "huggingface_hub", "pyarrow", "zstandard"),
     },
     "models": {"torch", "lightning", "torchmetrics", "transformers"},
+    "find": {"torch", "lightning", "tqdm", "matplotlib"},
     "sweeps": {"optuna", "tensorboard", "tqdm", "yaml", "matplotlib"},
     "compare": {"torch", "numpy", "scipy", "lightning", "tqdm", "matplotlib"},
 }

@@ -34,7 +34,6 @@ from torch.utils.data import (
 from lightning_ire import SharpnessMonitor, tags
 from lightning_ire.functional import rademacher, seeded
 from lightning_ire.functional.seeds import mixed_seed
-from lightning_ire.sharpness.quantities import QUANTITIES
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore::UserWarning:lightning\."),
@@ -227,7 +226,7 @@ def test_compiled_modules(backend: str, what: str) -> None:
 def test_complex_weights_are_pairs_of_real_numbers(hvp: str, optimizer: Any) -> None:
     found = []
     for pairs in (True, False):
-        monitor = SharpnessMonitor(quantities=QUANTITIES, hvp=hvp, max_vectors=4, max_iterations=10, num_batches=2)
+        monitor = SharpnessMonitor(quantities=cases.BARE, hvp=hvp, max_vectors=4, max_iterations=10, num_batches=2)
         data = cases.loader(cases.data(32, torch.float64))
         cases.fit(Classifier(Complex(pairs, torch.complex128), optimizer), [monitor], data, max_epochs=1)
         assert not monitor.last.skipped
@@ -354,7 +353,7 @@ def test_a_step_may_return_a_dictionary() -> None:
 def test_a_step_without_a_loss_on_the_probe_is_said(what: Any) -> None:
     module = Returns()
     module.what = torch.ones(3) if what == "many" else what
-    wanted = set(QUANTITIES) - {"stability", "sgd_ratio"}  # the trainer's optimizer is that of another module
+    wanted = set(cases.BARE) - {"stability", "sgd_ratio"}  # the trainer's optimizer is that of another module
     with cases.monitor_warnings() as said:
         result = Numbers(quantities=wanted, num_batches=2, **TIGHT).measure(trained(Module()), module)
     assert result.values == {}
@@ -464,7 +463,7 @@ def test_there_is_one_graph_at_a_time(num_batches: int) -> None:
     module.graphs = cases.Notes()
     trainer = trained(module)
     module.graphs.clear()
-    wanted = set(QUANTITIES) - {"spectral_density"}
+    wanted = set(cases.BARE) - {"spectral_density"}
     few = {"max_vectors": 2, "max_iterations": 3}
     result = SharpnessMonitor(quantities=wanted, num_batches=num_batches, **few).measure(trainer, module)
     assert not result.skipped

@@ -32,7 +32,7 @@ from lightning_ire.engine.optimizers import (
     named_parameters,
     trainable_parameters,
 )
-from lightning_ire.engine.recipe import Recipe, shown
+from lightning_ire.engine.recipe import AUTO, Recipe, shown
 from lightning_ire.engine.replay import loss_of
 from lightning_ire.engine.state import STATE_VERSION, Progress, check_version, warn_of_misfits
 from lightning_ire.perturbation import Perturbation
@@ -76,7 +76,10 @@ class IRE(Recipe, Callback):
             strengths of their own under the key "ire_kappa" (0: not boosted, but ranked), unless `kappa` is 0. A
             mapping from name patterns (`fnmatch`) to strengths: ``{"*embed*": 9, "*norm*": 0, "*": 4}``; a parameter
             has that of the first pattern that fits any of its names (tied weights have several), and one that none fits
-            is refused. A group's "ire_kappa" goes before that.
+            is refused. A group's "ire_kappa" goes before that. "auto": `kappa_safety` times the largest kappa with
+            which steps are stable near a quadratic, as a SharpnessMonitor with the quantity "stability" or
+            "kappa_headroom" measured it last; 0 before its first measurement with a mask. For one optimizer, without
+            "ire_kappa" in its groups.
         gamma: Fraction of the coordinates called flat, in (0, 1]; 1: all of them (a larger learning rate). A mapping as
             for `kappa`: the parameters of a pattern are ranked among themselves (with `scope="tensor"` each tensor by
             its own gamma), and their thresholds logged as `ire/threshold/PATTERN`.
@@ -103,6 +106,7 @@ class IRE(Recipe, Callback):
         mask: "hard": n is 0 or 1. "soft": n in [0, 1] with the mean `gamma` (steps of 1/255, 1 byte per parameter): 1
             up to a curvature a, 0 from 2 a on, linear between (:func:`~lightning_ire.functional.soft_masks`; LITE,
             arXiv 2602.22681); `scope` says whether a is one number for all tensors or one for each, as LITE has it.
+        kappa_safety: Share of the largest stable kappa that `kappa="auto"` uses, in (0, 1].
         dry_run: Train nothing: make one mask at the first batch, whatever `start_*` says, print a table of the flat
             coordinates of each parameter, and let the fit end before its first step.
 
@@ -120,7 +124,7 @@ class IRE(Recipe, Callback):
 
     def __init__(
         self,
-        kappa: float | Mapping[str, float] = 1.0,
+        kappa: float | Mapping[str, float] | Literal["auto"] = 1.0,
         gamma: float | Mapping[str, float] = 0.9,
         interval: int = 10,
         start_step: int | float | None = None,
@@ -136,6 +140,7 @@ class IRE(Recipe, Callback):
         beta: float = 0.0,
         ramp_steps: int | float | None = None,
         mask: Literal["hard", "soft"] = "hard",
+        kappa_safety: float = 0.5,
         dry_run: bool = False,
     ) -> None:
         super().__init__(
@@ -155,6 +160,7 @@ class IRE(Recipe, Callback):
             beta=beta,
             ramp_steps=ramp_steps,
             mask=mask,
+            kappa_safety=kappa_safety,
         )
         self.dry_run = bool(dry_run)
         self._session: Session | None = None
@@ -224,12 +230,15 @@ class IRE(Recipe, Callback):
         """Step at which the (first) optimizer's boost was switched on in this run; ``None``: not yet."""
         return self._progress.started_at
 
-    def boost_factors(self, module: pl.LightningModule, optimizer: Optimizer) -> dict[int, Tensor | float]:
+    def boost_factors(
+        self, module: pl.LightningModule, optimizer: Optimizer, kappa: float | None = None
+    ) -> dict[int, Tensor | float]:
         """By how much the boost lengthens a step of this optimizer now: 1 + kappa * n.
 
         Args:
             module: The module being trained.
             optimizer: One of its optimizers.
+            kappa: The largest strength, in place of the one in force.
 
         Returns:
             By `id` of the parameter a tensor of its shape; parameters that are not boosted are left out.
@@ -237,7 +246,7 @@ class IRE(Recipe, Callback):
         optimizers = module.trainer.optimizers
         index = next((i for i, one in enumerate(optimizers) if one is optimizer), 0)
         progress = self._progresses[min(index, len(self._progresses) - 1)]
-        return boost_factors(self, progress, module, optimizer)
+        return boost_factors(self, progress, module, optimizer, kappa)
 
     def perturbation_in_force(self) -> tuple[Perturbation, list[float]] | None:
         """The perturbation, if the next step of the (first) optimizer is between its start and its stop.
@@ -255,6 +264,17 @@ class IRE(Recipe, Callback):
         """The norm that divided the (first) optimizer's last SAM step in this run; ``None``: there was none."""
         norm = self._progress.ascent_norm
         return None if norm is None else float(norm)
+
+    def note_headroom(self, headroom: float) -> None:
+        """Set kappa where it is "auto": `kappa_safety` times the largest stable one, from the next step on.
+
+        SharpnessMonitor calls this after each of its own measurements in a fit.
+
+        Args:
+            headroom: `stability/kappa_headroom`, the same number on all devices.
+        """
+        for progress in self._progresses:
+            progress.note_headroom(self, headroom)
 
     # Life cycle
 
@@ -282,9 +302,28 @@ class IRE(Recipe, Callback):
             replays=second_pass or self.dry_run or (self.boosts and self.curvature.reruns),
         )
         check_optimizers(self, pl_module, trainer.optimizers, masks=self.boosts or self.dry_run)
+        if self.kappa == AUTO:
+            self._check_auto(trainer)
         if not (self.boosts or self.start.at_once or self.perturbation is None or self.dry_run):
             raise ConfigurationError(self._start_without_boost())
         self._record.begin(trainer, pl_module)
+
+    def _check_auto(self, trainer: pl.Trainer) -> None:
+        """Refuse an automatic kappa that nobody would set."""
+        from lightning_ire.callbacks.sharpness_monitor import SharpnessMonitor  # which imports this module
+
+        if len(trainer.optimizers) != 1:
+            raise ConfigurationError(
+                f"Expected one optimizer for `kappa='auto'`, got {len(trainer.optimizers)}: set `kappa` to a number."
+            )
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        monitors = [one for one in callbacks if isinstance(one, SharpnessMonitor) and not one.idle]
+        if not any({"stability", "kappa_headroom"} & set(one.quantities) for one in monitors):
+            raise ConfigurationError(
+                "Expected a SharpnessMonitor that measures the stability beside `kappa='auto'`, got "
+                f"{'one without' if monitors else 'none'}: add SharpnessMonitor(quantities=['stability']) "
+                "(`sharpness.every_n_epochs` 1 and `sharpness.quantities` [stability]), or set `kappa` to a number."
+            )
 
     def hyper_parameters(self) -> dict[str, float | str]:
         """The settings that loggers are told, with TensorBoard's names for their groups."""
@@ -380,6 +419,11 @@ class IRE(Recipe, Callback):
         """Take the wrappers away, and say so if IRE never switched on."""
         if self.boosts and self.started_at is None and not self.dry_run:
             rank_zero_warn(f"IRE never switched on in this run: its start is {self.start}.")
+        elif self.kappa == AUTO and not self._progress.auto_kappa and not self.dry_run:
+            rank_zero_warn(
+                "`kappa='auto'` stayed 0 in this run: the largest stable kappa was never measured while there was a "
+                "mask, or was 0; let SharpnessMonitor measure more often (`every_n_steps`), or lower the learning rate."
+            )
         self._record.finish(trainer)
         self._release(trainer)
 
@@ -515,7 +559,8 @@ class IRE(Recipe, Callback):
         if self.boosts:
             when = f"from {self.start}" if self.started_at is None else f"on since step {self.started_at}"
             length = "" if total is None else f" (run: {total} steps)"
-            what.append(f"kappa {shown(self.kappa)}, gamma {shown(self.gamma)}, {when}{length}")
+            kappa = f"{self.kappa_safety:g} of the largest stable one" if self.kappa == AUTO else shown(self.kappa)
+            what.append(f"kappa {kappa}, gamma {shown(self.gamma)}, {when}{length}")
             estimate = f"one {self.curvature!r} estimate every {_steps(self.interval)}"
             (passes if self.curvature.reruns else what).append(estimate)
             memory.append(f"{count * (5 if self.beta else 1) / 2**20:.1f} MiB for good")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
+from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError, check_choice, check_whole
 from lightning_ire._lightning import check_strategy, full_precision_step, logger_step, own_method, step_arguments
 from lightning_ire.callbacks._host import LightningHost
@@ -25,6 +26,7 @@ from lightning_ire.callbacks.ire import IRE
 from lightning_ire.engine.collectives import FailedTogether, raise_on_all_ranks
 from lightning_ire.engine.module_state import modules_of
 from lightning_ire.engine.no_trace import devices_of, no_trace
+from lightning_ire.engine.recipe import AUTO
 from lightning_ire.functional import local
 from lightning_ire.sharpness.landscape import Landscape, all_ranks, check_products, measurement_mode
 from lightning_ire.sharpness.quantities import (
@@ -40,6 +42,8 @@ from lightning_ire.sharpness.quantities import (
 )
 
 __all__ = ["SharpnessMonitor"]
+
+_UNSTABLE = 3  # measurements in a row above the limit of stability that are worth a warning
 
 
 class SharpnessMonitor(Callback):
@@ -76,6 +80,9 @@ class SharpnessMonitor(Callback):
       plain SGD). For SGD, Adam and AdamW (:mod:`lightning_ire.functional.stability`); gradient clipping and decoupled
       weight decay are not in it. Always in training mode, whatever `mode` says: with BatchNorm the loss that steps
       descend can be ten times less sharp than the one in eval mode.
+    - `kappa_headroom`, `stability/kappa_headroom`: the largest kappa with which that ratio is at most 1, for the
+      mask in force (at most 1000; strengths that differ all in proportion, and this is the largest of them); it has to
+      stay above `ire/kappa`. Needs a mask. Measured with `stability` where IRE has ``kappa="auto"``.
     - `sgd_ratio`, `stability/sgd_ratio`, in training mode too: (eta / 2) sum \|\|H_B v\|\|^2 / sum v^T H_B v over
       training batches B and random signs v. Above 1, SGD is unstable in the mean square (a necessary condition after
       Mulayoff and Michaeli 2024, for interpolating minima, that is where single losses have small gradients and no
@@ -97,6 +104,8 @@ class SharpnessMonitor(Callback):
     containers, closures, globals. Not put back: arrays of more than 1 MiB that they change in place, what is inside
     containers of more than 10,000 elements, and what is outside of this process.
 
+    Three values of `stability/ratio` above 1 in a row are warned about once per run, with what to lower.
+
     What fails is skipped with a warning and training goes on: a loss that cannot be differentiated twice is measured by
     differences of gradients (`hvp="auto"`), other errors and lack of memory skip the quantity.
 
@@ -110,12 +119,13 @@ class SharpnessMonitor(Callback):
 
     Cost of one measurement, at most (the line at fit start has the numbers): `max_vectors` backward passes for Tr F,
     `max_vectors` Hessian products for all traces of H together, `max_iterations` for the eigenvalues, as many for
-    `stability` (twice with SAM), 120 for the density. A product takes about as long as two forward and backward passes
-    (benchmarks/hessian_product.py). Memory: the graph of a gradient (twice what a training step saves), 25 vectors of
-    the model's size for eigenvalues, the probe on the host. In a sharded model a product takes
-    two forward and two backward passes over each batch, which gather all weights each time, and about ten all-reduces
-    of a few numbers (:class:`~lightning_ire.sharpness.landscape.Landscape`); vectors have the size of the device's part
-    (while a random one is drawn the largest parameter is there as a whole), and are never sent.
+    `stability` (twice with SAM), 6 times as many for `kappa_headroom` (half of that as a rule), 120 for the density. A
+    product takes about as long as two forward and backward passes (benchmarks/hessian_product.py). Memory: the graph of
+    a gradient (twice what a training step saves), 25 vectors of the model's size for eigenvalues, the probe on the
+    host. In a sharded model a product takes two forward and two backward passes over each batch, which gather all
+    weights each time, and about ten all-reduces of a few numbers
+    (:class:`~lightning_ire.sharpness.landscape.Landscape`); vectors have the size of the device's part (while a random
+    one is drawn the largest parameter is there as a whole), and are never sent.
 
     Args:
         every_n_steps: Optimizer steps between two measurements; ``None``: not by steps.
@@ -190,6 +200,8 @@ class SharpnessMonitor(Callback):
         self._exact = True
         self._warned: set[str] = set()
         self._measured_at = (-1, -1)  # epoch and step
+        self._unstable = 0  # measurements in a row with a stability ratio above 1
+        self._warned_of_steps = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and spawned processes get the settings, not what belongs to a running fit."""
@@ -274,12 +286,34 @@ class SharpnessMonitor(Callback):
             return
         self._measured_at = trainer.current_epoch, trainer.global_step
         result = self.measure(trainer, module)
+        ire = find_ire(trainer)
+        if ire is not None and tags.KAPPA_HEADROOM in result.values:
+            ire.note_headroom(result.values[tags.KAPPA_HEADROOM])
+        self._warn_of_unstable_steps(result.values.get(tags.RATIO), ire)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
                 if result.values:
                     logger.log_metrics(result.values, step=step)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in result.values.items()})
         figures(trainer, result, step, self._warn)
+
+    def _warn_of_unstable_steps(self, ratio: float | None, ire: IRE | None) -> None:
+        """Once per run, after some measurements in a row; one that was skipped does not count."""
+        if ratio is None:
+            return
+        self._unstable = self._unstable + 1 if ratio > 1 + self.tolerance else 0
+        if self._unstable != _UNSTABLE or self._warned_of_steps:
+            return
+        self._warned_of_steps = True
+        remedies = ["the learning rate"]
+        if ire is not None and ire.boosts:
+            remedies.append("`kappa_safety`" if ire.kappa == AUTO else "`kappa`")
+        if ire is not None and ire.perturbation is not None:
+            remedies.append("the radius of the perturbation")
+        rank_zero_warn(
+            f"`{tags.RATIO}` was above 1 in {_UNSTABLE} measurements in a row (now {ratio:.3g}): near a quadratic such "
+            f"steps blow up; lower {' or '.join(remedies)}."
+        )
 
     # Validation
 
@@ -326,25 +360,47 @@ class SharpnessMonitor(Callback):
                 self.last.skipped = dict.fromkeys(self.quantities, str(error))
                 return self.last
             with self._progress_bar(trainer, len(probe)) as bar:
-                loss = getattr(module, "sharpness_loss", None) or own_method(module, "training_step")
-                fisher_loss = getattr(module, "fisher_loss", None)
-                landscape = Landscape(
-                    host,
-                    module,
-                    _on_probe(probe, trainer, loss),
-                    len(probe),
-                    fisher_loss=None if fisher_loss is None else _on_probe(probe, trainer, fisher_loss),
-                    hvp=self.hvp if self._exact else "finite_difference",
-                    seed=self.seed,
-                    tick=bar.update,
-                )
+                landscape = self._landscape(trainer, module, probe, bar.update)
                 settings = self._settings(int(trainer.accumulate_grad_batches))
                 job = Job(landscape, settings, self.last, trainer.optimizers, find_ire(trainer))
-                measure(job, self.quantities, self._warn)
+                measure(job, self._wanted(trainer), self._warn)
         self._exact = landscape.exact
         if self.last.out_of_memory:
             self._after_out_of_memory(landscape, probe)
         return self.last
+
+    @contextmanager
+    def landscape(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[Landscape]:
+        """The loss on the probe as a function of the weights, for measurements of your own; no trace is left.
+
+        Args:
+            trainer: A trainer that is fitting or validating the module, or has done so.
+            module: The module.
+
+        Yields:
+            The landscape, to be used in one of its modes (``with landscape.mode("train"): ...``).
+
+        Raises:
+            RuntimeError: If there is no probe to be had.
+        """
+        with measurement_mode(LightningHost(trainer, module), module):
+            yield self._landscape(trainer, module, self._probe_of(trainer, module))
+
+    def _landscape(
+        self, trainer: pl.Trainer, module: pl.LightningModule, probe: Probe, tick: Callable[[], Any] = lambda: None
+    ) -> Landscape:
+        loss = getattr(module, "sharpness_loss", None) or own_method(module, "training_step")
+        fisher_loss = getattr(module, "fisher_loss", None)
+        return Landscape(
+            LightningHost(trainer, module),
+            module,
+            _on_probe(probe, trainer, loss),
+            len(probe),
+            fisher_loss=None if fisher_loss is None else _on_probe(probe, trainer, fisher_loss),
+            hvp=self.hvp if self._exact else "finite_difference",
+            seed=self.seed,
+            tick=tick,
+        )
 
     def _probe_of(self, trainer: pl.Trainer, module: pl.LightningModule) -> Probe:
         def draw() -> Probe:
@@ -399,10 +455,17 @@ class SharpnessMonitor(Callback):
             accumulate=accumulate,
         )
 
+    def _wanted(self, trainer: pl.Trainer) -> tuple[str, ...]:
+        """The quantities, with the largest stable kappa for an IRE whose kappa follows it."""
+        ire = find_ire(trainer)
+        follows = ire is not None and ire.kappa == AUTO and ire.started_at is not None
+        add = follows and "stability" in self.quantities and "kappa_headroom" not in self.quantities
+        return (*self.quantities, "kappa_headroom") if add else self.quantities
+
     def _max_cost(self, trainer: pl.Trainer, batches: int) -> Cost:
         ire = find_ire(trainer)
         sam = ire is not None and ire.perturbation is not None and ire.perturbation.uses_gradient
-        return max_cost(self.quantities, self._settings(int(trainer.accumulate_grad_batches)), batches, sam)
+        return max_cost(self._wanted(trainer), self._settings(int(trainer.accumulate_grad_batches)), batches, sam)
 
     # What it says
 
@@ -421,7 +484,7 @@ class SharpnessMonitor(Callback):
         batches = _count(self.num_batches, "batch", "batches") + (f" of {size}" if size else "")
         count = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         held = sum(local(parameter.detach()).numel() for parameter in module.parameters() if parameter.requires_grad)
-        lanczos = {"lambda_max", "lambda_min", "stability"} & set(self.quantities)
+        lanczos = {"lambda_max", "lambda_min", "stability", "kappa_headroom"} & set(self.quantities)
         memory = f", {(BASIS + 5) * held * 4 / 2**20:.1f} MiB of Lanczos vectors" if lanczos else ""
         return (
             f"SharpnessMonitor: {', '.join(self.quantities)} {' and '.join(times)} on {batches} per device "

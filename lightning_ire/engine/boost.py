@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_ire import tags
 from lightning_ire.engine.optimizers import decay_factors, named_parameters, projects, strengths
-from lightning_ire.engine.recipe import GROUP_KAPPA, Recipe
+from lightning_ire.engine.recipe import AUTO, GROUP_KAPPA, Recipe
 from lightning_ire.engine.state import Progress
 from lightning_ire.functional import as_shares, boost_, copied, global_norm, local
 from lightning_ire.functional._foreach import groups_of, joined
@@ -182,12 +182,13 @@ def kappas_now(
             boosted = step - (progress.started_at or 0) + 1
             now, full = float(min(boosted, progress.ramp)), float(progress.ramp)
         for key in map(id, group["params"]):
-            kappas[key] = scheduled_kappa(float(group.get(GROUP_KAPPA, own.get(key, 0.0))), now, full)
+            kappa = progress.auto_kappa * own.get(key, 0.0) if recipe.kappa == AUTO else own.get(key, 0.0)
+            kappas[key] = scheduled_kappa(float(group.get(GROUP_KAPPA, kappa)), now, full)
     return kappas
 
 
 def boost_factors(
-    recipe: Recipe, progress: Progress, module: nn.Module, optimizer: Optimizer
+    recipe: Recipe, progress: Progress, module: nn.Module, optimizer: Optimizer, kappa: float | None = None
 ) -> dict[int, Tensor | float]:
     """By how much the boost lengthens the next step of an optimizer, as things are now: 1 + kappa * n.
 
@@ -196,6 +197,7 @@ def boost_factors(
         progress: The optimizer's state.
         module: The module being trained.
         optimizer: The optimizer.
+        kappa: The largest strength, in place of the one in force; different strengths keep their proportions.
 
     Returns:
         By `id` of the parameter a tensor of its shape; parameters that are not boosted are left out.
@@ -205,6 +207,9 @@ def boost_factors(
     kappas = kappas_now(recipe, progress, optimizer, strengths(recipe, module, optimizer), progress.step)
     names = {id(parameter): name for name, parameter in named_parameters(module, optimizer).items()}
     masks = progress.masks.masks
+    if kappa is not None:
+        most = max(kappas.values())
+        kappas = {key: kappa * own / most if most > 0 else kappa for key, own in kappas.items()}
     return {
         id(parameter): 1 + kappas[id(parameter)] * as_shares(masks[names[id(parameter)]], parameter.dtype)
         for group in optimizer.param_groups

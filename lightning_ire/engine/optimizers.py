@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_number
 from lightning_ire.engine.collectives import warn_on_rank_zero
-from lightning_ire.engine.recipe import GROUP_KAPPA, Recipe
+from lightning_ire.engine.recipe import AUTO, GROUP_KAPPA, Recipe
 from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.functional import is_sharded
 from lightning_ire.perturbation import GROUP_RADIUS, Perturbation
@@ -113,7 +113,7 @@ def patterns_in_force(module: nn.Module, optimizer: Optimizer, key: str, pattern
 
 
 def strengths(recipe: Recipe, module: nn.Module, optimizer: Optimizer) -> dict[int, float]:
-    """The recipe's kappa of each parameter of an optimizer, by `id`.
+    """The recipe's kappa of each parameter of an optimizer, by `id`; 1 where it is "auto".
 
     Args:
         recipe: The settings.
@@ -124,8 +124,9 @@ def strengths(recipe: Recipe, module: nn.Module, optimizer: Optimizer) -> dict[i
         ConfigurationError: If kappa is a mapping and a parameter falls under none of its patterns.
     """
     kappa = recipe.kappa
-    if isinstance(kappa, float):
-        return {id(parameter): kappa for group in optimizer.param_groups for parameter in group["params"]}
+    if not isinstance(kappa, Mapping):
+        number = 1.0 if kappa == AUTO else kappa
+        return {id(parameter): number for group in optimizer.param_groups for parameter in group["params"]}
     return {key: kappa[pattern] for key, pattern in patterns_in_force(module, optimizer, "kappa", kappa).items()}
 
 
@@ -279,6 +280,11 @@ def check_kappas(recipe: Recipe, optimizer: Optimizer) -> None:
         if GROUP_KAPPA not in group:
             continue
         check_number(GROUP_KAPPA, group[GROUP_KAPPA])
+        if recipe.kappa == AUTO:
+            raise ConfigurationError(
+                f"Expected no `{GROUP_KAPPA}` in parameter groups for `kappa='auto'`, which is one number for all, got "
+                f"a group with {group[GROUP_KAPPA]!r}: leave it out, or set `kappa` to a number."
+            )
         if not recipe.boosts:
             raise ConfigurationError(
                 f"Expected `kappa` > 0 where a parameter group has `{GROUP_KAPPA}`, got {recipe.kappa!r} and a group "

@@ -18,7 +18,10 @@ from lightning_ire.curvature import Curvature, SampledFisher
 from lightning_ire.perturbation import Perturbation
 from lightning_ire.schedule import Start, checked_steps, in_steps, mask_due
 
-__all__ = ["GROUP_KAPPA", "Recipe", "shown"]
+__all__ = ["AUTO", "GROUP_KAPPA", "Recipe", "shown"]
+
+AUTO: Literal["auto"] = "auto"
+"""The kappa that is a share of the largest stable one, as it was measured last."""
 
 GROUP_KAPPA = "ire_kappa"
 """Key in a parameter group of the optimizer: kappa of its parameters, in place of the recipe's."""
@@ -41,7 +44,7 @@ class Recipe:
 
     def __init__(
         self,
-        kappa: float | Mapping[str, float] = 1.0,
+        kappa: float | Mapping[str, float] | Literal["auto"] = 1.0,
         gamma: float | Mapping[str, float] = 0.9,
         interval: int = 10,
         start_step: int | float | None = None,
@@ -57,8 +60,10 @@ class Recipe:
         beta: float = 0.0,
         ramp_steps: int | float | None = None,
         mask: Literal["hard", "soft"] = "hard",
+        kappa_safety: float = 0.5,
     ) -> None:
-        self.kappa = check_numbers("kappa", kappa)
+        self.kappa = AUTO if kappa == AUTO else check_numbers("kappa", kappa)
+        self.kappa_safety = check_number("kappa_safety", kappa_safety, high=1.0, low_open=True)
         self.gamma = check_numbers("gamma", gamma, high=1.0, low_open=True)
         self.interval = check_whole("interval", interval, low=1)
         self.start = Start(start_step, start_epoch, start_loss)
@@ -93,7 +98,9 @@ class Recipe:
     @property
     def boosts(self) -> bool:
         """Whether there is a boost at all, and so masks and estimates."""
-        return self.kappa > 0 if isinstance(self.kappa, float) else max(self.kappa.values()) > 0
+        if isinstance(self.kappa, Mapping):
+            return max(self.kappa.values()) > 0
+        return self.kappa == AUTO or self.kappa > 0
 
     def ramp_length(self, length: int | None) -> int:
         """On how many boosted steps kappa grows; 1: it does not.
@@ -124,8 +131,8 @@ class Recipe:
         return self.perturbation is not None and self.perturbation.second_pass(step)
 
 
-def shown(value: float | Mapping[str, float]) -> str:
-    """A number, or numbers by pattern, in a line of text.
+def shown(value: float | Mapping[str, float] | str) -> str:
+    """A number, numbers by pattern, or a word, in a line of text.
 
     Args:
         value: Kappa or gamma.
@@ -134,6 +141,8 @@ def shown(value: float | Mapping[str, float]) -> str:
         >>> shown(0.9), shown({"*embed*": 9.0, "*": 4.0})
         ('0.9', '9 for *embed*, 4 for *')
     """
+    if isinstance(value, str):
+        return value
     if not isinstance(value, Mapping):
         return f"{value:g}"
     return ", ".join(f"{number:g} for {pattern}" for pattern, number in value.items())

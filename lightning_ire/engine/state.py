@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from lightning_ire.engine.host import Host
 from lightning_ire.engine.masks import FlatMasks
 from lightning_ire.engine.memory import PerturbationMemory
 from lightning_ire.engine.optimizers import learning_rates
-from lightning_ire.engine.recipe import Recipe
+from lightning_ire.engine.recipe import AUTO, Recipe
 from lightning_ire.schedule import scheduled_kappa
 
 __all__ = ["STATE_VERSION", "Progress", "check_version", "warn_of_misfits"]
@@ -43,6 +44,7 @@ class Progress:
         memory: What the perturbation keeps of each weight.
         perturbation: The class of that perturbation.
         ascent_norm: The norm that divided the last SAM step, not kept in checkpoints.
+        auto_kappa: Kappa where it is "auto": a share of the headroom measured last, 0 before the first measurement.
         ramp: On how many boosted steps kappa grows, a setting: not kept in checkpoints either.
     """
 
@@ -59,6 +61,7 @@ class Progress:
     memory: PerturbationMemory = field(default_factory=PerturbationMemory)
     perturbation: str = ""
     ascent_norm: Tensor | None = None
+    auto_kappa: float = 0.0
     ramp: int = 1
 
     @classmethod
@@ -90,6 +93,16 @@ class Progress:
             found: Whether it was; if not, the next step makes another.
         """
         self.retry = not found
+
+    def note_headroom(self, recipe: Recipe, headroom: float) -> None:
+        """Set an automatic kappa; a measurement that is no number leaves it as it is.
+
+        Args:
+            recipe: The settings.
+            headroom: The largest stable kappa, the same on all ranks.
+        """
+        if recipe.kappa == AUTO and math.isfinite(headroom):
+            self.auto_kappa = recipe.kappa_safety * headroom
 
     def note_ascent(self, norm: Tensor) -> None:
         """Remember the norm that divided a SAM step.
@@ -177,6 +190,7 @@ class Progress:
             "seed": self.seed,
             "shown": {tag: value.cpu() for tag, value in self.last_logged.items()},
             "flat": self.masks.state_dict(),
+            **({"auto_kappa": self.auto_kappa} if self.auto_kappa else {}),
             **({"memory": memory, "perturbation": self.perturbation} if memory else {}),
         }
 
@@ -196,6 +210,7 @@ class Progress:
         self.loss_count = state.get("loss_count", self.loss_count)
         self.peak_lrs = list(state.get("peak_lrs", self.peak_lrs))
         self.seed = state.get("seed", self.seed)
+        self.auto_kappa = state.get("auto_kappa", 0.0)
         self.last_logged = dict(state.get("shown", self.last_logged))
         if state.get("perturbation") == self.perturbation:
             self.memory.load_state_dict(state.get("memory", {}), parameters)

@@ -76,7 +76,13 @@ from lightning_ire.functional.sampled_losses import (
 )
 from lightning_ire.functional.soft_mask import as_shares, soft_masks, soft_masks_and_threshold
 from lightning_ire.functional.spectrum import Extremes, Krylov, SpectralDensity, extreme_eigenvalues, spectral_density
-from lightning_ire.functional.stability import adam_limit, effective_product, sgd_limit, stability_edge
+from lightning_ire.functional.stability import (
+    adam_limit,
+    effective_product,
+    largest_stable_kappa,
+    sgd_limit,
+    stability_edge,
+)
 from lightning_ire.functional.state import BufferState, RandomState, kept_buffers, seeded
 from lightning_ire.functional.subspace import sharp_subspace
 from lightning_ire.functional.threshold import flat_threshold
@@ -130,6 +136,7 @@ __all__ = [
     "in_double",
     "is_sharded",
     "kept_buffers",
+    "largest_stable_kappa",
     "local",
     "mask_below",
     "masks_and_threshold",

@@ -20,7 +20,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-__all__ = ["adam_limit", "effective_product", "sgd_limit", "stability_edge"]
+from lightning_ire.functional.vectors import Coordinates
+
+__all__ = ["adam_limit", "effective_product", "largest_stable_kappa", "sgd_limit", "stability_edge"]
 
 
 def sgd_limit(momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
@@ -117,3 +119,71 @@ def effective_product(
     if decay is not None:
         image = image + decay * turned
     return root * image
+
+
+def largest_stable_kappa(
+    top: Callable[[float], tuple[float, Tensor]],
+    shares: Tensor,
+    limit: float,
+    *,
+    highest: float = 1000.0,
+    tolerance: float = 1e-3,
+    max_rounds: int = 6,
+    coordinates: Coordinates | None = None,
+) -> tuple[float, bool]:
+    """The largest kappa of IRE with which lambda_max(K) <= c, for D = 1 + kappa * n with a fixed n.
+
+    lambda_max(K) grows with kappa where it is positive. With v the unit eigenvector at one kappa, x = S^(1/2) v and
+    M = H + ..., every stable kappa' has x^T M x <= c x^T S(kappa')^-1 x, that is
+
+        lambda_max(K) / c <= sum over coordinates of v^2 (1 + kappa n) / (1 + kappa' n),
+
+    which no kappa' above the root of this equation fulfils. So the roots, each of the eigenvector at the one before,
+    fall from `highest` to the answer, faster than linearly (Dinkelbach 1967, for ratios); each is found by bisection,
+    which needs no product. Bisection on lambda_max(K) itself would need an eigenvalue for each bit.
+
+    Args:
+        top: The largest eigenvalue of K at a kappa, and a unit eigenvector.
+        shares: n in [0, 1], one number for each coordinate (where strengths differ: times strength / largest strength).
+        limit: c.
+        highest: No larger kappa is looked for.
+        tolerance: Where lambda_max(K) / c - 1 is this small it is done.
+        max_rounds: Most eigenvalues.
+        coordinates: Those of a model that may be sharded; default: vectors are whole.
+
+    Returns:
+        Kappa, in [0, `highest`], approached from above; 0 where no kappa is stable. And whether `tolerance` was
+        reached.
+
+    Cost: `max_rounds` eigenvalues at most, 2 to 4 as a rule; 50 sums over all coordinates for each.
+
+    Example:
+        >>> import torch
+        >>> curvatures, lr, n = torch.tensor([10.0, 1.0]), 0.1, torch.tensor([0.0, 1.0])
+        >>> def top(kappa):
+        ...     value, place = (lr * (1 + kappa * n) * curvatures).max(0)
+        ...     return float(value), torch.eye(2)[place]
+        >>> kappa, found = largest_stable_kappa(top, n, limit=2.0)
+        >>> round(kappa, 3), found  # lr * (1 + kappa) * 1 = 2
+        (19.0, True)
+    """
+    space = coordinates or Coordinates([shares])
+    kappa = highest
+    for _ in range(max_rounds):
+        value, vector = top(kappa)
+        ratio = value / limit
+        if ratio <= 1 + tolerance:
+            return kappa, True
+        weights = vector.square() * (1 + kappa * shares)
+
+        def surplus(smaller: float, weights: Tensor = weights, ratio: float = ratio) -> float:
+            return float(space.dot(weights, 1 / (1 + smaller * shares))) - ratio
+
+        if not surplus(0.0) > 0:  # NaN too
+            return 0.0, not math.isnan(ratio)
+        low, high = 0.0, kappa
+        for _ in range(50):
+            middle = math.sqrt((1 + low) * (1 + high)) - 1
+            low, high = (middle, high) if surplus(middle) > 0 else (low, middle)
+        kappa = low
+    return kappa, False

@@ -275,10 +275,30 @@ class Landscape:
         Args:
             rho: Radius in weight units.
         """
-        moves, _ = sam_displacement(self.movable, self.coordinates.split(self.gradient()), rho)
-        before = self.loss()
-        with perturbed(self.movable, moves):
-            return self.loss() - before
+        return self.ascent_gaps([rho])[0][0]
+
+    def ascent_gaps(
+        self, radii: Sequence[float], adaptive: bool | Sequence[bool] = False, eta: float = 0.0
+    ) -> tuple[list[float], float, float]:
+        r"""L(theta + d(rho)) - L(theta) for several radii of SAM's displacement d, at one gradient.
+
+        Args:
+            radii: In weight units, or relative to the weights.
+            adaptive: See :func:`~lightning_ire.functional.sam_displacement`; one truth for each of :attr:`names`.
+            eta: Added to the size of weights.
+
+        Returns:
+            The gaps, L(theta), and \|\|g\|\| (adaptive: \|\|T g\|\|), which times rho is a gap's first order.
+
+        Cost: one forward and backward pass, and a forward pass for each radius and one more.
+        """
+        gradient = self.coordinates.split(self.gradient())
+        before, gaps, norm = self.loss(), [], torch.zeros(())
+        for rho in radii:
+            moves, norm = sam_displacement(self.movable, gradient, rho, adaptive=adaptive, eta=eta)
+            with perturbed(self.movable, moves):
+                gaps.append(self.loss() - before)
+        return gaps, before, float(norm)
 
     # Hessian
 

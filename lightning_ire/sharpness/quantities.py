@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -25,6 +25,7 @@ from lightning_ire.functional import (
     extreme_eigenvalues,
     hutchinson_trace,
     in_double,
+    largest_stable_kappa,
     ratio_of_means,
     spectral_density,
 )
@@ -56,12 +57,14 @@ QuantityName = Literal[
     "spectral_density",
     "ascent_gap",
     "stability",
+    "kappa_headroom",
     "sgd_ratio",
 ]
 QUANTITIES: tuple[str, ...] = get_args(QuantityName)
 """What can be measured."""
 
 BASIS = 20  # most Lanczos vectors kept
+_HEADROOM_ROUNDS = 6  # most eigenvalues for the largest stable kappa
 _DENSITY_VECTORS, _DENSITY_STEPS = 4, 30
 _PERCENT = (0, 1, 10, 50, 90, 99, 100)  # quantiles of the density that are logged
 
@@ -169,9 +172,13 @@ class Job:
     ire: Enhanced | None = None
     krylov: Krylov | None = None
 
-    def step_geometry(self) -> StepGeometry:
-        """The run's own step."""
-        return StepGeometry.of(self.optimizers, self.landscape.module, self.landscape, self.ire)
+    def step_geometry(self, kappa: float | None = None) -> StepGeometry:
+        """The run's own step.
+
+        Args:
+            kappa: The boost's largest strength, in place of the one in force.
+        """
+        return StepGeometry.of(self.optimizers, self.landscape.module, self.landscape, self.ire, kappa)
 
     def lanczos(self, product: Callable[[Tensor], Tensor], largest: int, smallest: int) -> Extremes:
         """Extreme eigenvalues of an operator.
@@ -352,6 +359,44 @@ class Stability(Quantity):
         job.result.values[tags.RATIO + tags.CONVERGED] = float(top.converged)
 
 
+class KappaHeadroom(Quantity):
+    """The largest kappa with which the run's own step is stable, for the mask in force."""
+
+    names = ("kappa_headroom",)
+    of_steps = True
+
+    def cost(self, settings: Settings, batches: int, sam: bool) -> Cost:
+        """See the base class."""
+        products = _HEADROOM_ROUNDS * settings.max_iterations * batches
+        return Cost(batches, batches, 2 * products) if sam else Cost(products=products)
+
+    def measure(self, job: Job, wanted: Sequence[str]) -> None:
+        """See the base class."""
+        geometry = job.step_geometry(kappa=1.0)
+        if geometry.lengths is None:
+            raise UnknownStep("there is no mask of IRE in force")
+        unboosted, shares = geometry.step_sizes / geometry.lengths, geometry.lengths - 1
+
+        def top(kappa: float) -> tuple[float, Tensor]:
+            now = replace(geometry, step_sizes=unboosted * (1 + kappa * shares))
+            found = job.lanczos(lambda vector: now.product(job.landscape, vector), largest=1, smallest=0)
+            if found.krylov is None:
+                raise FloatingPointError("the products are not finite")
+            vector = torch.linalg.eigh(found.krylov.matrix)[1][:, -1].to(found.krylov.basis) @ found.krylov.basis
+            return found.largest[0], vector
+
+        headroom, found = largest_stable_kappa(
+            top,
+            shares,
+            geometry.limit,
+            tolerance=2 * job.settings.tolerance,
+            max_rounds=_HEADROOM_ROUNDS,
+            coordinates=job.landscape.coordinates,
+        )
+        job.result.add(tags.KAPPA_HEADROOM, job.landscape.average(headroom))
+        job.result.values[tags.KAPPA_HEADROOM + tags.CONVERGED] = float(found)
+
+
 class SGDRatio(Quantity):
     """Stability in the mean square over training batches."""
 
@@ -425,6 +470,7 @@ KINDS: tuple[Quantity, ...] = (
     Traces(),
     Density(),
     Stability(),
+    KappaHeadroom(),
     SGDRatio(),
     FisherTrace(),
     AscentGap(),

@@ -37,8 +37,8 @@ class Enhanced(Protocol):
     def ascent_norm(self) -> float | None:
         """The norm that divided the last SAM step; ``None``: there was none."""
 
-    def boost_factors(self, module: Any, optimizer: Optimizer) -> dict[int, Tensor | float]:
-        """By how much the boost lengthens a step, by `id` of the parameter."""
+    def boost_factors(self, module: Any, optimizer: Optimizer, kappa: float | None = None) -> dict[int, Tensor | float]:
+        """By how much the boost lengthens a step, by `id` of the parameter; with `kappa` as the largest strength."""
 
 
 class UnknownStep(Exception):
@@ -51,6 +51,7 @@ class StepGeometry:
 
     Attributes:
         step_sizes: Diagonal of S = eta D / P, one vector over the landscape's coordinates.
+        lengths: Diagonal of D, 1 + kappa * n; ``None``: there is no boost.
         limit: The constant c.
         gain: Steps of momentum add up to this many learning rates.
         decay: Weight decay that is added to the gradient, over the coordinates; ``None``: none.
@@ -61,6 +62,7 @@ class StepGeometry:
     """
 
     step_sizes: Tensor
+    lengths: Tensor | None
     limit: float
     gain: float
     decay: Tensor | None
@@ -109,7 +111,12 @@ class StepGeometry:
 
     @classmethod
     def of(
-        cls, optimizers: Sequence[Optimizer], module: nn.Module, landscape: Landscape, ire: Enhanced | None
+        cls,
+        optimizers: Sequence[Optimizer],
+        module: nn.Module,
+        landscape: Landscape,
+        ire: Enhanced | None,
+        kappa: float | None = None,
     ) -> StepGeometry:
         """Read learning rates, momentum, Adam's second moments, IRE's mask and SAM's radius as they are now.
 
@@ -118,6 +125,7 @@ class StepGeometry:
             module: The module.
             landscape: Gives the coordinates, and the gradient's norm where SAM has not made a step yet.
             ire: What enhances the optimizer's steps; ``None``: nothing.
+            kappa: The boost's largest strength, in place of the one in force.
 
         Raises:
             UnknownStep: If there is no line for this run.
@@ -132,8 +140,9 @@ class StepGeometry:
         if landscape.coordinates.sharded:
             landscape.release()  # else the module's parameters may be gathered copies
         limit, gain = _momentum(optimizer)
-        factors = ire.boost_factors(module, optimizer) if ire is not None else {}
+        factors = ire.boost_factors(module, optimizer, kappa) if ire is not None else {}
         sizes: dict[int, Tensor] = {}
+        lengths: dict[int, Tensor] = {}
         decays: dict[int, Tensor] = {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -142,6 +151,7 @@ class StepGeometry:
                 lengthened = torch.as_tensor(factors.get(id(parameter), 1.0), device=parameter.device)
                 if parameter.is_complex() and lengthened.dim():  # one factor for both numbers of a pair
                     lengthened = torch.stack([lengthened.real] * 2, dim=-1)
+                lengths[id(parameter)] = lengthened.to(wide).broadcast_to(real.shape)
                 size = float(group["lr"]) * lengthened.to(wide) / _preconditioner(optimizer, parameter, group)
                 sizes[id(parameter)] = size.broadcast_to(real.shape)
                 added = 0.0 if decay_is_decoupled(optimizer, group) else float(group["weight_decay"])
@@ -154,6 +164,7 @@ class StepGeometry:
         decays_range = coordinates.range(decay)
         return cls(
             step_sizes,
+            coordinates.flatten([lengths.get(id(p)) for p in landscape.parameters]) if factors else None,
             limit,
             gain,
             None if decays_range == (0.0, 0.0) else decay,

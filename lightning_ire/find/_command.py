@@ -1,0 +1,145 @@
+"""The command `find`: read its flags, make trainer and module as `cli.py fit` does, test, and write what was found."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_ire._checks import ConfigurationError, check_folder, check_number, check_whole
+from lightning_ire._cli_messages import one_line
+from lightning_ire.callbacks import IRE
+from lightning_ire.find._range_test import kappas, learning_rates, radii
+from lightning_ire.find._result import RangeTest
+from lightning_ire.perturbation import Perturbation
+
+__all__ = ["main"]
+
+_TESTS: dict[str, Callable[..., RangeTest]] = {"lr": learning_rates, "kappa": kappas, "rho": radii}
+_EXAMPLE = """\
+lr     the learning rate rises from step to step, with SAM and IRE at work, until the loss diverges
+kappa  the largest kappa whose steps are stable, and the loss while kappa rises at the config's learning rate
+rho    how much the loss rises along SAM's ascent, over the radius
+
+example:
+  python cli.py find lr --config configs/digits_resnet_sgd_ire.yaml -- --trainer.accelerator cpu
+
+Nothing is trained for good. Each call writes a picture and the numbers, KEY-NAME.png and .json, and nothing over.
+exit codes: 0; 2: a wrong key or value, or a set-up that cannot work; 130: Ctrl-C"""
+
+
+def main(args: list[str], cli: type[Any]) -> int:
+    """Run `cli.py find`.
+
+    Args:
+        args: What follows `find`.
+        cli: The class of `cli.py fit`'s command line, a LightningCLI.
+
+    Returns:
+        0; 2: a wrong key or value, or a set-up that cannot work.
+    """
+    try:
+        options, flags = _read(args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within")
+            _in_place_of_fit(cli, options)(["fit", "--config", str(options.config), *flags])
+    except ConfigurationError as error:
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _in_place_of_fit(cli: type[Any], options: argparse.Namespace) -> type[Any]:
+    class Find(cli):
+        """Its `fit` tests in place of training."""
+
+        def fit(self, model: LightningModule, datamodule: Any = None, **others: Any) -> None:
+            if others.get("ckpt_path") is not None:
+                raise ConfigurationError(
+                    f"Expected no `ckpt_path` for find, got {str(others['ckpt_path'])!r}: leave it out."
+                )
+            trainer: Trainer = self.trainer
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(one, (IRE, Perturbation)) for one in callbacks):  # its other settings count
+                callbacks.append(self.config_init[self.subcommand].ire)
+            given = {"low": options.low, "high": options.high, "steps": options.steps}
+            found = _TESTS[options.key](
+                trainer, model, datamodule, **{name: value for name, value in given.items() if value is not None}
+            )
+            if trainer.is_global_zero:
+                _report(found, options)
+
+        def after_fit(self) -> None:
+            """There is nothing to be tested."""
+
+    return Find
+
+
+def _report(found: RangeTest, options: argparse.Namespace) -> None:
+    """Print the suggestion, and write the numbers and the picture beside what is there."""
+    for note in found.notes:
+        print(note)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    name, number = f"{found.key}-{options.config.stem}", 0
+    numbers = options.folder / f"{name}.json"
+    while True:
+        try:
+            with numbers.open("x") as file:  # another process may write beside this one
+                json.dump({"config": str(options.config), **asdict(found)}, file, indent=1)
+            break
+        except FileExistsError:
+            number += 1
+            numbers = options.folder / f"{name}-{number}.json"
+    written = [str(numbers)]
+    try:
+        picture = numbers.with_suffix(".png")
+        found.figure().savefig(picture, dpi=150)
+        written.append(str(picture))
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install 'lightning-ire[figures]')", file=sys.stderr)
+    print(f"find {found.line}\nWritten: {', '.join(written)}", flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message} (python cli.py find --help)")
+
+
+def _read(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read what follows `find`, and the further flags of `fit`; a `ConfigurationError` says what is wrong with it."""
+    parser = _Parser(
+        prog="cli.py find",
+        usage="python cli.py find lr|kappa|rho --config FILE [options] [-- further flags of cli.py fit]",
+        description="Range tests: which learning rate, which kappa, which rho?",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("key", choices=list(_TESTS), metavar="lr|kappa|rho", help="what to look for")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config of the run")
+    parser.add_argument("--low", type=float, metavar="X", help="first value (default: lr 1e-6, kappa 0.1, rho 0.001)")
+    parser.add_argument("--high", type=float, metavar="Y", help="last value (default: lr 10, kappa 100, rho 1)")
+    parser.add_argument("--steps", type=int, metavar="N", help="how many values (default: 100, rho 30)")
+    parser.add_argument("--folder", type=Path, default=Path("find"), help="where the files go (default: find)")
+    split = args.index("--") if "--" in args else len(args)
+    options = parser.parse_args(
+        [f" {word}" if word[:1] == "-" and word[1:2].isdigit() else word for word in args[:split]]
+    )
+    if options.config is None or not options.config.is_file():
+        raise ConfigurationError(f"Expected `--config` to be a file, got {str(options.config or 'none')!r}.")
+    defaults = inspect.signature(_TESTS[options.key]).parameters
+    low = check_number("--low", defaults["low"].default if options.low is None else options.low, low_open=True)
+    high = defaults["high"].default if options.high is None else options.high
+    check_number("--high", high, low=low, low_open=True)
+    if options.steps is not None:
+        check_whole("--steps", options.steps, low=2 if options.key == "rho" else 10)
+    check_folder("--folder", options.folder)
+    return options, args[split + 1 :]
