@@ -40,8 +40,8 @@ Such a callback has an attribute `idle`; with these defaults it is True, and an 
 """
 
 _DESCRIPTION = (
-    "Train with IRE and SAM. Settings of IRE by name: --ire.preset NAME. Further commands: cli.py sweep --help (grids of "
-    "runs), compare --help (does it help here?), find --help (range tests of the learning rate, kappa and rho)"
+    "Train with IRE and SAM. Settings of IRE by name: --ire.preset NAME. Further commands: cli.py sweep --help (grids "
+    "of runs), compare --help (does it help here?), find --help (range tests of the learning rate, kappa and rho)"
 )
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after SIGINT and SIGTERM: 128 and the signal's number."""
