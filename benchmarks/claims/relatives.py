@@ -6,9 +6,9 @@ over tuning seeds that are not reported; the best is trained with the reporting 
 Other settings of a method are its paper's (the defaults). The price is counted in forward and backward passes of a run,
 a plain run's being 1: it says nothing of what runs beside the passes (benchmarks/RESULTS.md has the times).
 
-Five trials are few: a method that is better over seeds may have had luck in the search, or SGD bad luck, so it is called
-better only if that is not so in the searches with half of the trials either. LESAM's radius stayed at its largest value
-here, which makes it SAM.
+Five trials are few: a method that is better over seeds may have had luck in the search, or SGD bad luck, so it is
+called better only if the searches with half of the trials agree. LESAM's radius stayed at its largest value here, which
+makes it SAM.
 
 A ResNet of 19,074 parameters, 300 steps, cosine to 0, label smoothing 0.1, SGD with momentum 0.9.
 """
@@ -125,9 +125,9 @@ def verdict(runs: Runs) -> Verdict:
         )
     adjusted = _adjusted(runs)
     count = (
-        f"{len(better)} of {len(differences)} paired comparisons with SGD are clearly better, {len(clear) - len(better)} "
-        "clearly worse, over seeds (Holm) and in all but 5 % / comparisons of the searches with half of the trials; by "
-        f"seeds alone {sum(adjusted[key] < 0.05 for key in differences)} are told apart"
+        f"{len(better)} of {len(differences)} paired comparisons with SGD are clearly better, "
+        f"{len(clear) - len(better)} clearly worse, over seeds (Holm) and in all but "
+        f"5 % / comparisons of the searches with half of the trials; by seeds alone {sum(adjusted[key] < 0.05 for key in differences)} are told apart"
     )
     short = "some pay" if better else "none told apart from SGD"
     return Verdict(short, f"{count}. {'; '.join(said)}.", f"{count}, test accuracy: {'; '.join(said)}.")
