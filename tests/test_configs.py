@@ -277,11 +277,17 @@ FLAGS = {
 }
 
 
+ALL_FLAGS = ("digits_resnet_sgd_ire", "cifar10_resnet56_sam_ire", "cifar100_vit_t_sam_ire", "imagenet_vit_s16_admire")
+
+
 def two_steps() -> list:
-    """Every config with all flags; the wide networks, which take minutes, with all but the first in `test-weekly`."""
+    """Every config as it is, and one of each architecture with all flags; the others with them in `test-weekly`."""
     return [
         pytest.param(
-            path, flags, id=f"{path.stem}-{name}", marks=[pytest.mark.weekly] if flags and "wrn" in path.stem else []
+            path,
+            flags,
+            id=f"{path.stem}-{name}",
+            marks=[pytest.mark.weekly] if flags and path.stem not in ALL_FLAGS else [],
         )
         for path in VISION
         for name, flags in FLAGS.items()

@@ -127,7 +127,8 @@ def verdict(runs: Runs) -> Verdict:
     count = (
         f"{len(better)} of {len(differences)} paired comparisons with SGD are clearly better, "
         f"{len(clear) - len(better)} clearly worse, over seeds (Holm) and in all but "
-        f"5 % / comparisons of the searches with half of the trials; by seeds alone {sum(adjusted[key] < 0.05 for key in differences)} are told apart"
+        "5 % / comparisons of the searches with half of the trials; by seeds alone "
+        f"{sum(adjusted[key] < 0.05 for key in differences)} are told apart"
     )
     short = "some pay" if better else "none told apart from SGD"
     return Verdict(short, f"{count}. {'; '.join(said)}.", f"{count}, test accuracy: {'; '.join(said)}.")

@@ -59,8 +59,9 @@ class RunRecord(pl.Callback):
         self._begun = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Stop at the end of the share."""
-        if self.stop_after < 1 and trainer.global_step >= self.stop_after * trainer.estimated_stepping_batches:
+        """Stop at the end of the share; also at a last step inside an epoch, so that it is validated."""
+        share = self.stop_after * trainer.estimated_stepping_batches if self.stop_after < 1 else math.inf
+        if trainer.global_step >= min(share, trainer.max_steps if trainer.max_steps > 0 else math.inf):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -133,6 +133,13 @@ def test_a_run_is_stopped_at_its_share_and_a_resumed_one_counts_on(tmp_path: Pat
     assert len(record.curve) == 3
 
 
+def test_a_run_that_ends_inside_an_epoch_is_validated_at_its_end() -> None:
+    module, data, arguments = build({"lr": 0.1, "seed": 0})
+    record = RunRecord()
+    pl.Trainer(**{**arguments, "max_steps": 6, "callbacks": [record]}).fit(module, data)
+    assert [passes for passes, _ in record.curve] == [4, 6]
+
+
 @pytest.mark.slow
 def test_a_run_that_raises_is_one_line_and_ends_nothing(tmp_path: Path, capsys, monkeypatch) -> None:
     plain = Regression.training_step

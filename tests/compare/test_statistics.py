@@ -120,7 +120,7 @@ def _study(rng, trials, seeds, noise, methods, better=0.0):
 
 @pytest.mark.parametrize(
     ("trials", "seeds", "noise", "methods"),
-    [(8, 5, 1.0, 2), (8, 10, 0.3, 4), pytest.param(16, 10, 0.3, 3, marks=pytest.mark.slow)],
+    [(8, 10, 0.3, 2), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((8, 10, 0.3, 4), (16, 10, 0.3, 3)))],
 )
 def test_methods_that_are_the_same_are_told_apart_in_few_studies(trials, seeds, noise, methods, capsys) -> None:
     """At most 5 %, counting a study in which any of them is; over seeds alone it is many times as many."""
