@@ -132,7 +132,10 @@ def _against_settings(figure: Any, report: Report) -> bool:
             if isinstance(how, Range) and how.log:
                 axes.set_xscale("log")
                 axes.set_xlim(how.low / 1.1, how.high * 1.1)
-                axes.xaxis.set_major_formatter("{x:g}")
+                axes.set_xticks(
+                    ticks := [how.low, math.sqrt(how.low * how.high), how.high], [f"{at:.2g}" for at in ticks]
+                )
+                axes.minorticks_off()
         axes.set_xlabel(key, fontsize=9)
         axes.grid(alpha=0.3)
     unit = ", %" if report.is_accuracy else ""

@@ -78,7 +78,11 @@ class Report:
             )
         else:
             signed = f"{self.number(gain, '+')} ± {self.number(one.difference.half)}{self.unit}"
-            text = f"{one.treated} is not told apart from {one.base} ({signed}{cost and ','}{cost})"
+            least = detectable(one.difference.spread, one.difference.pairs, len(self.compared))
+            text = (
+                f"{one.treated} is not told apart from {one.base} ({signed}{cost and ','}{cost}; {one.difference.pairs} "
+                f"seeds show differences from about {self.number(least)}{self.unit} on)"
+            )
         if one.clear and (
             controls := [each for each in self.compared if each.treated == one.treated and each is not one]
         ):
