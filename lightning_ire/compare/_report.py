@@ -80,8 +80,8 @@ class Report:
             signed = f"{self.number(gain, '+')} ± {self.number(one.difference.half)}{self.unit}"
             least = detectable(one.difference.spread, one.difference.pairs, len(self.compared))
             text = (
-                f"{one.treated} is not told apart from {one.base} ({signed}{cost and ','}{cost}; {one.difference.pairs} "
-                f"seeds show differences from about {self.number(least)}{self.unit} on)"
+                f"{one.treated} is not told apart from {one.base} ({signed}{cost and ','}{cost}; "
+                f"{one.difference.pairs} seeds show differences from about {self.number(least)}{self.unit} on)"
             )
         if one.clear and (
             controls := [each for each in self.compared if each.treated == one.treated and each is not one]
