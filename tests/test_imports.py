@@ -47,7 +47,7 @@ ALLOWED = {
     "data": {"_checks", "_lightning", "data"},
     "sweeps": {"_checks", "__version__", "sweeps"},
     "compare": {"_checks", "sweeps", "compare"},
-    "find": {"_checks", "_cli_messages", "tags", "schedule", "perturbation", "engine", "callbacks", "find"},
+    "find": {"_checks", "_cli_messages", "tags", "schedule", "perturbation", "engine", "callbacks", "sweeps", "find"},
 }
 # packages of others, beside the standard library
 THIRD_PARTY = {

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -20,6 +20,7 @@ from lightning_ire.callbacks import IRE
 from lightning_ire.find._range_test import kappas, learning_rates, radii
 from lightning_ire.find._result import RangeTest
 from lightning_ire.perturbation import Perturbation
+from lightning_ire.sweeps._options import Parser, check_config, spelt_out
 
 __all__ = ["main"]
 
@@ -108,14 +109,9 @@ def _report(found: RangeTest, options: argparse.Namespace) -> None:
     print(f"find {found.line}\nWritten: {', '.join(written)}", flush=True)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message} (python cli.py find --help)")
-
-
 def _read(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read what follows `find`, and the further flags of `fit`; a `ConfigurationError` says what is wrong with it."""
-    parser = _Parser(
+    parser = Parser(
         prog="cli.py find",
         usage="python cli.py find lr|kappa|rho --config FILE [options] [-- further flags of cli.py fit]",
         description="Range tests: which learning rate, which kappa, which rho?",
@@ -130,11 +126,8 @@ def _read(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--steps", type=int, metavar="N", help="how many values (default: 100, rho 30)")
     parser.add_argument("--folder", type=Path, default=Path("find"), help="where the files go (default: find)")
     split = args.index("--") if "--" in args else len(args)
-    options = parser.parse_args(
-        [f" {word}" if word[:1] == "-" and word[1:2].isdigit() else word for word in args[:split]]
-    )
-    if options.config is None or not options.config.is_file():
-        raise ConfigurationError(f"Expected `--config` to be a file, got {str(options.config or 'none')!r}.")
+    options = parser.parse_args(spelt_out(args[:split]))
+    check_config(options.config)
     defaults = inspect.signature(_TESTS[options.key]).parameters
     low = check_number("--low", defaults["low"].default if options.low is None else options.low, low_open=True)
     high = defaults["high"].default if options.high is None else options.high
