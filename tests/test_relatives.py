@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -455,6 +456,17 @@ def test_starts_and_stops_are_counted(timing: Any, perturbed: Any) -> None:
     cases.fit(module, [IRE(kappa=0.0, perturbation=SAM(0.1, **timing)), Count()], data, max_epochs=2)
     per_step = [after - before for before, after in zip([0, *calls], calls, strict=False)]
     assert [index for index, passes in enumerate(per_step) if passes == 2] == list(perturbed)
+
+
+def test_a_perturbation_that_stops_before_it_starts_is_said() -> None:
+    data = cases.data()
+    steps = len(cases.loader(data))  # of an epoch
+    with pytest.warns(UserWarning, match=rf"never perturbs: .* starts at step {steps} and stops at step {steps}[.]"):
+        cases.fit(Classifier(), [SAM(0.1, start_step=steps, stop_epoch=1)], data, max_epochs=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cases.fit(Classifier(), [SAM(0.1, start_step=steps - 1, stop_epoch=1)], data, max_epochs=2)
+    assert not [one for one in caught if "never perturbs" in str(one.message)]
 
 
 def test_a_perturbation_that_never_starts_is_said() -> None:

@@ -384,10 +384,20 @@ class IRE(Recipe, Callback):
         return f"Expected `kappa` > 0 for `{self.start.setting}`, which says when the boost starts, got 0: {remedy}."
 
     def _warn_of_late_ascent(self, trainer: pl.Trainer, total: int | None, length: int | None) -> None:
-        """Say so if the run ends before the perturbation starts."""
+        """Say so if the perturbation stops, or the run ends, before it starts."""
         if self.perturbation is None:
             return
-        start = self.perturbation.start
+        start, stop = self.perturbation.start, self.perturbation.stop
+        epochs = trainer.max_epochs
+        if total is not None and epochs is not None and epochs > 0 and {start.epoch, stop.epoch} != {None}:
+            on, off = (
+                one.first_step(length) if one.epoch is None else one.epoch * total // epochs for one in (start, stop)
+            )
+            if not stop.immediate and on is not None and off is not None and off <= on:
+                rank_zero_warn(
+                    f"{self.perturbation!r} never perturbs: in this run it starts at step {on} and stops at step {off}."
+                )
+                return
         if not start.immediate and start.never(total, trainer.max_epochs, start.first_step(length)):
             rank_zero_warn(
                 f"{self.perturbation!r} starts at {start}, but the run ends before that: lower its `start_step` or "

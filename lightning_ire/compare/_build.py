@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 
-from lightning_ire._checks import ConfigurationError, check_folder
+from lightning_ire._checks import ConfigurationError, check_folder, check_number
 from lightning_ire.compare._record import RunRecord
 from lightning_ire.compare._report import Report, write_report
 from lightning_ire.compare._work import Outcome, Work, check_logged
 from lightning_ire.compare.design import Cell, Choice, Comparison, Design, Method, Range
+from lightning_ire.sweeps._options import check_name
 from lightning_ire.sweeps._study import Study
 
 __all__ = ["Findings", "compare"]
@@ -74,10 +75,16 @@ def compare(
         The sentence, the comparisons, and the path of `report.html`.
 
     Raises:
-        ConfigurationError: If there are fewer than two methods, a value is out of range, the metric is not logged, or
-            the study was begun with another design.
+        ConfigurationError: If there are fewer than two methods, a value is out of range, the first run does not log the
+            metric, `build` returns something else, or the study was begun with another design.
     """
     design = Design(methods, tune or {}, trials, seeds, metric=metric, mode=mode, report=report, **more)
+    for keys in (design.tune, *(part for method in methods for part in (method.tune, method.settings))):
+        if "seed" in keys:
+            raise ConfigurationError("Expected `seed` to be left to the comparison, got it among the settings.")
+    if effect is not None:
+        check_number("effect", effect, low_open=True)
+    check_name(name, "name")
     where = Path(folder) / name
     check_folder("folder", Path(folder), where)
     study: Study[Mapping[str, Any]] = Study(
@@ -90,6 +97,10 @@ def compare(
     print(write_report(design, results, work.curves(), where, work.errors, name, effect, curve))
     found = Report(design, results, work.errors, name, effect)
     return Findings(found.sentence, found.compared, where / "report.html")
+
+
+class _NoRun(ConfigurationError):
+    """What `build` returned is no run."""
 
 
 class _Runs:
@@ -115,16 +126,19 @@ class _Run:
         try:
             pl.seed_everything(cell.seed, verbose=False)
             method = design.by_name[cell.method]
-            module, data, arguments = self.runs.build({**method.settings, **self.settings, "seed": cell.seed})
+            made = self.runs.build({**method.settings, **self.settings, "seed": cell.seed})
+            if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[2], Mapping):
+                raise _NoRun(f"Expected `build` to return (module, data, arguments of Trainer), got {made!r:.200}.")
+            module, data, arguments = made
             trainer = pl.Trainer(
                 **{**arguments, **self.length, "callbacks": [*(arguments.get("callbacks") or []), record]}
             )
             trainer.fit(module, data)
             if design.report.startswith("test/") and cell.stop == 1:
                 trainer.test(module, data, verbose=False)
-        except (ConfigurationError, KeyboardInterrupt):
+        except _NoRun:
             raise
-        except Exception as error:  # of the user's code: one line, and the others go on
+        except Exception as error:  # of the user's code, or what a method refuses: one line, and the others go on
             return Outcome({}, [], f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}")
         finally:
             gc.collect()

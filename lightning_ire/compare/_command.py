@@ -7,11 +7,13 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -29,7 +31,7 @@ __all__ = ["main"]
 
 _CLI = "lightning_ire.cli"
 _PRELOAD = ["lightning.pytorch.cli", "lightning_ire.callbacks", "lightning_ire.data", "lightning_ire.models"]
-_INTERRUPTED = 130  # what a shell reports after Ctrl-C
+_INTERRUPTED, _TERMINATED = 130, 143  # what a shell reports after Ctrl-C and SIGTERM
 _PATIENCE_SECONDS = 30  # how long a process may take to end after Ctrl-C
 _ONE_BATCH = {
     "trainer.max_epochs": "1",
@@ -49,9 +51,12 @@ def main(args: list[str]) -> int:
         args: What follows `compare`.
 
     Returns:
-        0; 1: runs failed, or the database did not answer; 2: a wrong key or value; 130: Ctrl-C.
+        0; 1: runs failed, or the database did not answer; 2: a wrong key or value; 130: Ctrl-C; 143: SIGTERM.
     """
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         options = read_options(args)
         check_folder("--folder", options.folder, options.logs)
         study: Study[Mapping[str, Any]] = Study(
@@ -71,13 +76,24 @@ def main(args: list[str]) -> int:
     except (ConfigurationError, Refused) as error:
         print(str(error) if isinstance(error, Refused) else f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _Terminated) as end:
         print("stopped; the same command goes on from there", file=sys.stderr)
-        return _INTERRUPTED
+        return _INTERRUPTED if isinstance(end, KeyboardInterrupt) else _TERMINATED
     except optuna().exceptions.StorageInternalError as error:
         why = str(error.__cause__ or error).strip().splitlines()[0]
         print(f"error: the database did not answer: {why}; the same command goes on from there", file=sys.stderr)
         return 1
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _terminate:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+class _Terminated(Exception):
+    """SIGTERM."""
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise _Terminated
 
 
 class _RunTrial(Trial):
@@ -201,12 +217,20 @@ class _Process:
         self._process.join()
 
 
+def _end_with_parent() -> None:
+    """Get SIGTERM when the comparison is gone: this process would train beside its own repetition."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _fit(words: list[str], log: str, threads: int | None) -> None:
     """Be `python -m lightning_ire.cli fit`, which is also what Lightning starts for more devices."""
     with open(os.devnull) as nothing, open(log, "ab") as output:
         for stream, target in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(stream.fileno(), target)
-    _runs.die_with_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_ire._checks import ConfigurationError
+from lightning_ire._checks import ConfigurationError, check_choice
 from lightning_ire.compare.design import BUDGETS, Choice, Design, Method, Range
 from lightning_ire.sweeps._grid import SEED
 from lightning_ire.sweeps._options import Parser, check_config, check_key, check_name, content, pairs, spelt_out
@@ -155,7 +155,10 @@ def _split_methods(args: list[str], known: set[str]) -> tuple[list[str], dict[st
 def _design(options: Options) -> Design:
     """The methods with what is tuned of each, and the controls."""
     config = content(options.config)
-    given = dict(_flat(config.get("ire"), "ire")) if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise ConfigurationError(f"Expected `--config` to be a config in YAML, got {options.config}.")
+    check_choice("--budget", options.budget, BUDGETS)
+    given = dict(_flat(config.get("ire"), "ire"))
     given |= dict(pairs(options.flags))
     settings = {name: dict(pairs(words)) for name, words in options.words.items()}
     shared: dict[str, Range | Choice] = {}
@@ -163,6 +166,8 @@ def _design(options: Options) -> Design:
     tuned = [word[0] for word in options.tune if word]
     for key, how, names in (_tuned(words, list(settings)) for words in options.tune):
         check_key(key, "comparison", "behind --tune")
+        if key == SEED:
+            raise ConfigurationError(f"Expected `{key}` to be left to the comparison, got it behind --tune.")
         if key in dict(pairs(options.flags)):
             raise ConfigurationError(f"Expected `{key}` to be set in one place, got it behind --tune and `--`.")
         if key in shared or any(key in own[name] for name in names or own):
@@ -231,7 +236,10 @@ def _tuned(words: list[str], methods: list[str]) -> tuple[str, Range | Choice, l
                 f"Expected `--tune {key}` to have two numbers, or values with commas, got {' '.join(words[1:])!r}."
             )
         rest = rest[1:]
-        how = Range(low, high, log=rest[:1] == ["log"])
+        try:
+            how = Range(low, high, log=rest[:1] == ["log"])
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{str(error).removesuffix('.')} behind `--tune {key}`.") from None
         rest = rest[how.log :]
     if unknown := [word for word in rest if word not in methods]:
         raise ConfigurationError(

@@ -19,8 +19,10 @@ FILE = "compare.json"
 class RunRecord(pl.Callback):
     """Counts the passes of a run, keeps its last values, and stops it where hopeless trials are stopped.
 
-    A pass is a call of `training_step`, those that IRE and SAM make by hand included. Where the Trainer has a folder
-    for logs, all is also written to `compare.json` there, at the end of the fit and after a test.
+    Passes are counted as backward passes, those of IRE and SAM included, over a part of a batch too: the gradients
+    of the parameter which got most. Where parameters are sharded these are not seen, and calls of `training_step` are
+    counted. Where the Trainer has a folder for logs, all is also written to `compare.json` there, at the end of the
+    fit and after a test.
 
     Args:
         curve: Logged value that is kept after each validation.
@@ -31,7 +33,9 @@ class RunRecord(pl.Callback):
         self.curve_of, self.stop_after = curve, stop_after
         self.values: dict[str, float] = {}
         self.curve: list[tuple[float, float]] = []
-        self.passes, self._before, self._begun = 0, 0.0, math.nan
+        self._forward, self._before, self._begun = 0, 0.0, math.nan
+        self._backward: dict[int, int] = {}
+        self._hooks: list[Any] = []
         self._own: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -42,7 +46,7 @@ class RunRecord(pl.Callback):
 
         @functools.wraps(step)
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self.passes += 1
+            self._forward += 1
             return step(*args, **kwargs)
 
         vars(pl_module)["training_step"] = counted
@@ -55,8 +59,19 @@ class RunRecord(pl.Callback):
                 vars(pl_module)["training_step"] = self._own
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The clock runs, validation included."""
+        """The clock runs, validation included; gradients are counted."""
         self._begun = time.monotonic()
+        for number, parameter in enumerate(pl_module.parameters()):
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_hook(functools.partial(self._count, number)))
+
+    def _count(self, number: int, _: Any) -> None:
+        self._backward[number] = self._backward.get(number, 0) + 1
+
+    @property
+    def passes(self) -> float:
+        """How many there were."""
+        return float(max(self._backward.values(), default=self._forward))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Stop at the end of the share; also at a last step inside an epoch, so that it is validated."""
@@ -73,6 +88,16 @@ class RunRecord(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what the fit has logged."""
         self._keep(trainer)
+        self._stop_counting()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave no hook on the parameters."""
+        self._stop_counting()
+
+    def _stop_counting(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what the test has logged."""
@@ -80,11 +105,17 @@ class RunRecord(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on counts from."""
-        return {"passes": self.passes, "seconds": self._seconds, "curve": self.curve}
+        return {
+            "forward": self._forward,
+            "backward": dict(self._backward),
+            "seconds": self._seconds,
+            "curve": self.curve,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on from an earlier attempt."""
-        self.passes, self._before, self.curve = (state_dict[key] for key in ("passes", "seconds", "curve"))
+        self._forward, self._backward = state_dict["forward"], dict(state_dict["backward"])
+        self._before, self.curve = state_dict["seconds"], list(state_dict["curve"])
 
     @property
     def _seconds(self) -> float:
@@ -94,7 +125,7 @@ class RunRecord(pl.Callback):
         logged = {tag: float(value) for tag, value in trainer.callback_metrics.items() if value.numel() == 1}
         if trainer.state.fn == "fit":
             logged |= {
-                "compare/passes": float(self.passes),
+                "compare/passes": self.passes,
                 "compare/steps": float(trainer.global_step),
                 "compare/seconds": round(self._seconds, 3),
             }

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ire.compare import _pictures
-from lightning_ire.compare.design import HALVING, Cell, Comparison, Design, Results
+from lightning_ire.compare.design import FEW_TRIALS, HALVING, Cell, Comparison, Design, Results
 from lightning_ire.compare.statistics import detectable, expected_best, interval, seeds_needed
 from lightning_ire.sweeps._runs import replace_text
 from lightning_ire.sweeps._table import markdown, shown
 
 __all__ = ["Report", "write_report"]
-
-_FEW_TRIALS = 8  # with fewer, two methods that are the same are told apart in more than 5 % of studies
 
 
 class Report:
@@ -55,8 +53,12 @@ class Report:
         """What a busy person can act on."""
         said = [self._verdict(one) for one in self.compared if self._is_answer(one)]
         if not said:
-            missing = [name for name in self.design.by_name if not self.design.reported(name, self.results)]
-            return f"Nothing can be said yet: {', '.join(missing)} {'has' if len(missing) == 1 else 'have'} no results."
+            missing = [
+                name
+                for name in self.design.by_name
+                if not any(map(math.isfinite, self.design.reported(name, self.results).values()))
+            ]
+            return f"Nothing can be said: there is no finite {self.design.report} of {', '.join(missing)}."
         return "; ".join(said) + "."
 
     def _is_answer(self, one: Comparison) -> bool:
@@ -68,8 +70,21 @@ class Report:
         if one.difference.pairs < 2:
             return f"{one.treated} beside {one.base}: one pair of runs, which says nothing"
         cost = self._cost(one)
+        if one.diverged:
+            return (
+                f"{one.treated} cannot be compared with {one.base}: {one.diverged} of their "
+                f"{2 * self.design.seeds} runs diverged"
+            )
         if one.clear:
             text = f"{one.treated} is {'better' if gain > 0 else 'worse'} than {one.base} by {size}{cost}"
+        elif one.adjusted < 0.05 and not self.design.knows_luck:
+            why = (
+                "hopeless trials were stopped" if self.design.halving else f"there were fewer than {FEW_TRIALS} trials"
+            )
+            text = (
+                f"{one.treated} is {'better' if gain > 0 else 'worse'} than {one.base} by {size}{cost} over these "
+                f"seeds, which may be luck of the search: {why}"
+            )
         elif one.adjusted < 0.05 and one.luck is not None:
             share = one.luck.better if one.difference.mean > 0 else one.luck.worse
             text = (
@@ -77,7 +92,7 @@ class Report:
                 f"only in {100 * share:.0f} % of the searches with half of the trials: that may be luck of the search"
             )
         else:
-            signed = f"{self.number(gain, '+')} ± {self.number(one.difference.half)}{self.unit}"
+            signed = f"{self.number(one.difference.mean, '+')} ± {self.number(one.difference.half)}{self.unit}"
             least = detectable(one.difference.spread, one.difference.pairs, len(self.compared))
             text = (
                 f"{one.treated} is not told apart from {one.base} ({signed}{cost and ','}{cost}; "
@@ -106,15 +121,11 @@ class Report:
     def cautions(self) -> list[str]:
         """What the reader has to know to believe it."""
         found, design = [], self.design
-        if design.trials > 1 and design.trials < _FEW_TRIALS:
+        if not design.knows_luck:
+            why = "Hopeless trials were stopped" if design.halving else f"There were fewer than {FEW_TRIALS} trials"
             found.append(
-                f"With fewer than {_FEW_TRIALS} trials the luck of the search is hardly known: two methods that are "
-                "the same would be told apart in more than 5 % of such studies."
-            )
-        if design.halving:
-            found.append(
-                "Hopeless trials were stopped early, so the luck of the search is not known: differences are told "
-                "apart by the seeds alone."
+                f"{why}, so the luck of the search is not known, and nothing is called told apart: by seeds alone, two "
+                "methods that are the same are told apart in up to 70 % of studies."
             )
         if design.on_top:
             found.append(
@@ -128,7 +139,7 @@ class Report:
         for one in self.compared:
             if one.lost:
                 found.append(
-                    f"{one.lost} of {design.seeds} seeds failed or diverged in {one.treated} or {one.base} and do not "
+                    f"{_count(one.lost, 'seed')} of {design.seeds} failed in {one.treated} or {one.base} and do not "
                     "count: their difference is one of the others."
                 )
         for method in design.methods:
@@ -138,7 +149,7 @@ class Report:
                 if cell.method == method.name
             )
             if diverged:
-                found.append(f"{diverged} runs of {method.name} diverged (NaN or infinite).")
+                found.append(f"{_count(diverged, 'run')} of {method.name} diverged (NaN or infinity).")
         return found
 
     @property
@@ -157,16 +168,22 @@ class Report:
             tuned += (
                 f" Trials were stopped at 1/{HALVING} of a run, and the best 1/{HALVING} of them made again to the end."
             )
+        luck = (
+            " and the sign is the same in all but 5 % / comparisons of the searches with half of the trials, which "
+            "show how much is the luck of the search"
+            if design.trials > 1
+            else ""
+        )
         budget = {
             "steps": "All runs have the same number of steps.",
             "passes": "All methods have as many passes as the base: the more passes a step takes, the fewer steps.",
             "seconds": "All methods have as much time as the base, by whole runs of each, one after the other.",
         }[design.budget]
         return (
-            f"{tuned} {budget} Differences are paired by seed; intervals are 95 % (Student's t), p is adjusted for "
-            f"{len(self.compared)} comparisons (Holm 1979). Two methods are told apart if p after Holm is below 0.05 "
-            "and the sign is the same in all but 5 % / comparisons of the searches with half of the trials, which show "
-            "how much is the luck of the search."
+            f"{tuned} {budget} Passes are counted as backward passes, over a part of a batch too. "
+            "Differences are paired by seed; intervals are 95 % (Student's t), p is adjusted for "
+            f"{_count(len(self.compared), 'comparison')} (Holm 1979). Two methods are told apart if p after Holm is "
+            f"below 0.05{luck}."
         )
 
     def tables(self) -> list[tuple[str, list[list[str]]]]:
@@ -230,7 +247,14 @@ class Report:
 
     def _power(self) -> list[list[str]]:
         count = max(len(self.compared), 1)
-        rows = [["comparison", "spread of the differences", "seen with 80 % probability", "seeds needed to see"]]
+        rows = [
+            [
+                "comparison",
+                "spread of the differences",
+                "seen with 80 % probability",
+                f"seeds needed to see {'--effect' if self.effect else 'half of it'}",
+            ]
+        ]
         for one in self.compared:
             spread = one.difference.spread
             least = detectable(spread, one.difference.pairs, count)
@@ -320,6 +344,10 @@ def write_report(
     return (
         f"\n{report.sentence}\n\n{markdown(report.tables()[0][1])}\n\nReport: {folder / 'report.html'} (or report.md)"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _title(path: Path) -> str:

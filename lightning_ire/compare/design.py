@@ -23,6 +23,7 @@ __all__ = ["BUDGETS", "Cell", "Choice", "Comparison", "Design", "Method", "Range
 
 BUDGETS = ("steps", "passes", "seconds")
 TUNING_SEED, PRICE_SEED = 1000, 2000  # and the following ones; reporting seeds are 0, 1, ...
+FEW_TRIALS = 8  # with fewer, the luck of a search is not known: tests/compare/test_statistics.py
 HALVING = 4  # of so many trials one goes on to the end, after a run that was stopped at this part of it
 PRICE_RUNS = {"steps": 0, "passes": 1, "seconds": 2}  # whole runs of each method that tell what a step costs
 
@@ -74,6 +75,8 @@ class Choice:
     values: tuple[Any, ...]
 
     def __post_init__(self) -> None:
+        if isinstance(self.values, str):
+            raise ConfigurationError(f"Expected a choice to be of several values, got the text {self.values!r}.")
         object.__setattr__(self, "values", tuple(self.values))
         if len(self.values) < 2:
             raise ConfigurationError(f"Expected a choice to be of at least two values, got {list(self.values)}.")
@@ -136,7 +139,9 @@ class Comparison(NamedTuple):
     luck: Searches | None
     clear: bool
     lost: int
-    """Seeds that failed or diverged in one of the two, and do not count."""
+    """Seeds that failed in one of the two, and do not count."""
+    diverged: int
+    """Runs of the two, with reporting seeds, that ended with NaN or infinity; nothing is told apart then."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +187,16 @@ class Design:
     report_mode: str = ""
 
     def __post_init__(self) -> None:
-        names = [method.name for method in self.methods]
+        names = [str(getattr(method, "name", method)) for method in self.methods]
         if len(names) < 2:
             raise ConfigurationError(f"Expected at least two methods to compare, got {', '.join(names) or 'none'}.")
+        if wrong := [one for one in self.methods if not isinstance(one, Method) or not str(one.name).strip()]:
+            raise ConfigurationError(f"Expected methods to be `Method`s with a name, got {wrong[0]!r}.")
+        tuned = [*self.tune.items(), *(pair for method in self.methods for pair in method.tune.items())]
+        if odd := next(((key, how) for key, how in tuned if not isinstance(how, (Range, Choice))), None):
+            raise ConfigurationError(
+                f"Expected what is tuned to be a Range or a Choice, got {odd[1]!r} for {odd[0]!r}."
+            )
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConfigurationError(f"Expected methods to have different names, got {twice!r} twice.")
         for name, value, low in (
@@ -199,6 +211,8 @@ class Design:
         check_choice("report_mode", self.report_mode or self.mode, ("max", "min"))
         check_choice("budget", self.budget, BUDGETS)
         for pair in self.versus:
+            if len(set(pair)) != 2:
+                raise ConfigurationError(f"Expected pairs of two methods to compare, got {', '.join(pair)}.")
             if unknown := set(pair) - set(names):
                 raise ConfigurationError(
                     f"Expected methods among {', '.join(names)} to compare, got {unknown.pop()!r}."
@@ -338,16 +352,22 @@ class Design:
         for treated, base in self.pairs:
             values = [self.reported(method, results) for method in (treated, base)]
             finite = [{seed: one for seed, one in each.items() if math.isfinite(one)} for each in values]
-            if both := finite[0].keys() & finite[1].keys():
-                found.append(
-                    (treated, base, paired(*finite), self._luck(treated, base, results), self.seeds - len(both))
-                )
-        adjusted = holm([one[2].p for one in found])
-        clear = told_apart([one[2] for one in found], [one[3] for one in found])
+            diverged = sum(len(every) - len(some) for every, some in zip(values, finite, strict=True))
+            lost = self.seeds - len(values[0].keys() & values[1].keys())
+            if finite[0].keys() & finite[1].keys():
+                luck = self._luck(treated, base, results)
+                found.append(Comparison(treated, base, paired(*finite), 1.0, luck, False, lost, diverged))
+        adjusted = holm([one.difference.p for one in found])
+        clear = told_apart([one.difference for one in found], [one.luck for one in found])
         return [
-            Comparison(treated, base, difference, p, luck, apart, lost)
-            for (treated, base, difference, luck, lost), p, apart in zip(found, adjusted, clear, strict=True)
+            one._replace(adjusted=p, clear=apart and self.knows_luck and not one.diverged)
+            for one, p, apart in zip(found, adjusted, clear, strict=True)
         ]
+
+    @property
+    def knows_luck(self) -> bool:
+        """Whether the luck of the search is known, or there was no search."""
+        return self.trials == 1 or (self.trials >= FEW_TRIALS and not self.halving)
 
     def _luck(self, treated: str, base: str, results: Results) -> Searches | None:
         """The luck of the search; unknown where few of the trials ran to the end."""

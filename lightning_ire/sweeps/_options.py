@@ -156,10 +156,10 @@ def check_config(config: Path | None) -> None:
         raise ConfigurationError(f"Expected `--config` to be a file, got {str(config or 'none')!r}.")
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, key: str = "--name") -> None:
     """Refuse what is no name of a file."""
     if not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
-        raise ConfigurationError(f"Expected `--name` to be of letters, digits and ._+-, got {name!r}.")
+        raise ConfigurationError(f"Expected `{key}` to be of letters, digits and ._+-, got {name!r}.")
 
 
 def check_key(key: str, by: str = "sweep", where: str = "in --grid or behind `--`") -> None:

@@ -18,7 +18,7 @@ from lightning_ire._checks import ConfigurationError, check_folder
 from lightning_ire.sweeps._grid import Trial
 from lightning_ire.sweeps._options import Options, content, pairs
 
-__all__ = ["Run", "die_with_parent", "last_line", "last_values", "replace_text", "run_process", "versions"]
+__all__ = ["Run", "last_line", "last_values", "replace_text", "run_process", "versions"]
 
 _MADE_WITH = "made_with.json"
 _PATIENCE_SECONDS = 30  # how long a process may take to end after Ctrl-C
@@ -102,7 +102,7 @@ def run_process(arguments: list[str], log: Path) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
         files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(arguments, **files, preexec_fn=die_with_parent if _PRCTL else None)
+        process = subprocess.Popen(arguments, **files, preexec_fn=_die_with_parent if _PRCTL else None)
         try:
             return process.wait()
         except BaseException:
@@ -158,7 +158,6 @@ def versions(folder: Path) -> list[Path]:
     return sorted(versions, key=lambda path: int(path.name.removeprefix("version_")))
 
 
-def die_with_parent() -> None:
-    """Let this process get SIGTERM when its parent ends (on Linux)."""
+def _die_with_parent() -> None:
     if _PRCTL:
         _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from lightning_ire import IRE, SAM, ConfigurationError
+from lightning_ire import IRE, SAM, ConfigurationError, SampledFisher
 from lightning_ire.compare import Design, Method, Range, RunRecord, compare
 
 
@@ -34,7 +34,7 @@ class Regression(pl.LightningModule):
         self.log("test/loss", self.loss(batch) + 1)
 
     def loss(self, batch: list[Tensor]) -> Tensor:
-        return (self.net(batch[0]).squeeze(1) - batch[1]).square().mean()
+        return nn.functional.mse_loss(self.net(batch[0]).squeeze(1), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
@@ -87,8 +87,8 @@ def study(folder: Path, **settings: Any) -> Any:
 
 @pytest.mark.slow
 def test_a_crippled_method_loses_and_a_finished_study_runs_nothing(tmp_path: Path, capsys) -> None:
-    found = study(tmp_path, report="test/loss")
-    assert len(CALLS) == 3 * (4 + 3)
+    found = study(tmp_path, report="test/loss", trials=8)
+    assert len(CALLS) == 3 * (8 + 3)
     _, weak = found.comparisons
     assert (weak.treated, weak.base) == ("weak", "SGD")
     assert weak.clear
@@ -98,7 +98,7 @@ def test_a_crippled_method_loses_and_a_finished_study_runs_nothing(tmp_path: Pat
     assert found.report.read_text().count("data:image/png") == 3
     assert all(call["lr"] == 1e-5 for call in CALLS if "sam" not in call and "rho" not in call and call["lr"] < 1e-3)
     capsys.readouterr()
-    assert study(tmp_path, report="test/loss") == found
+    assert study(tmp_path, report="test/loss", trials=8) == found
     assert CALLS == []
 
 
@@ -114,6 +114,7 @@ def test_passes_steps_and_curves_are_counted(tmp_path: Path) -> None:
     values = records["SGD"].values
     assert (values["compare/passes"], values["compare/steps"], values["compare/epochs"]) == (12, 12, 3)
     assert records["SAM"].values["compare/passes"] == 24
+    assert not any(parameter._backward_hooks for parameter in module.parameters())
     assert [passes for passes, _ in records["SAM"].curve] == [8, 16, 24]
     assert records["SGD"].curve[-1][1] == pytest.approx(values["val/loss"])
 
@@ -163,7 +164,7 @@ def test_a_diverged_run_is_the_worst(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(Regression, "validation_step", diverges)
     found = study(tmp_path, seeds=2)
     assert [each.treated for each in found.comparisons] == ["SAM"]
-    assert "runs of weak diverged (NaN or infinite)" in (tmp_path / "study" / "report.md").read_text()
+    assert "runs of weak diverged (NaN or infinity)" in (tmp_path / "study" / "report.md").read_text()
 
 
 def test_what_is_wrong_is_said_before_the_second_run(tmp_path: Path) -> None:
@@ -176,6 +177,21 @@ def test_what_is_wrong_is_said_before_the_second_run(tmp_path: Path) -> None:
         compare(build, METHODS[:1], LR, metric="val/loss", mode="min", folder=tmp_path)
     with pytest.raises(TypeError, match="unexpected keyword argument 'trails'"):
         study(tmp_path, trails=3)
+    with pytest.raises(ConfigurationError, match=r"`build` to return \(module, data, arguments of Trainer\), got None"):
+        compare(lambda settings: None, METHODS, LR, metric="val/loss", mode="min", folder=tmp_path / "none")
+    with pytest.raises(ConfigurationError, match="`seed` to be left to the comparison"):
+        compare(build, METHODS, LR | {"seed": Range(0, 1)}, metric="val/loss", mode="min", folder=tmp_path)
+    with pytest.raises(ConfigurationError, match="`effect` to be a number > 0, got -1"):
+        study(tmp_path, effect=-1)
+
+
+def test_passes_of_an_estimate_count(tmp_path: Path) -> None:
+    """SampledFisher makes one more every second step."""
+    module, data, arguments = build({"lr": 1e-3, "seed": 0})
+    record = RunRecord()
+    ire = IRE(kappa=0.5, interval=2, curvature=SampledFisher())
+    pl.Trainer(**{**arguments, "callbacks": [ire, record]}).fit(module, data)
+    assert (record.values["compare/steps"], record.values["compare/passes"]) == (12, 18)
 
 
 def test_equal_passes_are_half_the_steps_of_sam(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_failed_run_takes_its_trial_out_and_ends_nothing() -> None:
     assert 3 not in one.ranked(SGD, results)
     assert one.best("SGD", results) == 2
     (compared,) = one.compared(results)
-    assert (compared.difference.pairs, compared.lost) == (2, 1)
+    assert (compared.difference.pairs, compared.lost, compared.diverged) == (2, 1, 0)
 
 
 def test_a_method_without_a_single_run_is_not_compared() -> None:
@@ -116,7 +116,20 @@ def test_differences_are_paired_by_seed_and_diverged_seeds_do_not_count() -> Non
     results = made(one, lambda cell: reported.get((cell.method, cell.seed), 5.0))
     (compared,) = one.compared(results)
     assert compared.difference.mean == pytest.approx((0.5 + 0.7 + 0.0) / 3)
-    assert (compared.difference.pairs, compared.lost) == (3, 1)
+    assert (compared.difference.pairs, compared.lost, compared.diverged) == (3, 0, 1)
+
+
+def test_nothing_is_told_apart_where_runs_diverged_or_the_luck_of_the_search_is_unknown() -> None:
+    def better(cell: Cell) -> float:
+        return cell.seed % 7 + 0.01 * cell.trial + 5.0 * (cell.method == "SAM")
+
+    for settings, clear in (({"trials": 8}, True), ({"trials": 1}, True), ({"trials": 7}, False),
+                            ({"trials": 8, "halving": True}, False)):  # fmt: skip
+        one = design(**settings)
+        assert [each.clear for each in one.compared(made(one, better))] == [clear]
+    one = design(trials=8)
+    results = made(one, lambda cell: math.nan if (cell.method, cell.seed) == ("SAM", 2) else better(cell))
+    assert [each.clear for each in one.compared(results)] == [False]
 
 
 def test_on_top_keeps_the_bases_settings_and_waits_for_them() -> None:
@@ -183,6 +196,10 @@ def test_nothing_to_tune_is_one_trial_in_the_middle() -> None:
         ({"tune": {}, "methods": [SGD, Method("SAM")]}, "Expected something to tune in 4 trials, got no key"),
         ({"trials": 2, "halving": True}, "Expected at least 4 trials to stop hopeless ones, got 2"),
         ({"versus": [("SAM", "IRE")]}, "Expected methods among SGD, SAM to compare, got 'IRE'"),
+        ({"versus": [("SAM", "SAM")]}, "Expected pairs of two methods to compare, got SAM, SAM"),
+        ({"methods": "ab"}, "Expected methods to be `Method`s with a name, got 'a'"),
+        ({"methods": [SGD, Method(" ")]}, "Expected methods to be `Method`s with a name, got Method"),
+        ({"tune": {"lr": [0.1, 0.2]}}, r"Expected what is tuned to be a Range or a Choice, got \[0.1, 0.2\] for 'lr'"),
     ],
 )
 def test_designs_that_cannot_be_meant(settings: dict, message: str) -> None:
@@ -195,6 +212,7 @@ def test_designs_that_cannot_be_meant(settings: dict, message: str) -> None:
     [
         (lambda: Range(1.0, 1.0), "two numbers, the lower one first, got 1 and 1"),
         (lambda: Range(0.0, 1.0, log=True), "two positive numbers, the lower one first, got 0 and 1"),
+        (lambda: Choice("ab"), "to be of several values, got the text 'ab'"),
         (lambda: Choice(("a",)), r"at least two values, got \['a'\]"),
     ],
 )
