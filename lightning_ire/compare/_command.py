@@ -68,7 +68,7 @@ def main(args: list[str]) -> int:
         exit_code = 0
         if not options.report_only:
             if not any(values is not None for values in work.results().values()):
-                runs.check(work)
+                runs.check()
             exit_code = work.work()
         print(write_report(options.design, work.refresh(), work.curves(), options.logs, work.errors, options.heading,
                            options.effect, options.curve))  # fmt: skip
@@ -138,7 +138,7 @@ class _Runs:
         values |= {f"trainer.{key}": value for key, value in length.items()}
         return self._process(f"{cell.method},trial={cell.trial},seed={cell.seed}{stop}", cell.method, values)
 
-    def check(self, work: Work) -> None:
+    def check(self) -> None:
         """Run two batches of each method, before anything trains: what is refused then is refused at once."""
         design, left = self.options.design, list(self.options.design.methods)
         print(f"checking {len(left)} methods with two batches each", flush=True)
@@ -153,8 +153,9 @@ class _Runs:
                         "record.curve": self.options.curve,
                         **_ONE_BATCH,
                     }
-                    shutil.rmtree(self.options.logs / Trial({}, f"check,{method.name}").name, ignore_errors=True)
-                    active.append((method.name, self._process(f"check,{method.name}", method.name, values)))
+                    title = f"check,{method.name},pid={os.getpid()}"  # another process may check at the same time
+                    shutil.rmtree(self.options.logs / Trial({}, title).name, ignore_errors=True)
+                    active.append((method.name, self._process(title, method.name, values)))
                 for one in list(active):
                     name, job = one
                     if (outcome := job.poll()) is None:

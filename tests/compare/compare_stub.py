@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ class StubProcess:
         words = run.command[run.command.index("fit") :]
         flags = {key[2:]: value for key, value in itertools.pairwise(words) if key.startswith("--")}
         flags |= dict(word[2:].split("=", 1) for word in words if "=" in word)
-        self.flags, self.name = flags, run.trial.name
+        self.flags, self.name = flags, re.sub(r",pid=\d+$", "", run.trial.name)
         type(self).commands.append(flags)
         type(self).names.append(self.name)
         type(self).at_once += 1
