@@ -248,9 +248,10 @@ class Design:
 
     @property
     def fingerprint(self) -> str:
-        """What must not change while runs are added; trials and seeds may become more."""
+        """What must not change while runs are added; seeds may become more, and trials, of which there were some."""
         free = ("trials", "seeds", "tuning_seeds", "report", "report_mode", "versus")
         made = {key: value for key, value in asdict(self).items() if key not in free}
+        made["tuned"] = self.trials > 1  # a single trial is in the middle of the ranges
         return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()
 
     def tuned(self, method: Method) -> dict[str, Range | Choice]:

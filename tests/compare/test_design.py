@@ -53,6 +53,7 @@ def test_more_trials_leave_the_earlier_ones_as_they_are() -> None:
     few, many = design(), design(trials=16, seeds=9)
     assert [few.settings(SAM, trial, {}) for trial in range(4)] == [many.settings(SAM, trial, {}) for trial in range(4)]
     assert few.fingerprint == many.fingerprint
+    assert few.fingerprint != design(trials=1).fingerprint  # whose trial 0 is another one
     assert few.fingerprint != design(tune={"lr": Range(0.01, 2.0, log=True)}).fingerprint
     assert few.fingerprint != design(methods=[SGD, Method("SAM", {"perturbation": "ASAM"}, RHO)]).fingerprint
 
