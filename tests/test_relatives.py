@@ -460,7 +460,7 @@ def test_starts_and_stops_are_counted(timing: Any, perturbed: Any) -> None:
 
 def test_a_perturbation_that_stops_before_it_starts_is_said() -> None:
     data = cases.data()
-    steps = len(cases.loader(data))  # of an epoch
+    steps = len(data)  # of an epoch: they are batches
     with pytest.warns(UserWarning, match=rf"never perturbs: .* starts at step {steps} and stops at step {steps}[.]"):
         cases.fit(Classifier(), [SAM(0.1, start_step=steps, stop_epoch=1)], data, max_epochs=2)
     with warnings.catch_warnings(record=True) as caught:

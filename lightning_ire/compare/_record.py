@@ -19,10 +19,10 @@ FILE = "compare.json"
 class RunRecord(pl.Callback):
     """Counts the passes of a run, keeps its last values, and stops it where hopeless trials are stopped.
 
-    Passes are counted as backward passes, those of IRE and SAM included, over a part of a batch too: the gradients
-    of the parameter which got most. Where parameters are sharded these are not seen, and calls of `training_step` are
-    counted. Where the Trainer has a folder for logs, all is also written to `compare.json` there, at the end of the
-    fit and after a test.
+    Passes are counted as backward passes, those of IRE, SAM and a monitor included, over a part of a batch too: the
+    gradients of the parameter which got most. Where parameters are sharded these are not seen, and calls of
+    `training_step` are counted. Where the Trainer has a folder for logs, all is also written to `compare.json` there,
+    at the end of the fit and after a test.
 
     Args:
         curve: Logged value that is kept after each validation.

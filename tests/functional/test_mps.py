@@ -47,6 +47,15 @@ class On:
         with functional.perturbed([self.a], [self.a * 2]) as (saved,):
             return saved.clone(), self.a.clone()
 
+    def stable(self) -> Any:
+        shares = self.x.abs() / self.x.abs().max()
+
+        def top(kappa: float) -> tuple[float, Tensor]:
+            lengths = (1 + kappa * shares) * self.x.abs()
+            return float(lengths.max()), (lengths == lengths.max()).to(self.x)
+
+        return torch.tensor(functional.largest_stable_kappa(top, shares, limit=2 * float(self.x.abs().max())))
+
     def boosted(self) -> Any:
         weights = [self.a.clone(), self.b.clone()]
         functional.boost_(weights, [self.a / 2, self.b / 2], [self.a > 0, None], 2.0)
@@ -58,6 +67,7 @@ class On:
 
 ENTRIES: dict[str, Callable[[On], Any]] = {
     "as_shares": lambda on: functional.as_shares((on.a * 255).to(torch.uint8), torch.float32),
+    "largest_stable_kappa": lambda on: on.stable(),
     "sharp_subspace": lambda on: functional.sharp_subspace(on.a),
     "soft_masks": lambda on: functional.soft_masks([on.a, None, on.b], 0.6),
     "soft_masks_and_threshold": lambda on: functional.soft_masks_and_threshold([on.a, on.b], 0.6),
