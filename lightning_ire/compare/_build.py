@@ -94,8 +94,8 @@ def compare(
     work = Work(design, study, runs)
     work.work()
     results = work.refresh()
-    print(write_report(design, results, work.curves(), where, work.errors, name, effect, curve))
     found = Report(design, results, work.errors, name, effect)
+    print(write_report(found, work.curves(), where, curve))
     return Findings(found.sentence, found.compared, where / "report.html")
 
 

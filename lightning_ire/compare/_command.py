@@ -20,7 +20,7 @@ import torch
 from lightning_ire._checks import ConfigurationError, check_folder
 from lightning_ire.compare._options import Options, read_options
 from lightning_ire.compare._record import FILE
-from lightning_ire.compare._report import write_report
+from lightning_ire.compare._report import Report, write_report
 from lightning_ire.compare._work import Job, Outcome, Refused, Work, check_logged
 from lightning_ire.compare.design import Cell
 from lightning_ire.sweeps import _runs
@@ -70,8 +70,8 @@ def main(args: list[str]) -> int:
             if not any(values is not None for values in work.results().values()):
                 runs.check()
             exit_code = work.work()
-        print(write_report(options.design, work.refresh(), work.curves(), options.logs, work.errors, options.heading,
-                           options.effect, options.curve))  # fmt: skip
+        report = Report(options.design, work.refresh(), work.errors, options.heading, options.effect)
+        print(write_report(report, work.curves(), options.logs, options.curve))
         return exit_code
     except (ConfigurationError, Refused) as error:
         print(str(error) if isinstance(error, Refused) else f"error: {error}", file=sys.stderr)

@@ -57,8 +57,7 @@ def _differences(axes: Axes, report: Report) -> bool:
         values = [report.design.reported(name, report.results) for name in (one.treated, one.base)]
         points = [scale * (values[0][seed] - values[1][seed]) for seed in values[0].keys() & values[1].keys()]
         axes.plot(points, [row + 0.2] * len(points), "|", color="grey", markersize=6)
-        gain = one.difference.mean if report.design.report_mode == "max" else -one.difference.mean
-        colour = "tab:blue" if not one.clear else "tab:green" if gain > 0 else "tab:red"
+        colour = "tab:blue" if not one.clear else "tab:green" if report.gain(one) > 0 else "tab:red"
         half = one.difference.half if math.isfinite(one.difference.half) else 0.0
         axes.errorbar(scale * one.difference.mean, row, xerr=scale * half, fmt="o", color=colour, capsize=3)
         if one.luck:

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,11 @@ class Report:
         one, other = (self.design.price(name, self.results, tag) for name in (method, base or self.design.base.name))
         return one / other if other else math.nan
 
-    @property
+    def gain(self, one: Comparison) -> float:
+        """Return by how much the treated method is better."""
+        return one.difference.mean if self.design.report_mode == "max" else -one.difference.mean
+
+    @cached_property
     def sentence(self) -> str:
         """What a busy person can act on."""
         said = [self._verdict(one) for one in self.compared if self._is_answer(one)]
@@ -65,8 +70,8 @@ class Report:
         return self.design.by_name[one.base].control_of is None
 
     def _verdict(self, one: Comparison) -> str:
-        gain = one.difference.mean if self.design.report_mode == "max" else -one.difference.mean
-        size = f"{self.number(abs(gain))} ± {self.number(one.difference.half)}{self.unit}"
+        size = f"{self.number(abs(one.difference.mean))} ± {self.number(one.difference.half)}{self.unit}"
+        better = f"{one.treated} is {'better' if self.gain(one) > 0 else 'worse'} than {one.base} by {size}"
         if one.difference.pairs < 2:
             return f"{one.treated} beside {one.base}: one pair of runs, which says nothing"
         cost = self._cost(one)
@@ -76,20 +81,17 @@ class Report:
                 f"{2 * self.design.seeds} runs diverged"
             )
         if one.clear:
-            text = f"{one.treated} is {'better' if gain > 0 else 'worse'} than {one.base} by {size}{cost}"
+            text = f"{better}{cost}"
         elif one.adjusted < 0.05 and not self.design.knows_luck:
             why = (
                 "hopeless trials were stopped" if self.design.halving else f"there were fewer than {FEW_TRIALS} trials"
             )
-            text = (
-                f"{one.treated} is {'better' if gain > 0 else 'worse'} than {one.base} by {size}{cost} over these "
-                f"seeds, which may be luck of the search: {why}"
-            )
+            text = f"{better}{cost} over these seeds, which may be luck of the search: {why}"
         elif one.adjusted < 0.05 and one.luck is not None:
             share = one.luck.better if one.difference.mean > 0 else one.luck.worse
             text = (
-                f"{one.treated} is {'better' if gain > 0 else 'worse'} than {one.base} by {size} over these seeds, but "
-                f"only in {100 * share:.0f} % of the searches with half of the trials: that may be luck of the search"
+                f"{better} over these seeds, but only in {100 * share:.0f} % of the searches with half of the trials: "
+                "that may be luck of the search"
             )
         else:
             signed = f"{self.number(one.difference.mean, '+')} ± {self.number(one.difference.half)}{self.unit}"
@@ -107,8 +109,7 @@ class Report:
 
     def _beside_control(self, one: Comparison) -> str:
         what = "a longer step (gamma = 1)" if one.base.endswith("gamma = 1") else "a random mask"
-        gain = one.difference.mean if self.design.report_mode == "max" else -one.difference.mean
-        word = "not told apart from" if not one.clear else "better than" if gain > 0 else "worse than"
+        word = "not told apart from" if not one.clear else "better than" if self.gain(one) > 0 else "worse than"
         return f", {word} {what}"
 
     def _cost(self, one: Comparison) -> str:
@@ -117,7 +118,7 @@ class Report:
             return f" in as many {self.design.budget}"
         return "" if not math.isfinite(passes) else f" at {passes:.2f} times the passes"
 
-    @property
+    @cached_property
     def cautions(self) -> list[str]:
         """What the reader has to know to believe it."""
         found, design = [], self.design
@@ -186,16 +187,16 @@ class Report:
             f"below 0.05{luck}."
         )
 
+    @cached_property
     def tables(self) -> list[tuple[str, list[list[str]]]]:
-        """Return the tables, each with its title."""
+        """The tables, each with its title."""
         parts = [("Differences", self._differences()), ("Methods", self._methods())]
         if self.design.trials > 1 and not self.design.halving:
             parts.append((f"Expected {self.design.report} after a search of n trials", self._search()))
         parts.append(("What these seeds can show", self._power()))
         if self.errors or None in self.results.values():
-            failed = {cell.name: "failed" for cell, values in self.results.items() if values is None} | dict(
-                self.errors
-            )
+            failed = {cell.name: "failed" for cell, values in self.results.items() if values is None}
+            failed |= self.errors
             parts.append(("Failed runs", [["run", "what went wrong"], *map(list, failed.items())]))
         return parts
 
@@ -272,7 +273,7 @@ class Report:
         """Return the report as Markdown; pictures lie beside it."""
         parts = [f"# Does it help? {self.heading}", f"**{self.sentence}**", *(f"- {one}" for one in self.cautions)]
         parts += [f"![{_title(path)}]({path.name})" for path in pictures]
-        for title, rows in self.tables():
+        for title, rows in self.tables:
             parts.append(f"## {title}\n\n{markdown(rows)}")
         return "\n\n".join([*parts, f"## How it was compared\n\n{self.protocol}"]) + "\n"
 
@@ -285,7 +286,7 @@ class Report:
         for path in pictures:
             inside = base64.b64encode(path.read_bytes()).decode()
             parts.append(f'<img alt="{quoted(_title(path))}" src="data:image/png;base64,{inside}">')
-        for title, (head, *rows) in self.tables():
+        for title, (head, *rows) in self.tables:
             body = "".join(f"<tr>{''.join(f'<td>{quoted(cell)}</td>' for cell in row)}</tr>" for row in rows)
             heads = "".join(f"<th>{quoted(cell)}</th>" for cell in head)
             parts.append(f"<h2>{quoted(title)}</h2><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>")
@@ -324,26 +325,14 @@ _STYLE = (
 )
 
 
-def write_report(
-    design: Design,
-    results: Results,
-    curves: Mapping[Cell, list[Any]],
-    folder: Path,
-    errors: Mapping[str, str],
-    heading: str,
-    effect: float | None,
-    curve: str,
-) -> str:
+def write_report(report: Report, curves: Mapping[Cell, list[Any]], folder: Path, curve: str) -> str:
     """Write `report.md`, `report.html`, `results.json` and the pictures; return what is to be printed."""
     folder.mkdir(parents=True, exist_ok=True)
-    report = Report(design, results, errors, heading, effect)
     pictures = _pictures.draw(report, curves, folder, curve)
     replace_text(folder / "report.md", report.text(pictures))
     replace_text(folder / "report.html", report.page(pictures))
     replace_text(folder / "results.json", json.dumps(report.numbers(), indent=1))
-    return (
-        f"\n{report.sentence}\n\n{markdown(report.tables()[0][1])}\n\nReport: {folder / 'report.html'} (or report.md)"
-    )
+    return f"\n{report.sentence}\n\n{markdown(report.tables[0][1])}\n\nReport: {folder / 'report.html'} (or report.md)"
 
 
 def _count(number: int, what: str) -> str:

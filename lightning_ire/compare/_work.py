@@ -176,15 +176,15 @@ class Work:
         value = outcome.values[tag]
         attempt.complete(value, logged=dict(outcome.values), curve=outcome.curve[:: len(outcome.curve) // _POINTS + 1])
         if self.bar.disable:
-            place = f"[{self._ended(self.results())}/{self.design.count}]"
-            self.say(f"{place} {cell.name}: {tag} {shown(tag, value)}{self._left()}")
+            ended = self._ended(self.results())
+            place = f"[{ended}/{self.design.count}]"
+            self.say(f"{place} {cell.name}: {tag} {shown(tag, value)}{self._left(ended)}")
 
     def _ended(self, results: Results) -> int:
         return sum(values is not None for values in results.values())
 
-    def _left(self) -> str:
+    def _left(self, ended: int) -> str:
         """How long it will take at the pace so far."""
-        ended = self._ended(self.results())
         if (done := ended - self._done_before) < 1:
             return ""
         seconds = (time.monotonic() - self._begun) / done * max(self.design.count - ended, 0)

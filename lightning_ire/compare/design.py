@@ -382,17 +382,12 @@ class Design:
 
     def price(self, method: str, results: Results, tag: str) -> float:
         """Return passes or seconds of a step of a method; NaN where no run says it."""
-        runs = [
-            values[tag] / values["compare/steps"]
+        made = {
+            cell: values[tag] / values["compare/steps"]
             for cell, values in results.items()
-            if cell.method == method and values and cell.stop == 1 and values.get("compare/steps") and tag in values
-        ]
-        priced = [
-            values[tag] / values["compare/steps"]
-            for run in range(PRICE_RUNS[self.budget])
-            if (values := results.get(Cell(method, 0, PRICE_SEED + run))) and values.get("compare/steps")
-        ]
-        use = priced or runs
+            if cell.method == method and cell.stop == 1 and values and values.get("compare/steps") and tag in values
+        }
+        use = [price for cell, price in made.items() if cell.seed >= PRICE_SEED] or [*made.values()]
         return sorted(use)[(len(use) - 1) // 2] if use else math.nan
 
     def length(self, cell: Cell, results: Results) -> dict[str, int]:
