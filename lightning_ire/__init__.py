@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     )
     from lightning_ire.engine._torch import in_extra_pass
     from lightning_ire.engine.host import LocalHost
+    from lightning_ire.integrations.accelerate import AccelerateHost
+    from lightning_ire.integrations.fabric import FabricHost
     from lightning_ire.loop import IREStep
     from lightning_ire.perturbation import (
         GSAM,
@@ -44,12 +46,14 @@ __all__ = [
     "IRE",
     "LESAM",
     "SAM",
+    "AccelerateHost",
     "AdversarialModelPerturbation",
     "Ascent",
     "AverageSAM",
     "ConfigurationError",
     "Curvature",
     "EmpiricalFisher",
+    "FabricHost",
     "FriendlySAM",
     "FunctionalSAM",
     "HutchinsonHessian",
@@ -74,6 +78,8 @@ _MODULES = {
     "callbacks": ("IRE", "SharpnessMonitor"),
     "curvature": ("Curvature", "EmpiricalFisher", "HutchinsonHessian", "RandomMask", "SampledFisher", "SecondMoment"),
     "engine.host": ("LocalHost",),
+    "integrations.accelerate": ("AccelerateHost",),
+    "integrations.fabric": ("FabricHost",),
     "loop": ("IREStep",),
     "sharpness": ("measure_sharpness",),
     "perturbation": (
@@ -100,6 +106,7 @@ _PUBLIC_MODULES = (
     "engine",
     "find",
     "functional",
+    "integrations",
     "loop",
     "models",
     "perturbation",

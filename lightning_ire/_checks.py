@@ -14,6 +14,7 @@ from typing import Any
 
 __all__ = [
     "ConfigurationError",
+    "NotForFabric",
     "check_choice",
     "check_folder",
     "check_number",
@@ -194,3 +195,37 @@ def _range(low: float, high: float, low_open: bool, high_open: bool) -> str:
     if math.isinf(high):
         return f"{'>' if low_open else '>='} {low:g}"
     return f"in {'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+
+
+class NotForFabric:
+    """What has no effect in ``Fabric(callbacks=...)``, which calls these two methods; a Trainer calls neither."""
+
+    @property
+    def for_fabric(self) -> str:
+        """What to write in a loop with Fabric; empty: nothing is lost."""
+        raise NotImplementedError
+
+    def on_after_setup(self) -> None:
+        """Fabric has set up a model: say that this would do nothing.
+
+        Raises:
+            ConfigurationError: With what to write, in one line.
+        """
+        if self.for_fabric:
+            name = type(self).__name__
+            raise ConfigurationError(
+                f"Expected {name} in `Trainer(callbacks=...)`, got it in `Fabric(callbacks=...)`, where nothing calls "
+                f"it: write {self.for_fabric}."
+            )
+
+    def on_after_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Fabric has stepped an optimizer.
+
+        Args:
+            *args: Not looked at.
+            **kwargs: Not looked at.
+
+        Raises:
+            ConfigurationError: With what to write, in one line.
+        """
+        self.on_after_setup()

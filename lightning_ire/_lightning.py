@@ -14,11 +14,11 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import FunctionType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric import wrappers
 from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import (
@@ -37,13 +37,14 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError
+from lightning_ire._patches import Patches, behind_wrapper
 from lightning_ire.engine._torch import in_extra_pass
 
 __all__ = [
     "ConfigWins",
-    "Patches",
     "Takeover",
     "after_the_last_step",
+    "backward_allowed",
     "check_strategy",
     "check_supported",
     "data_parallel",
@@ -52,8 +53,8 @@ __all__ = [
     "logger_step",
     "loss_scale",
     "moved_batch",
+    "mute",
     "muted_logging",
-    "own_method",
     "scaled",
     "set_batches_done",
     "step_arguments",
@@ -62,96 +63,20 @@ __all__ = [
 ]
 
 
-_BEHIND = "_lightning_ire_original"
+_LOUD = ("log", "print")  # `log_dict` calls `log`
 
 
-def own_method(owner: Any, name: str) -> Callable[..., Any]:
-    """A method without the wrappers of ours that are outermost (a stranger's around them stays, with all inside).
+def mute(patches: Patches, module: nn.Module) -> None:
+    """Let extra passes log and print nothing: `self.log`, `self.log_dict` and `self.print` of each LightningModule.
 
     Args:
-        owner: The object.
-        name: Name of the method.
+        patches: Where the wrappers are kept.
+        module: The module being trained.
     """
-    method = getattr(owner, name)
-    while (behind := _behind(method)) is not None:
-        method = behind[0]
-    return method
-
-
-def _behind(method: Any) -> tuple[Callable[..., Any], Any] | None:
-    """What a wrapper of ours stands before: the method, and what the instance itself had under its name."""
-    kept = vars(method).get(_BEHIND) if isinstance(method, FunctionType) else None
-    return kept[1:] if kept is not None and kept[0] is method else None  # `functools.wraps` copies the attribute
-
-
-class Patches:
-    """Functions of ours in front of methods, on the instance; the classes are not touched, copies and pickles plain."""
-
-    def __init__(self) -> None:
-        self._installed: list[tuple[Any, str, Callable[..., Any], Any]] = []
-
-    def put(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        """Let calls of a method go to `replacement`.
-
-        Args:
-            owner: The object.
-            name: Name of the method.
-            replacement: What is called instead.
-        """
-        if not any(known is owner for known, *_ in self._installed):
-            state = getattr(owner, "__getstate__", lambda: dict(vars(owner)))  # Python 3.10: not every object has one
-            self._install(owner, "__getstate__", state, lambda: _without_patches(state()))
-        self._install(owner, name, getattr(owner, name), replacement)
-
-    def _install(self, owner: Any, name: str, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-        @functools.wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return replacement(*args, **kwargs)
-
-        # Lightning looks one level deep to read the signature: show it what it would have seen without us
-        wrapper.__wrapped__ = getattr(original, "__wrapped__", original)
-        before = vars(owner).get(name)
-        vars(wrapper)[_BEHIND] = (wrapper, original, before)
-        self._installed.append((owner, name, wrapper, before))
-        setattr(owner, name, wrapper)
-
-    def mute(self, module: nn.Module) -> None:
-        """Let extra passes log and print nothing: `self.log`, `self.log_dict` and `self.print` of each LightningModule.
-
-        Args:
-            module: The module being trained.
-        """
-        for owner in module.modules():
-            if isinstance(owner, pl.LightningModule):
-                for name in _LOUD:
-                    self.put(owner, name, _muted(getattr(owner, name)))
-
-    def remove(self) -> None:
-        """Take the wrappers away. Does nothing the second time."""
-        for owner, name, wrapper, before in reversed(self._installed):
-            if vars(owner).get(name) is not wrapper:
-                continue  # somebody put another wrapper on top and owns the name now
-            if before is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-        self._installed = []
-
-
-def _without_patches(state: Any) -> Any:
-    """An object's state as it would be without us."""
-    if not isinstance(state, dict):
-        return state
-    plain = {}
-    for name, value in state.items():
-        while (behind := _behind(value)) is not None:
-            value = behind[1]
-        if value is not None or state[name] is None:
-            plain[name] = value
-    return plain
-
-
-_LOUD = ("log", "print")  # `log_dict` calls `log`
+    for owner in module.modules():
+        if isinstance(owner, pl.LightningModule):
+            for name in _LOUD:
+                patches.put(owner, name, _muted(getattr(owner, name)))
 
 
 def _muted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,7 +117,7 @@ class Takeover(Patches):
             given = kwargs["optimizer_closure"] if "optimizer_closure" in kwargs else args[3]
             inside = Patches()
             if isinstance(given, Closure):  # an override may ask for what only Lightning's has
-                inside._install(given, "closure", given.closure, functools.partial(closure, given.closure))
+                inside.install(given, "closure", given.closure, functools.partial(closure, given.closure))
             elif "optimizer_closure" in kwargs:
                 kwargs["optimizer_closure"] = functools.partial(closure, given)
             else:
@@ -205,7 +130,7 @@ class Takeover(Patches):
 
         self.put(module, "training_step", wrapped_training_step)
         self.put(module, "optimizer_step", wrapped_optimizer_step)
-        self.mute(module)
+        mute(self, module)
 
 
 def check_supported(trainer: pl.Trainer, module: pl.LightningModule, local_gradients: bool, replays: bool) -> None:
@@ -362,10 +287,10 @@ def muted_logging(modules: Iterable[nn.Module]) -> Iterator[None]:
     collection of results.
 
     Args:
-        modules: The module being trained and all below it; those that :meth:`Patches.mute` has muted stay as they are.
+        modules: The module being trained and all below it; those that :func:`mute` has muted stay as they are.
     """
     owners = [owner for owner in modules if isinstance(owner, pl.LightningModule)]
-    loud = [(owner, name) for owner in owners for name in _LOUD if _behind(vars(owner).get(name)) is None]
+    loud = [(owner, name) for owner in owners for name in _LOUD if behind_wrapper(vars(owner).get(name)) is None]
     loop = getattr(owners[0]._trainer, "_active_loop", None) if owners else None
     loop = getattr(loop, "epoch_loop", loop)
     results = getattr(loop, "_results", None)
@@ -393,6 +318,23 @@ def muted_logging(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _no_log(*args: Any, **kwargs: Any) -> None:
     return None
+
+
+@contextmanager
+def backward_allowed() -> Iterator[None]:
+    """Inside the block a backward pass through what Fabric has wrapped may be torch's own, as those of estimates are.
+
+    Private: with mixed precision Fabric lets outputs raise unless `fabric.backward`, which would scale and add to
+    `.grad`, is under way.
+
+    Yields:
+        Nothing.
+    """
+    before, wrappers._in_fabric_backward = wrappers._in_fabric_backward, True
+    try:
+        yield
+    finally:
+        wrappers._in_fabric_backward = before
 
 
 def loaded_fit_loop(trainer: pl.Trainer) -> dict[str, Any]:

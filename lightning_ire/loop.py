@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -21,10 +22,148 @@ from lightning_ire.engine.state import STATE_VERSION, Progress, check_version, w
 from lightning_ire.engine.step import OptimizerStep
 from lightning_ire.perturbation import Perturbation
 
-__all__ = ["IREStep"]
+__all__ = ["IREStep", "LoopStep"]
 
 
-class IREStep:
+class LoopStep:
+    """IRE and SAM at the steps of one optimizer in a loop without Lightning's Trainer: what all such loops share.
+
+    Args:
+        recipe: The settings.
+        model: The model that is trained, as the loss function calls it.
+        optimizer: Its only optimizer, as the loop steps it.
+        host: The loop.
+        length: Optimizer steps in the run; ``None``: unknown.
+
+    Attributes:
+        recipe: The settings.
+        host: The loop.
+        module: The model beside any wrapper of the loop's.
+        optimizer: The optimizer beside any wrapper of the loop's.
+        progress: The state that outlives the loop.
+        logs: The values that the callback would log after the last step, by tag (:mod:`lightning_ire.tags`).
+
+    Raises:
+        ConfigurationError: For what is not supported.
+    """
+
+    def __init__(
+        self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, host: LocalHost, length: int | None
+    ) -> None:
+        recipe.check_start()
+        self.recipe = recipe
+        self.host = copy.copy(host)  # of its own: one may be given for two models
+        self.module = self.host.prepare(model)
+        self.optimizer = inner = self.host.unwrapped(optimizer)
+        self.logs: dict[str, Tensor] = {}
+        self.progress = Progress.new(recipe)
+        self.progress.ramp = recipe.ramp_length(length)
+        check_optimizers(recipe, self.module, [inner], masks=recipe.boosts)
+        if inner in _SERVED:
+            raise ConfigurationError(
+                f"Expected an optimizer that no other IREStep serves, got a {type(inner).__name__} that one does, so "
+                "that its steps would be boosted twice: call `release()` of the other one."
+            )
+        _SERVED.add(inner)
+        self._step = OptimizerStep(
+            recipe,
+            self.progress,
+            self.host,
+            self.module,
+            inner,
+            [inner],
+            recipe.start.first_step(length),
+            length,
+        )
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        """How gradients are perturbed."""
+        return self.recipe.perturbation
+
+    def perturbation_in_force(self) -> tuple[Perturbation, list[float]] | None:
+        """The perturbation, if the next step is between its start and its stop.
+
+        Returns:
+            It, and what `rho_schedule` multiplies the radius of each parameter group with.
+        """
+        return self._step.perturbation_in_force()
+
+    @property
+    def ascent_norm(self) -> float | None:
+        """The norm that divided the last SAM step; ``None``: there was none."""
+        norm = self.progress.ascent_norm
+        return None if norm is None else float(norm)
+
+    def boost_factors(
+        self, module: nn.Module, optimizer: Optimizer, kappa: float | None = None
+    ) -> dict[int, Tensor | float]:
+        """By how much the boost lengthens a step now: 1 + kappa * n.
+
+        Args:
+            module: The module being trained, beside any distributed wrapper.
+            optimizer: Its optimizer.
+            kappa: The largest strength, in place of the one in force.
+
+        Returns:
+            By `id` of the parameter a tensor of its shape; parameters that are not boosted are left out.
+        """
+        return boost_factors(self.recipe, self.progress, module, optimizer, kappa)
+
+    def note_headroom(self, headroom: float) -> None:
+        """Set kappa where it is "auto": `kappa_safety` times the largest stable one, from the next step on.
+
+        Args:
+            headroom: `stability/kappa_headroom` of ``measure_sharpness(..., ["kappa_headroom"], step=step)``, which
+                there is once a step has made a mask; the same number in all processes.
+        """
+        self.progress.note_headroom(self.recipe, headroom)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, counts and averages: tensors, numbers and strings only (`torch.load(weights_only=True)`).
+
+        The same as the callback saves, so that each can go on from the other's. Of a sharded model the masks are
+        gathered: all ranks have to call, and rank 0 has them.
+        """
+        own = {} if self.perturbation is None else self.perturbation.state_dict()
+        optimizers = [self.progress.state_dict()]
+        return {"version": STATE_VERSION, "optimizers": optimizers, **({"perturbation": own} if own else {})}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, after the model's and the optimizer's own.
+
+        Args:
+            state: What :meth:`state_dict` returned, or what the callback saved in a run with one optimizer.
+
+        Raises:
+            ConfigurationError: If a newer release saved it, or it is none.
+        """
+        check_version(state)
+        saved: Sequence[Mapping[str, Any]] = state.get("optimizers", [])
+        if len(saved) != 1:
+            raise ConfigurationError(
+                f"Expected the state of one optimizer for IREStep, got {len(saved)}: give what `state_dict()` returned."
+            )
+        if self.perturbation is not None and state.get("perturbation"):
+            self.perturbation.load_state_dict(state["perturbation"])
+        misfits = self.progress.restore(saved[0], named_parameters(self.module, self.optimizer))
+        if self.recipe.boosts:
+            warn_of_misfits(misfits, of="state")
+
+    def release(self) -> None:
+        """Take the hooks off the optimizer, which another `IREStep` may then have; this one is over."""
+        self._step.release()
+        _SERVED.discard(self.optimizer)
+
+    def _end_epoch(self) -> bool | None:
+        """Decide on a start by loss; ``None``: no loss was seen."""
+        reached = self.progress.reaches_start_loss(self.recipe, self.host)
+        if reached:
+            self.progress.start()
+        return reached
+
+
+class IREStep(LoopStep):
     """One optimizer step with IRE and SAM in any loop: the numbers of :class:`~lightning_ire.IRE` under a Trainer.
 
     A call does all of a step: `zero_grad`, forward, backward, the mask where it is due (eq. 5 of the IRE paper), the
@@ -96,48 +235,21 @@ class IREStep:
             raise ConfigurationError(
                 f"Expected settings of IREStep among {', '.join(_SETTINGS)}, got `{min(unknown)}`: leave it out."
             )
-        self.recipe = Recipe(**settings)
-        timing = [("start_step", self.recipe.start.step), ("ramp_steps", self.recipe.ramp_steps)]
-        perturbation = self.recipe.perturbation
-        if perturbation is not None:
-            timing += [("perturbation.start_step", perturbation.start.step)]
-            timing += [("perturbation.stop_step", perturbation.stop.step)]
-        for name, value in timing:
-            if isinstance(value, float):
-                raise ConfigurationError(
-                    f"Expected `{name}` to be a number of steps for IREStep, which does not know how long the run is, "
-                    f"got {value} (a fraction of it): give `{name}` in steps."
-                )
-        self.host = LocalHost() if host is None else host
-        self.module = self.host.prepare(model)
-        self.optimizer = optimizer
+        recipe = Recipe(**settings)
+        _check_that_no_length_is_needed(recipe)
+        super().__init__(recipe, model, optimizer, LocalHost() if host is None else host, length=None)
         self.clip = clip
-        self.logs: dict[str, Tensor] = {}
-        self.progress = Progress.new(self.recipe)
-        self.progress.ramp = self.recipe.ramp_length(None)
-        check_optimizers(self.recipe, self.module, [optimizer], masks=self.recipe.boosts)
-        if optimizer in _SERVED:
-            raise ConfigurationError(
-                f"Expected an optimizer that no other IREStep serves, got a {type(optimizer).__name__} that one does, "
-                "so that its steps would be boosted twice: call `release()` of the other one."
-            )
-        _SERVED.add(optimizer)
-        self._step = OptimizerStep(
-            self.recipe,
-            self.progress,
-            self.host,
-            self.module,
-            optimizer,
-            [optimizer],
-            self.recipe.start.first_step(None),
-        )
+        self._stepped = optimizer
+        self._losses: list[Tensor] | None = None  # of a step that is half done
+        self._active = False
 
     def __call__(self, loss_of: Callable[[Any], Any], *batches: Any) -> Tensor:
-        """One optimizer step.
+        """One optimizer step; where the loop accumulates (``accelerator.accumulate``), a part of one.
 
         Args:
             loss_of: Called with each of the batches, and again in the extra passes; returns the mean loss over the
-                batch, a scalar with its graph, or a mapping with it under "loss".
+                batch, a scalar with its graph, or a mapping with it under "loss". The same function for all
+                micro-batches of a step: what differs between them is in the batch.
             *batches: The micro-batches of the step, at least one; their losses are averaged.
 
         Returns:
@@ -149,74 +261,42 @@ class IREStep:
         if not batches:
             raise ConfigurationError("Expected `step(loss_of, batch)` with at least one batch, got none.")
         step, host = self._step, self.host
-        host.micro_batches = len(batches)
-        self.optimizer.zero_grad()
-        active = step.switch_on()
+        host.take(len(batches))
+        if self._losses is None:
+            self.optimizer.zero_grad()
+            self._active, self._losses = step.switch_on(), []
         losses = []
+        over = True
         try:
             for index, batch in enumerate(batches):
-                if active:
+                if self._active:
                     step.begin(loss_of)
-                last = index == len(batches) - 1
+                last = host.steps_now and index == len(batches) - 1
                 with nullcontext() if last and (step.window is None or step.window.synchronized) else host.no_sync():
-                    loss = self._checked(step.forward(loss_of, batch) if active else loss_of(batch))
+                    loss = self._checked(step.forward(loss_of, batch) if self._active else loss_of(batch))
                     losses.append(loss.detach())
                     step.before_backward()
                     host.backward(loss)
                     step.after_backward()
-            if step.window is not None:
-                step.finish_gradient(step.window.second_pass)
-            host.step(self.optimizer, None if self.clip is None else self._clip)
+            over = host.steps_now
+            self._losses += losses
+            if over:
+                if step.window is not None:
+                    step.finish_gradient(step.window.second_pass)
+                host.step(self._stepped, None if self.clip is None else self._clip)
+        except BaseException:
+            self._losses, over = None, True
+            raise
         finally:
-            step.end()
-        if self.progress.waits_for_loss(self.recipe):
-            for one in losses:
-                self.progress.add_loss(one)
-        self.logs = dict(step.take_logs(wanted=True))
+            if over:
+                step.end()
+        if over:
+            if self.progress.waits_for_loss(self.recipe):
+                for one in self._losses:
+                    self.progress.add_loss(one)
+            self._losses = None
+            self.logs = dict(step.take_logs(wanted=True))
         return torch.stack(losses).mean()
-
-    @property
-    def perturbation(self) -> Perturbation | None:
-        """How gradients are perturbed."""
-        return self.recipe.perturbation
-
-    def perturbation_in_force(self) -> tuple[Perturbation, list[float]] | None:
-        """The perturbation, if the next step is between its start and its stop.
-
-        Returns:
-            It, and what `rho_schedule` multiplies the radius of each parameter group with.
-        """
-        return self._step.perturbation_in_force()
-
-    @property
-    def ascent_norm(self) -> float | None:
-        """The norm that divided the last SAM step; ``None``: there was none."""
-        norm = self.progress.ascent_norm
-        return None if norm is None else float(norm)
-
-    def boost_factors(
-        self, module: nn.Module, optimizer: Optimizer, kappa: float | None = None
-    ) -> dict[int, Tensor | float]:
-        """By how much the boost lengthens a step now: 1 + kappa * n.
-
-        Args:
-            module: The module being trained, beside any distributed wrapper.
-            optimizer: Its optimizer.
-            kappa: The largest strength, in place of the one in force.
-
-        Returns:
-            By `id` of the parameter a tensor of its shape; parameters that are not boosted are left out.
-        """
-        return boost_factors(self.recipe, self.progress, module, optimizer, kappa)
-
-    def note_headroom(self, headroom: float) -> None:
-        """Set kappa where it is "auto": `kappa_safety` times the largest stable one, from the next step on.
-
-        Args:
-            headroom: `stability/kappa_headroom` of ``measure_sharpness(..., ["kappa_headroom"], step=step)``, which
-                there is once a step has made a mask; the same number in all processes.
-        """
-        self.progress.note_headroom(self.recipe, headroom)
 
     @property
     def epoch(self) -> int:
@@ -225,41 +305,9 @@ class IREStep:
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        ends = check_whole("epoch", epoch, low=0) != self.host.epoch and self.progress.waits_for_loss(self.recipe)
-        if ends and self.progress.reaches_start_loss(self.recipe, self.host):
-            self.progress.start()
+        if check_whole("epoch", epoch, low=0) != self.host.epoch and self.progress.waits_for_loss(self.recipe):
+            self._end_epoch()
         self.host.epoch = epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Masks, counts and averages: tensors, numbers and strings only (`torch.load(weights_only=True)`).
-
-        The same as the callback saves, so that each can go on from the other's. Of a sharded model the masks are
-        gathered: all ranks have to call, and rank 0 has them.
-        """
-        own = {} if self.perturbation is None else self.perturbation.state_dict()
-        optimizers = [self.progress.state_dict()]
-        return {"version": STATE_VERSION, "optimizers": optimizers, **({"perturbation": own} if own else {})}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, after the model's and the optimizer's own.
-
-        Args:
-            state: What :meth:`state_dict` returned, or what the callback saved in a run with one optimizer.
-
-        Raises:
-            ConfigurationError: If a newer release saved it, or it is none.
-        """
-        check_version(state)
-        saved: Sequence[Mapping[str, Any]] = state.get("optimizers", [])
-        if len(saved) != 1:
-            raise ConfigurationError(
-                f"Expected the state of one optimizer for IREStep, got {len(saved)}: give what `state_dict()` returned."
-            )
-        if self.perturbation is not None and state.get("perturbation"):
-            self.perturbation.load_state_dict(state["perturbation"])
-        misfits = self.progress.restore(saved[0], named_parameters(self.module, self.optimizer))
-        if self.recipe.boosts:
-            warn_of_misfits(misfits, of="state")
 
     def preview(self, loss_of: Callable[[Any], Any], *batches: Any) -> str:
         """The mask that IRE would begin with at these weights, as a text of aligned lines; nothing is trained.
@@ -271,13 +319,8 @@ class IREStep:
         Returns:
             How many coordinates of each parameter are flat, one line each, and of all in the last one.
         """
-        self.host.micro_batches = len(batches)
+        self.host.take(len(batches))
         return self._step.preview([(batch,) for batch in batches], loss_of, None)
-
-    def release(self) -> None:
-        """Take the hooks off the optimizer, which another `IREStep` may then have; this one is over."""
-        self._step.release()
-        _SERVED.discard(self.optimizer)
 
     def _checked(self, output: Any) -> Tensor:
         loss = loss_in(output)
@@ -291,6 +334,21 @@ class IREStep:
     def _clip(self) -> None:
         assert self.clip is not None
         self.clip([parameter for group in self.optimizer.param_groups for parameter in group["params"]])
+
+
+def _check_that_no_length_is_needed(recipe: Recipe) -> None:
+    """Refuse fractions of a run: no plain loop says how long it is."""
+    timing = [("start_step", recipe.start.step), ("ramp_steps", recipe.ramp_steps)]
+    perturbation = recipe.perturbation
+    if perturbation is not None:
+        timing += [("perturbation.start_step", perturbation.start.step)]
+        timing += [("perturbation.stop_step", perturbation.stop.step)]
+    for name, value in timing:
+        if isinstance(value, float):
+            raise ConfigurationError(
+                f"Expected `{name}` to be a number of steps for IREStep, which does not know how long the run is, "
+                f"got {value} (a fraction of it): give `{name}` in steps."
+            )
 
 
 _SETTINGS = tuple(Recipe.__init__.__annotations__)[:-1]

@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parent.parent / "lightning_ire"
 ALLOWED = {
     "_checks": set(),
     "tags": set(),
-    "_lightning": {"_checks", "engine"},
+    "_patches": set(),
+    "_lightning": {"_checks", "_patches", "engine"},
     "_run_length": set(),
     "functional": {"functional"},
     "schedule": {"_checks"},
@@ -27,12 +28,17 @@ ALLOWED = {
         *("_checks", "tags", "functional", "perturbation", "curvature", "engine", "sharpness", "measure_sharpness"),
     },
     "loop": {"_checks", "perturbation", "engine", "IREStep", "LocalHost", "SAM"},
+    "integrations": {
+        *("_checks", "_lightning", "_patches", "tags", "perturbation", "engine", "sharpness", "callbacks", "loop"),
+        *("integrations", "AccelerateHost", "FabricHost", "IRE", "IREStep", "SAM", "SharpnessMonitor"),
+    },
     "callbacks": {
         *(
             "engine",
             "sharpness",
             "_checks",
             "_lightning",
+            "_patches",
             "_run_length",
             "tags",
             "functional",
@@ -59,6 +65,8 @@ THIRD_PARTY = {
     "curvature": {"torch"},
     "engine": {"torch"},
     "loop": {"torch"},
+    "_patches": set(),
+    "integrations": {"torch", "lightning", "accelerate", "transformers"},
     "sharpness": {"torch"},
     "_lightning": {"torch", "lightning"},
     "_run_length": {"lightning"},

@@ -15,7 +15,8 @@ from modules import Classifier, sgd
 from torch.overrides import TorchFunctionMode
 
 from lightning_ire import IRE, SAM, _lightning, in_extra_pass
-from lightning_ire._lightning import Takeover, muted_logging, own_method, will_log
+from lightning_ire._lightning import Takeover, muted_logging, will_log
+from lightning_ire._patches import Patches, own_method
 from lightning_ire.cli import IRECLI
 from lightning_ire.engine import _torch
 
@@ -279,14 +280,14 @@ def test_torch_differentiates_past_a_function_that_is_marked_once_differentiable
 def test_own_method_goes_behind_our_wrappers_only() -> None:
     module = Classifier()
     original = module.training_step
-    patches, more = _lightning.Patches(), _lightning.Patches()
+    patches, more = Patches(), Patches()
     patches.put(module, "training_step", lambda *args: "ours")
     more.put(module, "training_step", lambda *args: "ours too")
-    assert _lightning.own_method(module, "training_step") == original
+    assert own_method(module, "training_step") == original
 
     theirs = functools.wraps(module.training_step)(lambda *args: "theirs")
     module.training_step = theirs  # type: ignore[method-assign]
-    assert _lightning.own_method(module, "training_step") is theirs
+    assert own_method(module, "training_step") is theirs
 
 
 def test_what_is_handed_over_to_autograd_is_kept_alive_and_let_go() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ire._lightning import data_parallel, loss_scale, muted_logging, scaled, unsynchronized, will_log
+from lightning_ire.engine.host import dtype_of_autocast
 
 __all__ = ["LightningHost"]
 
@@ -67,6 +68,10 @@ class LightningHost:
 
     def no_sync(self) -> AbstractContextManager[Any]:
         return unsynchronized(self._trainer.strategy)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return dtype_of_autocast(self.device, self.autocast())
 
     def autocast(self) -> AbstractContextManager[Any]:
         return self._trainer.precision_plugin.train_step_context()

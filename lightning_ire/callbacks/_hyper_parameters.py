@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_ire import tags
-from lightning_ire._lightning import Patches
+from lightning_ire._patches import Patches
 from lightning_ire.callbacks._tensorboard import loggers_of, tensorboards
 
 __all__ = ["HyperParameters"]

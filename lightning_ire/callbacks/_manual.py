@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._lightning import Patches
+from lightning_ire._lightning import mute
+from lightning_ire._patches import Patches
 from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._tensorboard import write_logs
 from lightning_ire.curvature import MicroBatch
@@ -193,7 +194,7 @@ class ManualSession:
             self.patches.put(optimizer, "step", self._around_step(stepper, optimizer.step))
             for owner in (optimizer, stepper.optimizer):
                 self.patches.put(owner, "zero_grad", self._around_zero_grad(stepper, owner.zero_grad))
-        self.patches.mute(self.module)
+        mute(self.patches, self.module)
 
     def _around_training_step(self, *args: Any, **kwargs: Any) -> Any:
         armed, self._armed = self._armed, False

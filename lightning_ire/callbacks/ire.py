@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_ire._checks import ConfigurationError
+from lightning_ire._checks import ConfigurationError, NotForFabric
 from lightning_ire._lightning import check_supported
 from lightning_ire._run_length import batches_of_run, steps_of_run
 from lightning_ire.callbacks._dry_run import show_mask
@@ -40,7 +39,7 @@ from lightning_ire.perturbation import Perturbation
 __all__ = ["IRE"]
 
 
-class IRE(Recipe, Callback):
+class IRE(NotForFabric, Recipe, Callback):
     """Implicit Regularization Enhancement, and SAM, for any unmodified LightningModule.
 
     After each step of the base optimizer the weights go kappa times further along the flat coordinates (eq. 4):
@@ -210,6 +209,16 @@ class IRE(Recipe, Callback):
         """Whether this callback does nothing at all: no boost and no perturbation."""
         return not self.boosts and self.perturbation is None and not self.dry_run
 
+    @property
+    def for_fabric(self) -> str:
+        """The same in a loop with Fabric."""
+        settings = repr(self).removeprefix(type(self).__name__)[1:-1]
+        return (
+            ""
+            if self.idle
+            else f"`IREStep(model, optimizer, host=FabricHost(fabric), {settings})` after `fabric.setup`"
+        )
+
     def flat_table(self, module: pl.LightningModule) -> str:
         """How many coordinates of each parameter are flat now (of the first optimizer), as a text of aligned lines.
 
@@ -304,8 +313,8 @@ class IRE(Recipe, Callback):
         check_optimizers(self, pl_module, trainer.optimizers, masks=self.boosts or self.dry_run)
         if self.kappa == AUTO:
             self._check_auto(trainer)
-        if not (self.boosts or self.start.at_once or self.perturbation is None or self.dry_run):
-            raise ConfigurationError(self._start_without_boost())
+        if not self.dry_run:
+            self.check_start()
         self._record.begin(trainer, pl_module)
 
     def _check_auto(self, trainer: pl.Trainer) -> None:
@@ -371,17 +380,6 @@ class IRE(Recipe, Callback):
                 "IRE is on from the first step, while a learning-rate scheduler still warms up: the paper starts after "
                 "the warm-up; set `start_step` or `start_epoch`."
             )
-
-    def _start_without_boost(self) -> str:
-        """What to write in place of a start of the boost, where there is a perturbation alone."""
-        late: Any = copy.copy(self.perturbation)
-        remedy = f"leave `{self.start.key}` out"
-        if self.start.loss is not None:
-            remedy += " (a perturbation starts by step or epoch)"
-        elif late.start.immediate:
-            late.start = self.start
-            remedy += f", and write {late!r} for a perturbation that starts then"
-        return f"Expected `kappa` > 0 for `{self.start.setting}`, which says when the boost starts, got 0: {remedy}."
 
     def _warn_of_late_ascent(self, trainer: pl.Trainer, total: int | None, length: int | None) -> None:
         """Say so if the perturbation stops, or the run ends, before it starts."""

@@ -16,8 +16,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
 from lightning_ire import tags
-from lightning_ire._checks import ConfigurationError, check_choice, check_whole
-from lightning_ire._lightning import check_strategy, full_precision_step, logger_step, own_method, step_arguments
+from lightning_ire._checks import ConfigurationError, NotForFabric, check_choice, check_whole
+from lightning_ire._lightning import check_strategy, full_precision_step, logger_step, step_arguments
+from lightning_ire._patches import own_method
 from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._hyper_parameters import HyperParameters
 from lightning_ire.callbacks._probe import Probe, probe_loader
@@ -46,7 +47,7 @@ __all__ = ["SharpnessMonitor"]
 _UNSTABLE = 3  # measurements in a row above the limit of stability that are worth a warning
 
 
-class SharpnessMonitor(Callback):
+class SharpnessMonitor(NotForFabric, Callback):
     r"""Measures how sharp the loss is around the weights while a module trains, and leaves no trace in the run.
 
     The loss is that of the module's own `training_step` (or of its method ``sharpness_loss(batch, batch_idx)``, which a
@@ -214,6 +215,11 @@ class SharpnessMonitor(Callback):
     def idle(self) -> bool:
         """Whether this callback never measures by itself."""
         return self.every_n_steps is None and self.every_n_epochs is None
+
+    @property
+    def for_fabric(self) -> str:
+        """The same in a loop with Fabric."""
+        return "" if self.idle else "`measure_sharpness(model, loss_of, batches, host=FabricHost(fabric))`"
 
     @property
     def state_key(self) -> str:

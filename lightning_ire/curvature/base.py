@@ -71,6 +71,10 @@ class Window(Protocol):
         """The module's own `training_step`, without our wrapper."""
 
     @property
+    def what_steps(self) -> str:
+        """How messages call `training_step`."""
+
+    @property
     def world_size(self) -> int:
         """Number of devices that train together."""
 

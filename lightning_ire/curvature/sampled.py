@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_number, check_whole
 from lightning_ire.curvature.base import Curvature, Estimate, MicroBatch, Window, finite_or_none
@@ -247,10 +247,11 @@ class _SampledSquare(SharedForward):
         except Exception as error:  # whatever the user's code raises
             if isinstance(error, RuntimeError) and not self.by_backward and refused_by_checkpointing(error):
                 raise
-            step = "training_step" if self.fisher_loss is None else "fisher_loss"
+            own = f"`{type(self.window.module).__name__}.fisher_loss`"
+            what = self.window.what_steps if self.fisher_loss is None else own
             reason = (str(error).strip() or "no reason given").split("\n")[0]
             raise ConfigurationError(
-                f"Expected `{type(self.window.module).__name__}.{step}` to take a batch that {self.settings!r} has cut "
+                f"Expected {what} to take a batch that {self.settings!r} has cut "
                 f"in its first dimension, got {type(error).__name__} ({reason}): {self.settings.remedy}, or put the "
                 "samples first."
             ) from error
@@ -263,7 +264,7 @@ class _SampledSquare(SharedForward):
         with self.window.rerun(micro_batch, tap, *args) as loss:
             used = factors_in(loss, tap) if isinstance(loss, Tensor) else []
             if not used:
-                raise _nothing_intercepted(self.window.module)
+                raise _nothing_intercepted(self.window)
             self._add_terms(used, keep_graph=False)
 
     def _users_loss(self, micro_batch: MicroBatch, args: tuple[Any, ...]) -> None:
@@ -347,10 +348,10 @@ class _Seeded(AbstractContextManager[None]):
         return None
 
 
-def _nothing_intercepted(module: nn.Module) -> ConfigurationError:
-    name = type(module).__name__
+def _nothing_intercepted(window: Window) -> ConfigurationError:
+    name = type(window.module).__name__
     return ConfigurationError(
-        f"Expected `{name}.training_step` to return a loss made with {known_losses()}, for SampledFisher to draw "
+        f"Expected {window.what_steps} to return a loss made with {known_losses()}, for SampledFisher to draw "
         f"targets for it, got none: give {name} a method `fisher_loss(batch, batch_idx)` that returns its loss against "
         "targets sampled from its own predictions, or set `curvature` to EmpiricalFisher()."
     )

@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-__all__ = ["Host", "LocalHost"]
+__all__ = ["Host", "LocalHost", "dtype_of_autocast"]
 
 
 class Host(Protocol):
@@ -31,7 +31,7 @@ class Host(Protocol):
 
     @property
     def micro_batches(self) -> int:
-        """Backward passes per optimizer step; losses are divided by it."""
+        """Micro-batches of an optimizer step, by whose number the loop divides their losses."""
 
     @property
     def epoch(self) -> int:
@@ -55,11 +55,15 @@ class Host(Protocol):
     def no_sync(self) -> AbstractContextManager[Any]:
         """Backward passes inside the block leave each process with its own gradient."""
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The type that autocast lets the forward pass compute in; ``None``: there is none, or it is not known."""
+
     def autocast(self) -> AbstractContextManager[Any]:
         """What the loop enters around a forward pass, for one that goes beside its distributed wrapper."""
 
     def quiet(self, modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
-        """Nothing that the modules log inside the block arrives anywhere."""
+        """Around extra passes: nothing that the modules log inside the block arrives anywhere."""
 
     def all_reduce_sum(self, value: Tensor) -> Tensor:
         """Sum over the parts of a batch of a tensor on :attr:`device`, which may be overwritten; same on all ranks."""
@@ -88,7 +92,7 @@ class LocalHost:
     ) -> None:
         self.scaler = scaler
         self.data_parallel = data_parallel
-        self.micro_batches = 1
+        self._batches = 1
         self.epoch = 0
         self.will_log = True
         self._model: nn.Module | None = None
@@ -100,10 +104,36 @@ class LocalHost:
             model: The model that the loss function calls.
 
         Returns:
-            The model beside any wrapper for distributed training.
+            The model beside any wrapper of the loop's.
         """
         self._model = model
         return model.module if isinstance(model, DistributedDataParallel) else model
+
+    def unwrapped(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer of torch inside what the loop has made of it.
+
+        Args:
+            optimizer: What the loop steps.
+        """
+        return optimizer
+
+    def take(self, batches: int) -> None:
+        """So many batches come in one call of :class:`IREStep`.
+
+        Args:
+            batches: Their number.
+        """
+        self._batches = batches
+
+    @property
+    def micro_batches(self) -> int:
+        """By how many a micro-batch's loss is divided."""
+        return self._batches
+
+    @property
+    def steps_now(self) -> bool:
+        """Whether the batches of this call complete the gradient of a step."""
+        return True
 
     @property
     def rank(self) -> int:
@@ -141,12 +171,17 @@ class LocalHost:
         Args:
             loss: The loss, a scalar.
         """
-        loss = loss / self.micro_batches
+        loss = loss / self._batches
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Backward passes inside leave each process with its own gradient."""
         return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Not known: autocast is the loss function's own business."""
+        return None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A forward pass of an estimate, which goes through the wrapper here: its gradients stay on this process."""
@@ -187,6 +222,17 @@ class LocalHost:
             clip()
         self.scaler.step(optimizer)
         self.scaler.update()
+
+
+def dtype_of_autocast(device: torch.device, context: AbstractContextManager[Any]) -> torch.dtype | None:
+    """The type that autocast has inside a context; ``None``: it is off.
+
+    Args:
+        device: Where the forward pass computes.
+        context: What is entered around it.
+    """
+    with context:
+        return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _is_distributed() -> bool:

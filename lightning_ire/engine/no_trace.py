@@ -69,11 +69,14 @@ def no_trace(
 
 
 @contextmanager
-def no_trace_on_the_graph(modules: Collection[nn.Module], devices: Collection[torch.device]) -> Iterator[None]:
+def no_trace_on_the_graph(
+    modules: Collection[nn.Module], host: Host, devices: Collection[torch.device]
+) -> Iterator[None]:
     """For a backward pass through a graph that training still needs: what checkpointed layers and hooks do is undone.
 
     Args:
         modules: What :func:`modules_of` says of the module that made the graph.
+        host: The loop.
         devices: What :func:`devices_of` says.
 
     Yields:
@@ -82,7 +85,7 @@ def no_trace_on_the_graph(modules: Collection[nn.Module], devices: Collection[to
     streams = RandomState.capture(devices)
     contents, attributes = ModuleState(modules), AttributeState(modules)
     try:
-        with extra_pass():
+        with extra_pass(), host.quiet(modules):
             yield
     finally:
         contents.restore(for_the_graph=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -101,6 +102,25 @@ class Recipe:
         if isinstance(self.kappa, Mapping):
             return max(self.kappa.values()) > 0
         return self.kappa == AUTO or self.kappa > 0
+
+    def check_start(self) -> None:
+        """Refuse a start of the boost where there is a perturbation alone.
+
+        Raises:
+            ConfigurationError: With what to write in its place, in one line.
+        """
+        if self.boosts or self.start.at_once or self.perturbation is None:
+            return
+        late: Any = copy.copy(self.perturbation)
+        remedy = f"leave `{self.start.key}` out"
+        if self.start.loss is not None:
+            remedy += " (a perturbation starts by step or epoch)"
+        elif late.start.immediate:
+            late.start = self.start
+            remedy += f", and write {late!r} for a perturbation that starts then"
+        raise ConfigurationError(
+            f"Expected `kappa` > 0 for `{self.start.setting}`, which says when the boost starts, got 0: {remedy}."
+        )
 
     def ramp_length(self, length: int | None) -> int:
         """On how many boosted steps kappa grows; 1: it does not.

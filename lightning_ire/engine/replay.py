@@ -144,7 +144,7 @@ class ExtraPasses:
 
     def no_trace_on_the_graph(self) -> AbstractContextManager[None]:
         """A backward pass through the graph of a training pass leaves none inside the block."""
-        return no_trace_on_the_graph(self._modules, self._devices)
+        return no_trace_on_the_graph(self._modules, self._host, self._devices)
 
     def keep_gradients(self) -> None:
         """Remember the gradients that are there before the window's first backward pass, usually none."""

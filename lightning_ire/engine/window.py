@@ -216,6 +216,11 @@ class AccumulationWindow:
     # What an estimate may ask, see `lightning_ire.curvature.Window`
 
     @property
+    def what_steps(self) -> str:
+        """See :class:`~lightning_ire.curvature.Window`."""
+        return self.host.what_steps
+
+    @property
     def world_size(self) -> int:
         """See :class:`~lightning_ire.curvature.Window`."""
         return self.host.world_size
@@ -233,12 +238,8 @@ class AccumulationWindow:
     @property
     def precision(self) -> torch.dtype | None:
         """See :class:`~lightning_ire.curvature.Window`."""
-        dtypes = gathered_dtypes(self.module)
-        kind = self.host.device.type
-        with self.host.autocast():
-            if torch.is_autocast_enabled(kind):
-                dtypes.add(torch.get_autocast_dtype(kind))
-        return coarsest(dtypes)
+        autocast = self.host.autocast_dtype
+        return coarsest(gathered_dtypes(self.module) | ({autocast} if autocast is not None else set()))
 
     @property
     def labels(self) -> torch.Generator:

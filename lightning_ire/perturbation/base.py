@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ire._checks import ConfigurationError, check_choice
+from lightning_ire._checks import ConfigurationError, NotForFabric, check_choice
 from lightning_ire.schedule import Start
 
 __all__ = ["GROUP_RADIUS", "Ascent", "Perturbation"]
@@ -70,7 +70,7 @@ class Ascent:
         ]
 
 
-class Perturbation(ABC):
+class Perturbation(NotForFabric, ABC):
     """Moves the weights for the gradient of a step; the step itself starts from the unmoved weights.
 
     Give it to `IRE(perturbation=...)`; in `Trainer(callbacks=[...])` it stands for `IRE(kappa=0, perturbation=...)`.
@@ -237,6 +237,13 @@ class Perturbation(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(_changed_arguments(self))})"
+
+    @property
+    def for_fabric(self) -> str:
+        """The same in a loop with Fabric."""
+        return (
+            f"`IREStep(model, optimizer, host=FabricHost(fabric), kappa=0, perturbation={self!r})` after `fabric.setup`"
+        )
 
     # In a Trainer's list of callbacks, which asks for no more than these before `setup`
 

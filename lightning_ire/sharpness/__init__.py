@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -66,7 +67,8 @@ def measure_sharpness(
             loss against labels sampled from the predictions, or a pair of it and the number of terms it is the mean of.
         optimizer: For `stability` and `sgd_ratio`: whose steps.
         step: The same for a step with SAM and IRE: an :class:`~lightning_ire.IREStep`.
-        host: Under tensor parallelism ``LocalHost(data_parallel=...)``, with the mesh over which batches are dealt.
+        host: As of the step: ``FabricHost(fabric)``, ``AccelerateHost(accelerator)``; under tensor parallelism
+            ``LocalHost(data_parallel=...)``, with the mesh over which batches are dealt.
         hvp: "exact", "finite_difference" (of gradients), or "auto": exact where that works (not in a sharded model).
         seed: Seed of all random vectors; the same ones at every call.
         **settings: As for the monitor: `mode`, `relative_error`, `max_vectors`, `tolerance`, `max_iterations`,
@@ -102,7 +104,7 @@ def measure_sharpness(
         raise ConfigurationError("Expected `batches` to be a list of at least one batch, got none.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("Expected a model with parameters that require a gradient, got one without.")
-    host = LocalHost() if host is None else host
+    host = LocalHost() if host is None else copy.copy(host)
     module = host.prepare(model)
     check_products(hvp, module)
     if host.data_parallel is None:
