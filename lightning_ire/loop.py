@@ -39,6 +39,7 @@ class LoopStep:
         recipe: The settings.
         host: The loop.
         module: The model beside any wrapper of the loop's.
+        engine: The order of a step.
         optimizer: The optimizer beside any wrapper of the loop's.
         progress: The state that outlives the loop.
         logs: The values that the callback would log after the last step, by tag (:mod:`lightning_ire.tags`).
@@ -65,7 +66,7 @@ class LoopStep:
                 "that its steps would be boosted twice: call `release()` of the other one."
             )
         _SERVED.add(inner)
-        self._step = OptimizerStep(
+        self.engine = OptimizerStep(
             recipe,
             self.progress,
             self.host,
@@ -87,7 +88,7 @@ class LoopStep:
         Returns:
             It, and what `rho_schedule` multiplies the radius of each parameter group with.
         """
-        return self._step.perturbation_in_force()
+        return self.engine.perturbation_in_force()
 
     @property
     def ascent_norm(self) -> float | None:
@@ -152,11 +153,15 @@ class LoopStep:
 
     def release(self) -> None:
         """Take the hooks off the optimizer, which another `IREStep` may then have; this one is over."""
-        self._step.release()
+        self.engine.release()
         _SERVED.discard(self.optimizer)
 
-    def _end_epoch(self) -> bool | None:
-        """Decide on a start by loss; ``None``: no loss was seen."""
+    def end_epoch(self) -> bool | None:
+        """Decide on a start by loss, at the end of an epoch.
+
+        Returns:
+            Whether the boost starts; ``None``: no loss was seen.
+        """
         reached = self.progress.reaches_start_loss(self.recipe, self.host)
         if reached:
             self.progress.start()
@@ -260,7 +265,7 @@ class IREStep(LoopStep):
         """
         if not batches:
             raise ConfigurationError("Expected `step(loss_of, batch)` with at least one batch, got none.")
-        step, host = self._step, self.host
+        step, host = self.engine, self.host
         host.take(len(batches))
         if self._losses is None:
             self.optimizer.zero_grad()
@@ -306,7 +311,7 @@ class IREStep(LoopStep):
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         if check_whole("epoch", epoch, low=0) != self.host.epoch and self.progress.waits_for_loss(self.recipe):
-            self._end_epoch()
+            self.end_epoch()
         self.host.epoch = epoch
 
     def preview(self, loss_of: Callable[[Any], Any], *batches: Any) -> str:
@@ -320,7 +325,7 @@ class IREStep(LoopStep):
             How many coordinates of each parameter are flat, one line each, and of all in the last one.
         """
         self.host.take(len(batches))
-        return self._step.preview([(batch,) for batch in batches], loss_of, None)
+        return self.engine.preview([(batch,) for batch in batches], loss_of, None)
 
     def _checked(self, output: Any) -> Tensor:
         loss = loss_in(output)

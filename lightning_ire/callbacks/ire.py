@@ -212,7 +212,7 @@ class IRE(NotForFabric, Recipe, Callback):
     @property
     def for_fabric(self) -> str:
         """The same in a loop with Fabric."""
-        settings = repr(self).removeprefix(type(self).__name__)[1:-1]
+        settings = repr(self).removeprefix(type(self).__name__)[1:-1] or f"kappa={self.kappa!r}"
         return (
             ""
             if self.idle

@@ -189,7 +189,7 @@ class SharpnessMonitor(NotForFabric, Callback):
         self.max_iterations = max_iterations
         self.num_eigenvalues = num_eigenvalues
         self.rho = rho
-        self._settings(1)
+        self.settings(1)
         self.seed = check_whole("seed", seed, low=0)
         self.last: Measurement | None = None
         self._record = HyperParameters()
@@ -367,7 +367,7 @@ class SharpnessMonitor(NotForFabric, Callback):
                 return self.last
             with self._progress_bar(trainer, len(probe)) as bar:
                 landscape = self._landscape(trainer, module, probe, bar.update)
-                settings = self._settings(int(trainer.accumulate_grad_batches))
+                settings = self.settings(int(trainer.accumulate_grad_batches))
                 job = Job(landscape, settings, self.last, trainer.optimizers, find_ire(trainer))
                 measure(job, self._wanted(trainer), self._warn)
         self._exact = landscape.exact
@@ -449,7 +449,12 @@ class SharpnessMonitor(NotForFabric, Callback):
         mine, theirs = ([one.every_n_steps or 0, (one.every_n_epochs or 0) * per_epoch] for one in (self, other))
         return any(math.lcm(first, second) <= steps for first in mine for second in theirs if first and second)
 
-    def _settings(self, accumulate: int) -> Settings:
+    def settings(self, accumulate: int) -> Settings:
+        """How the quantities are measured.
+
+        Args:
+            accumulate: How many batches of the probe make up one of training.
+        """
         return Settings(
             mode=self.mode,
             relative_error=self.relative_error,
@@ -471,7 +476,7 @@ class SharpnessMonitor(NotForFabric, Callback):
     def _max_cost(self, trainer: pl.Trainer, batches: int) -> Cost:
         ire = find_ire(trainer)
         sam = ire is not None and ire.perturbation is not None and ire.perturbation.uses_gradient
-        return max_cost(self._wanted(trainer), self._settings(int(trainer.accumulate_grad_batches)), batches, sam)
+        return max_cost(self._wanted(trainer), self.settings(int(trainer.accumulate_grad_batches)), batches, sam)
 
     # What it says
 

@@ -94,7 +94,6 @@ class LocalHost:
         self.data_parallel = data_parallel
         self._batches = 1
         self.epoch = 0
-        self.will_log = True
         self._model: nn.Module | None = None
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -159,6 +158,11 @@ class LocalHost:
     def loss_scale(self) -> float:
         """The GradScaler's factor."""
         return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
+
+    @property
+    def will_log(self) -> bool:
+        """Whoever steps by hand may look at the values of each step."""
+        return True
 
     @property
     def what_steps(self) -> str:

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
@@ -77,7 +76,7 @@ class AccelerateHost(LocalHost):
         Raises:
             ConfigurationError: If several processes train it, and it did not.
         """
-        if self.accelerator.use_distributed and not isinstance(model, DistributedDataParallel):
+        if self.accelerator.use_distributed and getattr(model, "no_sync", None) is None:
             raise ConfigurationError(_not_prepared("model", model))
         self._model = model
         module: nn.Module = self.accelerator.unwrap_model(model, keep_torch_compile=False)

@@ -162,7 +162,7 @@ class Perturbation(NotForFabric, ABC):
         """
         return gradients if perturbed is None else perturbed
 
-    def after_step(self, ascent: Ascent) -> None:  # noqa: B027
+    def after_step(self, ascent: Ascent) -> None:
         """Called after a real step of the optimizer, before IRE's boost, under `torch.no_grad`.
 
         Args:
@@ -228,7 +228,7 @@ class Perturbation(NotForFabric, ABC):
         """What a class of your own keeps besides `Ascent.memory`; saved in every checkpoint: tensors, numbers, text."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned.
 
         Args:
@@ -271,10 +271,10 @@ class Perturbation(NotForFabric, ABC):
         trainer.callbacks = [callback if one is self else one for one in trainer.callbacks]
         callback.setup(trainer, pl_module, stage)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: B027
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Nothing: the run failed before `setup`."""
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: B027
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Nothing: the run failed before `setup`."""
 
 
