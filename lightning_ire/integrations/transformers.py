@@ -473,7 +473,9 @@ class Attachment:
         if step is not None and tags.KAPPA_HEADROOM in self.last.values:
             step.note_headroom(self.last.values[tags.KAPPA_HEADROOM])
         if self.last.values:
+            due = trainer.control.should_log
             trainer.log(dict(self.last.values))
+            trainer.control.should_log = due  # of the Trainer's own row, which this one would take the place of
 
     def _loss_to_measure(self, module: nn.Module, batch: Any) -> Any:
         return self._trainer.compute_loss(module, send_to_device(copy.copy(batch), self._trainer.args.device))

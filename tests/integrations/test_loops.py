@@ -1,0 +1,72 @@
+"""The same step in every loop: bit for bit what the callback does under Lightning's Trainer."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integrations.features import BOOST, FEATURES, LIGHTNING, Feature, assert_same, features_table
+from integrations.loops import LOOPS, OPTIMIZERS, Job, Run
+from lightning_ire import SAM, AdversarialModelPerturbation, AverageSAM, tags
+from lightning_ire._checks import ConfigurationError
+
+TESTS = Path(__file__).parent.parent
+PERTURBATIONS: dict[str, Any] = {
+    "none": None,
+    "sam": SAM(0.1),
+    "asam": SAM(0.5, adaptive=True),
+    "average-sam": AverageSAM(0.1),
+    "amp": AdversarialModelPerturbation(0.2, zeta=0.5, ascents=2),
+}
+
+
+@functools.cache
+def reference(perturbation: str, optimizer: str, accumulate: int) -> Run:
+    return LOOPS[LIGHTNING](parity_job(perturbation, optimizer, accumulate))
+
+
+def parity_job(perturbation: str, optimizer: str, accumulate: int) -> Job:
+    return Job({**BOOST, "perturbation": PERTURBATIONS[perturbation]}, optimizer, accumulate)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("perturbation", PERTURBATIONS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop != LIGHTNING])
+def test_every_loop_is_the_trainer(
+    loop: str, optimizer: str, perturbation: str, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    theirs = reference(perturbation, optimizer, accumulate)
+    ours = LOOPS[loop](parity_job(perturbation, optimizer, accumulate))
+    assert_same(ours, theirs)
+    assert theirs.state["optimizers"][0]["flat"]["masks"]
+    assert tags.STEP_NORM_FLAT in theirs.logs
+    assert (tags.PERTURBED_LOSS in theirs.logs) == (perturbation != "none")
+
+
+CELLS = [(feature, loop) for feature in FEATURES for loop in LOOPS if feature.tested(loop)]
+
+
+@pytest.mark.parametrize(("feature", "loop"), CELLS, ids=[f"{feature.name}-{loop}" for feature, loop in CELLS])
+def test_feature(feature: Feature, loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert feature.check is not None
+    if loop not in feature.refused:
+        feature.check(loop, tmp_path)
+        return
+    with pytest.raises(ConfigurationError, match=feature.refused[loop]) as caught:
+        feature.check(loop, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_table_of_the_page_is_made_of_these() -> None:
+    page = (TESTS.parent / "docs" / "loops.md").read_text()
+    assert features_table() in page
+
+
+@pytest.mark.parametrize("place", sorted({place for feature in FEATURES for place in feature.elsewhere.values()}))
+def test_what_is_tested_elsewhere_is_there(place: str) -> None:
+    file, name = place.split("::")
+    assert f"def {name}" in (TESTS / file).read_text()
