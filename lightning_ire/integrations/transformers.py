@@ -165,6 +165,7 @@ class Attachment:
     Attributes:
         step: The state of the run that is under way, or was last; ``None``: there was none.
         last: The last measurement of sharpness.
+        probe: The batches that it was made on.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class Attachment:
         self._host = TransformersHost(trainer)
         self._callback = _Callback(self)
         self._always, self._in_training = Patches(), Patches()
-        self._probe: list[Any] = []
+        self.probe: list[Any] = []
         self._measured_at = -1
         self._checkpoint: str | None = None
         self._between()
@@ -245,7 +246,7 @@ class Attachment:
         trainer = self._trainer
         self._measured_at = -1
         if self.sharpness is not None:
-            self._probe = list(self._given) if self._given is not None else self._drawn(loader, self.sharpness)
+            self.probe = list(self._given) if self._given is not None else self._drawn(loader, self.sharpness)
         if self._plain:
             return
         self.step = LoopStep(
@@ -460,7 +461,7 @@ class Attachment:
             self.last = monitor.last = measure_sharpness(
                 module,
                 lambda batch: self._loss_to_measure(module, batch),
-                self._probe,
+                self.probe,
                 wanted,
                 optimizer=host.unwrapped(trainer.optimizer),
                 step=step,
