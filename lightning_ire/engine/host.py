@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+
+from lightning_ire._checks import ConfigurationError
 
 __all__ = ["Host", "LocalHost", "dtype_of_autocast"]
 
@@ -104,7 +107,16 @@ class LocalHost:
 
         Returns:
             The model beside any wrapper of the loop's.
+
+        Raises:
+            ConfigurationError: If FSDP1 has sharded it, whose parts of parameters are plain tensors.
         """
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp is not None and any(isinstance(one, fsdp.FullyShardedDataParallel) for one in model.modules()):
+            raise ConfigurationError(
+                "Expected a whole model or one that `fully_shard` has sharded, got FullyShardedDataParallel (FSDP1), "
+                "whose parts of parameters nothing tells from whole ones: use `torch.distributed.fsdp.fully_shard`."
+            )
         self._model = model
         return model.module if isinstance(model, DistributedDataParallel) else model
 

@@ -15,7 +15,9 @@ from accelerate import DistributedType
 from lightning.fabric.plugins import MixedPrecision as FabricMixedPrecision
 from lightning.fabric.strategies import FSDPStrategy as FabricFSDP
 from lightning.pytorch.strategies import FSDPStrategy
-from modules import Net
+from modules import Net, sgd
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from integrations.loops import LOOPS, Hand, Job, Run, fresh_accelerate, resumed, trainer_of
 from lightning_ire import SAM, AccelerateHost, FabricHost, IREStep, SharpnessMonitor, measure_sharpness, tags
@@ -226,6 +228,10 @@ def sharded(loop: str, folder: Path) -> None:
     """What a process of its own would have to be started for is refused by its kind."""
     if loop == LIGHTNING:
         check_strategy(cases.under(FSDPStrategy), "IRE")
+    elif loop == PLAIN:
+        model: Any = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+        nn.Module.__init__(model)
+        IREStep(nn.Sequential(model), sgd(Net()), **BOOST)
     elif loop == FABRIC:
         FabricHost(cases.under(FabricFSDP))
     else:
@@ -313,6 +319,11 @@ FEATURES = [
     ),
     Feature("frozen layers, kappa by name", groups),
     Feature(
+        "logged values",
+        same_as(LIGHTNING, Job(SAM_IRE, optimizer="adamw")),
+        notes=dict.fromkeys(BY_HAND, "`step.logs`") | {LIGHTNING: "its loggers", TRANSFORMERS: "its reporters"},
+    ),
+    Feature(
         "a resumed run goes on bit for bit",
         exact_resume,
         notes={
@@ -361,10 +372,10 @@ FEATURES = [
         sharded,
         refused={
             LIGHTNING: "ModelParallelStrategy",
+            PLAIN: "`fully_shard`",
             FABRIC: "ModelParallelStrategy",
             **dict.fromkeys((ACCELERATE, TRANSFORMERS), _TOO_FEW),
         },
-        untried={PLAIN: "parts of parameters are not told from whole ones"},
     ),
 ]
 
