@@ -29,8 +29,18 @@ ALLOWED = {
     },
     "loop": {"_checks", "perturbation", "engine", "IREStep", "LocalHost", "SAM"},
     "integrations": {
-        *("_checks", "_lightning", "_patches", "tags", "perturbation", "engine", "sharpness", "callbacks", "loop"),
-        *("integrations", "AccelerateHost", "FabricHost", "IRE", "IREStep", "SAM", "SharpnessMonitor"),
+        *(
+            "_checks",
+            "_lightning",
+            "_patches",
+            "tags",
+            "functional",
+            "perturbation",
+            "engine",
+            "sharpness",
+            "callbacks",
+        ),
+        *("loop", "integrations", "AccelerateHost", "FabricHost", "IRE", "IREStep", "SAM", "SharpnessMonitor"),
     },
     "callbacks": {
         *(
