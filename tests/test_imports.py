@@ -40,7 +40,8 @@ ALLOWED = {
             "sharpness",
             "callbacks",
         ),
-        *("loop", "integrations", "AccelerateHost", "FabricHost", "IRE", "IREStep", "SAM", "SharpnessMonitor"),
+        *("loop", "integrations", "AccelerateHost", "FabricHost", "IRE", "IREStep"),
+        *("SAM", "SharpnessMonitor"),
     },
     "callbacks": {
         *(
