@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from accelerate.utils import send_to_device
@@ -48,7 +48,7 @@ __all__ = ["STATE_FILE", "Attachment", "attach"]
 STATE_FILE = "lightning_ire.pt"
 """In each checkpoint folder of the Trainer: masks, counts, averages."""
 
-_ATTACHED: WeakKeyDictionary[Trainer, Attachment] = WeakKeyDictionary()
+_ATTACHED: WeakSet[Trainer] = WeakSet()
 
 
 def attach(
@@ -196,7 +196,7 @@ class Attachment:
                 "Expected a Trainer to which nothing is attached yet, got one with an attachment: call `release()` of "
                 "that one first."
             )
-        _ATTACHED[trainer] = self
+        _ATTACHED.add(trainer)
         trainer.add_callback(self._callback)
         original = trainer.train
         self._always.put(trainer, "train", lambda *args, **kwargs: self._train(original, *args, **kwargs))
@@ -224,7 +224,7 @@ class Attachment:
         self._end()
         self._always.remove()
         self._trainer.remove_callback(self._callback)
-        _ATTACHED.pop(self._trainer, None)
+        _ATTACHED.discard(self._trainer)
 
     # A run
 

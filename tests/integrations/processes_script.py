@@ -119,7 +119,7 @@ def by_hand(
     measured = measure_sharpness(model, loss_of, batches, ["lambda_max"], host=host).values
     masks = step.state_dict()["optimizers"][0]["flat"]["masks"]
     step.release()
-    return {"weights": weights_of(step.module), "masks": masks, "measured": measured}
+    return {"weights": weights_of(step.module), "masks": masks, "measured": measured, "ascent": step.ascent_norm}
 
 
 def weights_of(module: nn.Module) -> Tensor:
@@ -177,7 +177,13 @@ def by_transformers(kind: str, method: str) -> dict[str, Any]:
     masks = attached.state_dict()["optimizers"][0]["flat"]["masks"]
     logged = next(row for row in trainer.state.log_history if "sharpness/lambda_max" in row)
     assert logged["sharpness/lambda_max"] == attached.last.values["sharpness/lambda_max"]
-    return {"weights": weights_of(model), "masks": masks, "measured": attached.last.values}
+    assert attached.step is not None
+    return {
+        "weights": weights_of(model),
+        "masks": masks,
+        "measured": attached.last.values,
+        "ascent": attached.step.ascent_norm,
+    }
 
 
 RUN: dict[str, Callable[[str, str], dict[str, Any]]] = {
