@@ -24,11 +24,18 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lightning_ire import IRE, Curvature
+from lightning_ire import IRE, SAM, AdversarialModelPerturbation, AverageSAM, Curvature, Perturbation
 from lightning_ire.sharpness import QUANTITIES
 
 FEATURES, CLASSES = 6, 4
 BARE = [name for name in QUANTITIES if name != "kappa_headroom"]  # which needs a mask of IRE
+PERTURBATIONS: dict[str, Perturbation | None] = {
+    "none": None,
+    "sam": SAM(0.1),
+    "asam": SAM(0.5, adaptive=True),
+    "average-sam": AverageSAM(0.1),
+    "amp": AdversarialModelPerturbation(0.2, zeta=0.5, ascents=2),
+}
 
 
 class Notes(UserList):

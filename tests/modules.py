@@ -20,6 +20,27 @@ def sgd(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
 
 
+OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "sgd": sgd,
+    "adamw": lambda module: torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1),
+}
+
+
+class Scaler(torch.amp.GradScaler):
+    """One whose third step finds an overflow."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", init_scale=64.0)
+        self.calls = 0
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.calls == 3:
+            for group in optimizer.param_groups:
+                group["params"][0].grad.fill_(torch.inf)
+        return super().step(optimizer, *args, **kwargs)
+
+
 def standing_still(module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(module.parameters(), lr=0.0)
 

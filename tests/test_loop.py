@@ -3,7 +3,6 @@
 import copy
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,13 @@ import cases
 import loop_ddp_script
 import pytest
 import torch
-from modules import Classifier, Net, sgd
+from cases import PERTURBATIONS
+from modules import OPTIMIZERS, Classifier, Net, Scaler
 from torch import Tensor, nn
 
 from lightning_ire import (
     IRE,
     SAM,
-    AdversarialModelPerturbation,
-    AverageSAM,
     EmpiricalFisher,
     HutchinsonHessian,
     IREStep,
@@ -28,17 +26,6 @@ from lightning_ire import (
 )
 from lightning_ire._checks import ConfigurationError
 
-OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-    "sgd": sgd,
-    "adamw": lambda module: torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1),
-}
-PERTURBATIONS: dict[str, Any] = {
-    "none": None,
-    "sam": SAM(0.1),
-    "asam": SAM(0.5, adaptive=True),
-    "average-sam": AverageSAM(0.1),
-    "amp": AdversarialModelPerturbation(0.2, zeta=0.5, ascents=2),
-}
 BOOST = {"kappa": 2.0, "gamma": 0.7, "interval": 3}
 
 
@@ -155,21 +142,6 @@ def test_the_loop_goes_on_from_the_callbacks_state() -> None:
     step.load_state_dict(ire.state_dict())
     assert not list(cases.differences(step.state_dict(), ire.state_dict()))
     assert step.progress.step == len(cases.loader(cases.data()))
-
-
-class Scaler(torch.amp.GradScaler):
-    """One whose third step finds an overflow."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu", init_scale=64.0)
-        self.calls = 0
-
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        if self.calls == 3:
-            for group in optimizer.param_groups:
-                group["params"][0].grad.fill_(torch.inf)
-        return super().step(optimizer, *args, **kwargs)
 
 
 def test_a_grad_scaler_scales_unscales_and_skips() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -143,17 +143,6 @@ class AccelerateHost(LocalHost):
             modules: The model and all below it.
         """
         return muted(self.accelerator, "log", "print")
-
-    def step(self, optimizer: Optimizer, clip: Callable[[], Any] | None) -> None:
-        """Clip and step.
-
-        Args:
-            optimizer: The optimizer that `accelerator.prepare` returned, whose gradients are complete.
-            clip: What clips them; ``None``: nothing does.
-        """
-        if clip is not None:
-            clip()
-        optimizer.step()
 
 
 def check_accelerator(accelerator: Accelerator) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -139,17 +139,6 @@ class FabricHost(LocalHost):
         """
         with muted_logging(modules), muted(self.fabric, "log", "log_dict", "print"), backward_allowed():
             yield
-
-    def step(self, optimizer: Optimizer, clip: Callable[[], Any] | None) -> None:
-        """Clip and step.
-
-        Args:
-            optimizer: The optimizer that `fabric.setup` returned, whose gradients are complete.
-            clip: What clips them; ``None``: nothing does.
-        """
-        if clip is not None:
-            clip()
-        optimizer.step()
 
 
 def _set_up(given: Any, what: str) -> Any:

@@ -15,7 +15,7 @@ from accelerate import DistributedType
 from lightning.fabric.plugins import MixedPrecision as FabricMixedPrecision
 from lightning.fabric.strategies import FSDPStrategy as FabricFSDP
 from lightning.pytorch.strategies import FSDPStrategy
-from modules import Net, sgd
+from modules import Net, Scaler, sgd
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -184,20 +184,6 @@ def preview(loop: str, folder: Path) -> None:
 
     LOOPS[loop](replace(job, after=show, epochs=1))
     assert "all that take part" in said[0].splitlines()[-1]
-
-
-class Scaler(torch.amp.GradScaler):
-    """One whose third step finds an overflow."""
-
-    def __init__(self) -> None:
-        super().__init__("cpu", init_scale=64.0)
-        self.calls = 0
-
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        if self.calls == 3:
-            optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
-        return super().step(optimizer, *args, **kwargs)
 
 
 def overflow(loop: str, folder: Path) -> None:

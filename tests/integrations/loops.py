@@ -14,18 +14,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from lightning.fabric import Fabric
-from modules import Classifier, Net, sgd
+from modules import OPTIMIZERS, Classifier, Net
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lightning_ire import IRE, AccelerateHost, FabricHost, IREStep, LocalHost, SharpnessMonitor
 from lightning_ire.integrations.transformers import attach
-
-OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
-    "sgd": sgd,
-    "adamw": lambda module: torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1),
-}
 
 
 class WithLoss(nn.Module):

@@ -2,23 +2,17 @@
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
+from cases import PERTURBATIONS
+from modules import OPTIMIZERS
 
 from integrations.features import BOOST, FEATURES, LIGHTNING, Feature, assert_same, features_table
-from integrations.loops import LOOPS, OPTIMIZERS, Job, Run
-from lightning_ire import SAM, AdversarialModelPerturbation, AverageSAM, tags
+from integrations.loops import LOOPS, Job, Run
+from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
 
 TESTS = Path(__file__).parent.parent
-PERTURBATIONS: dict[str, Any] = {
-    "none": None,
-    "sam": SAM(0.1),
-    "asam": SAM(0.5, adaptive=True),
-    "average-sam": AverageSAM(0.1),
-    "amp": AdversarialModelPerturbation(0.2, zeta=0.5, ascents=2),
-}
 
 
 @functools.cache
