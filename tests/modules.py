@@ -27,15 +27,16 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
 
 
 class Scaler(torch.amp.GradScaler):
-    """One whose third step finds an overflow."""
+    """One whose third step, or that one, finds an overflow."""
 
-    def __init__(self) -> None:
+    def __init__(self, overflow: int = 3) -> None:
         super().__init__("cpu", init_scale=64.0)
         self.calls = 0
+        self.overflow = overflow
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
-        if self.calls == 3:
+        if self.calls == self.overflow:
             for group in optimizer.param_groups:
                 group["params"][0].grad.fill_(torch.inf)
         return super().step(optimizer, *args, **kwargs)

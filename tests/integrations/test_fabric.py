@@ -8,14 +8,17 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric import Fabric
 from lightning.fabric.loggers import CSVLogger
-from modules import Classifier, Net, sgd
+from lightning.fabric.plugins import MixedPrecision
+from modules import Classifier, Net, Scaler, sgd
 from torch import Tensor
 
-from integrations.features import BOOST, data
-from integrations.loops import WithLoss
+from integrations.features import BOOST, assert_same, data
+from integrations.loops import LOOPS, Job, WithLoss
 from lightning_ire import (
     IRE,
     SAM,
+    AdversarialModelPerturbation,
+    EmpiricalFisher,
     FabricHost,
     HutchinsonHessian,
     IREStep,
@@ -85,6 +88,16 @@ def test_estimates_go_backward_by_themselves_in_mixed_precision(curvature: Any) 
     assert not measured.skipped
     with pytest.raises(RuntimeError, match=r"call `fabric.backward\(loss\)`"):
         model(*data()[0])["loss"].backward()
+
+
+def test_the_scale_of_a_grad_scaler_cancels_out() -> None:
+    """Powers of two are exact: the values of the log too are those without one."""
+    plugin = MixedPrecision("bf16-mixed", "cpu")
+    plugin.scaler = Scaler(overflow=0)
+    settings = {**BOOST, "curvature": EmpiricalFisher(), "perturbation": AdversarialModelPerturbation(0.2, zeta=0.5)}
+    scaled = LOOPS["Fabric"](Job(settings, options={"plugins": [plugin]}))
+    assert plugin.scaler.calls == 16
+    assert_same(scaled, LOOPS["Fabric"](Job(settings, bf16=True)))
 
 
 class Logs(Classifier):
