@@ -164,6 +164,8 @@ def test_two_models_may_share_a_host() -> None:
         model, optimizer = fabric.setup(module, sgd(module))
         steps.append((IREStep(model, optimizer, host=host, kappa=0.0, perturbation=SAM(0.1)), model))
         modules.append(module)
+    steps[0][0].epoch = 3
+    assert steps[1][0].epoch == 0
     for batch in data():
         for step, model in steps:
             step(lambda batch, model=model: model(*batch), batch)
