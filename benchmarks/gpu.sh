@@ -23,6 +23,10 @@ part() { # seconds, name, command
 
 part 150 tests "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu \
   tests/test_gpu.py tests/test_fp16.py tests/test_sharpness_gpu.py tests/functional/test_state.py
+# the loops of others too, where their packages are
+if "$PYTHON" -c 'import accelerate, transformers' 2>/dev/null; then
+  part 60 loops "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/integrations/test_gpu_loops.py
+fi
 part 70 tf32 "$PYTHON" benchmarks/step_cost.py --device cuda --rounds 20 --tf32 --output "$OUT/step_cost_tf32.json"
 part 60 bf16 "$PYTHON" benchmarks/step_cost.py --device cuda --rounds 20 --precision bf16-mixed --no-memory \
   --output "$OUT/step_cost_bf16.json"

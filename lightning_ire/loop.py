@@ -323,7 +323,15 @@ class IREStep(LoopStep):
 
         Returns:
             How many coordinates of each parameter are flat, one line each, and of all in the last one.
+
+        Raises:
+            ConfigurationError: Between the micro-batches of a step.
         """
+        if self._losses is not None:
+            raise ConfigurationError(
+                "Expected `preview` between two steps, got it between the micro-batches of one: call it after "
+                "`accelerator.sync_gradients` was true."
+            )
         self.host.take(len(batches))
         return self.engine.preview([(batch,) for batch in batches], loss_of, None)
 

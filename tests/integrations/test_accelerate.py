@@ -85,6 +85,8 @@ def test_a_window_whose_loss_fails_is_dropped_with_its_gradients() -> None:
     first, second, third, fourth = data()[:4]
     with accelerator.accumulate(model):
         step(lambda batch: model(*batch), first)
+    with pytest.raises(ConfigurationError, match="Expected `preview` between two steps"):
+        step.preview(lambda batch: model(*batch), second)
     with pytest.raises(ArithmeticError), accelerator.accumulate(model):
         step(fails, second)
     for batch in (third, fourth):
