@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import cases
 import pytest
 from cases import PERTURBATIONS
 from modules import OPTIMIZERS
@@ -26,7 +27,7 @@ def parity_job(perturbation: str, optimizer: str, accumulate: int) -> Job:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", cases.first_at_once(OPTIMIZERS))
 @pytest.mark.parametrize("loop", [loop for loop in LOOPS if loop != LIGHTNING])
 def test_every_loop_is_the_trainer(
     loop: str, optimizer: str, perturbation: str, accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

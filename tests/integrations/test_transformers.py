@@ -81,9 +81,13 @@ def rows_of(trainer: Trainer) -> list[dict[str, float]]:
         pytest.param({}, id="accumulated"),
         pytest.param({"bf16": True}, id="bf16"),
         pytest.param({"max_grad_norm": 0.05, "lr_scheduler_type": "cosine"}, id="clipped"),
-        pytest.param({"label_smoothing_factor": 0.1}, id="smoothed"),
-        pytest.param({"gradient_accumulation_steps": 5, "max_steps": -1, "num_train_epochs": 2}, id="short-window"),
-        pytest.param({"neftune_noise_alpha": 5.0, "optim": "adafactor"}, id="neftune"),
+        pytest.param({"label_smoothing_factor": 0.1}, id="smoothed", marks=pytest.mark.slow),
+        pytest.param(
+            {"gradient_accumulation_steps": 5, "max_steps": -1, "num_train_epochs": 2},
+            id="short-window",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"neftune_noise_alpha": 5.0, "optim": "adafactor"}, id="neftune", marks=pytest.mark.slow),
     ],
 )
 def test_a_second_pass_at_the_same_weights_is_the_plain_trainer(changes: dict[str, Any]) -> None:
