@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_whole
+from lightning_ire.engine._torch import run_first
 from lightning_ire.engine.boost import boost_factors
-from lightning_ire.engine.host import LocalHost
+from lightning_ire.engine.host import LocalHost, check_host
 from lightning_ire.engine.optimizers import check_optimizers, named_parameters
 from lightning_ire.engine.recipe import Recipe
 from lightning_ire.engine.replay import loss_of as loss_in
@@ -52,8 +53,13 @@ class LoopStep:
         self, recipe: Recipe, model: nn.Module, optimizer: Optimizer, host: LocalHost, length: int | None
     ) -> None:
         recipe.check_start()
+        for name, value, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
+            if not isinstance(value, kind):
+                raise ConfigurationError(
+                    f"Expected `{name}` to be a torch {kind.__name__}, got {type(value).__name__}."
+                )
         self.recipe = recipe
-        self.host = copy.copy(host)  # of its own: one may be given for two models
+        self.host = copy.copy(check_host(host))  # of its own: one may be given for two models
         self.module = self.host.prepare(model)
         self.optimizer = inner = self.host.unwrapped(optimizer)
         self.logs: dict[str, Tensor] = {}
@@ -116,8 +122,14 @@ class LoopStep:
 
         Args:
             headroom: `stability/kappa_headroom` of ``measure_sharpness(..., ["kappa_headroom"], step=step)``, which
-                there is once a step has made a mask; the same number in all processes.
+                there is once a step has made a mask; the same number in all processes. One that is not finite leaves
+                kappa as it is.
+
+        Raises:
+            ConfigurationError: If it is negative, or no number.
         """
+        if not isinstance(headroom, (int, float)) or headroom < 0:
+            raise ConfigurationError(f"Expected `headroom` to be a number >= 0, got {headroom!r}.")
         self.progress.note_headroom(self.recipe, headroom)
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,6 +151,10 @@ class LoopStep:
         Raises:
             ConfigurationError: If a newer release saved it, or it is none.
         """
+        if not isinstance(state, Mapping):
+            raise ConfigurationError(
+                f"Expected the state that `state_dict()` returned, a mapping, got {type(state).__name__}."
+            )
         check_version(state)
         saved: Sequence[Mapping[str, Any]] = state.get("optimizers", [])
         if len(saved) != 1:
@@ -242,9 +258,18 @@ class IREStep(LoopStep):
             )
         recipe = Recipe(**settings)
         _check_that_no_length_is_needed(recipe)
+        if host is None:
+            _check_that_no_host_is_needed(optimizer)
+        if clip is not None and not callable(clip):
+            raise ConfigurationError(
+                "Expected `clip` to be a function of the parameters, such as "
+                f"`lambda p: torch.nn.utils.clip_grad_norm_(p, 1.0)`, got {clip!r}."
+            )
         super().__init__(recipe, model, optimizer, LocalHost() if host is None else host, length=None)
         self.clip = clip
         self._stepped = optimizer
+        self._stepping = self._over = False
+        self._guard = run_first(self.optimizer.register_step_pre_hook(self._refuse_other_steps))
         self._losses: list[Tensor] | None = None  # of a step that is half done
         self._active = False
 
@@ -263,8 +288,11 @@ class IREStep(LoopStep):
         Raises:
             ConfigurationError: If there is no batch, or no loss.
         """
-        if not batches:
-            raise ConfigurationError("Expected `step(loss_of, batch)` with at least one batch, got none.")
+        if not batches or not callable(loss_of):
+            got = "none" if not batches else f"a {type(loss_of).__name__} in place of the function"
+            raise ConfigurationError(f"Expected `step(loss_of, batch)` with at least one batch, got {got}.")
+        if self._over:
+            raise ConfigurationError("Expected a step that is in use, got one after `release()`: make another IREStep.")
         step, host = self.engine, self.host
         host.take(len(batches))
         if self._losses is None:
@@ -288,11 +316,13 @@ class IREStep(LoopStep):
             if over:
                 if step.window is not None:
                     step.finish_gradient(step.window.second_pass)
+                self._stepping = True
                 host.step(self._stepped, None if self.clip is None else self._clip)
         except BaseException:
             self._losses, over = None, True
             raise
         finally:
+            self._stepping = False
             if over:
                 step.end()
         if over:
@@ -332,8 +362,24 @@ class IREStep(LoopStep):
                 "Expected `preview` between two steps, got it between the micro-batches of one: call it after "
                 "`accelerator.sync_gradients` was true."
             )
+        if not batches:
+            raise ConfigurationError("Expected `preview(loss_of, batch)` with at least one batch, got none.")
         self.host.take(len(batches))
         return self.engine.preview([(batch,) for batch in batches], loss_of, None)
+
+    def release(self) -> None:
+        """Take the hooks off the optimizer, which another `IREStep` may then have; this one is over."""
+        self._guard.remove()
+        self._over = True
+        super().release()
+
+    def _refuse_other_steps(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """A step by hand beside ours would move the weights once more, and be boosted and counted."""
+        if not self._stepping:
+            raise ConfigurationError(
+                "Expected the optimizer's steps to be made by `step(loss_of, batch)` alone, got a call of "
+                "`optimizer.step()` beside it: leave that out, or call `release()` first."
+            )
 
     def _checked(self, output: Any) -> Tensor:
         loss = loss_in(output)
@@ -347,6 +393,18 @@ class IREStep(LoopStep):
     def _clip(self) -> None:
         assert self.clip is not None
         self.clip([parameter for group in self.optimizer.param_groups for parameter in group["params"]])
+
+
+def _check_that_no_host_is_needed(optimizer: Optimizer) -> None:
+    """An optimizer that another package has wrapped is stepped by that package's rules."""
+    packages = {base.__module__.split(".")[0] for base in type(optimizer).__mro__}
+    hosts = {"accelerate": "AccelerateHost(accelerator)", "lightning": "FabricHost(fabric)"}
+    for package, host in hosts.items():
+        if package in packages:
+            raise ConfigurationError(
+                f"Expected `host={host}` with an optimizer that {package} has wrapped, got a "
+                f"{type(optimizer).__name__} without: add it."
+            )
 
 
 def _check_that_no_length_is_needed(recipe: Recipe) -> None:

@@ -196,6 +196,8 @@ def test_released_it_does_nothing_more() -> None:
     IREStep(model, optimizer, kappa=0.0).release()
     optimizer.step()
     assert step.progress.step == 0
+    with pytest.raises(ConfigurationError, match=r"after `release\(\)`: make another IREStep"):
+        step(cases.loss_of(model), next(iter(cases.loader(cases.data()))))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +224,15 @@ def test_what_is_no_loss_is_one_line() -> None:
     (x, y), *_ = cases.loader(cases.data())
     with pytest.raises(ConfigurationError, match="at least one batch, got none"):
         step(cases.loss_of(model))
+    with pytest.raises(ConfigurationError, match="got a tuple in place of the function"):
+        step((x, y), cases.loss_of(model))
+    with pytest.raises(ConfigurationError, match=r"Expected `preview\(loss_of, batch\)` with at least one"):
+        step.preview(cases.loss_of(model))
+    for headroom in (-5.0, "x", None):
+        with pytest.raises(ConfigurationError, match="`headroom` to be a number >= 0"):
+            step.note_headroom(headroom)
+    with pytest.raises(ConfigurationError, match="a mapping, got NoneType"):
+        step.load_state_dict(None)
     with pytest.raises(ConfigurationError, match=r"a scalar loss with its graph, got a tensor of shape \(8, 4\)"):
         step(lambda batch: model.net(batch[0]), (x[:8], y))
     with pytest.raises(ConfigurationError, match="got one without a graph"):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError
 
-__all__ = ["Host", "LocalHost", "dtype_of_autocast"]
+__all__ = ["Host", "LocalHost", "check_host", "dtype_of_autocast"]
 
 
 class Host(Protocol):
@@ -238,6 +238,23 @@ class LocalHost:
             clip()
         self.scaler.step(optimizer)
         self.scaler.update()
+
+
+def check_host(host: Any) -> LocalHost:
+    """A host, if it is one.
+
+    Args:
+        host: What came.
+
+    Raises:
+        ConfigurationError: If it is something else, such as the object that a host is made of.
+    """
+    if not isinstance(host, LocalHost):
+        raise ConfigurationError(
+            "Expected `host` to be LocalHost(), FabricHost(fabric) or AccelerateHost(accelerator), got "
+            f"{getattr(host, '__name__', type(host).__name__)}."
+        )
+    return host
 
 
 def dtype_of_autocast(device: torch.device, context: AbstractContextManager[Any]) -> torch.dtype | None:

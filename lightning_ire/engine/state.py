@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_ire import tags
 from lightning_ire._checks import ConfigurationError
 from lightning_ire.engine.collectives import warn_on_rank_zero
 from lightning_ire.engine.host import Host
@@ -212,6 +213,9 @@ class Progress:
         self.seed = state.get("seed", self.seed)
         self.auto_kappa = state.get("auto_kappa", 0.0)
         self.last_logged = dict(state.get("shown", self.last_logged))
+        if self.perturbation == type(None).__name__:  # else their last values would be logged for ever
+            for tag in (tags.PERTURBED_LOSS, tags.GRAD_NORM):
+                self.last_logged.pop(tag, None)
         if state.get("perturbation") == self.perturbation:
             self.memory.load_state_dict(state.get("memory", {}), parameters)
         misfits = self.masks.load_state_dict(state.get("flat", {}), parameters)

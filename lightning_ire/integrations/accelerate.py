@@ -36,7 +36,8 @@ class AccelerateHost(LocalHost):
 
     Raises:
         ConfigurationError: For DeepSpeed, FSDP, Megatron-LM, XLA, tensor and context parallelism; by
-            :class:`~lightning_ire.IREStep` for a model or an optimizer that `prepare` has not returned.
+            :class:`~lightning_ire.IREStep` for an optimizer that `prepare` has not returned, and for such a model where
+            several processes train it (in one process `prepare` may leave a model as it is).
 
     Example:
         >>> import torch
@@ -154,6 +155,10 @@ def check_accelerator(accelerator: Accelerator) -> None:
     Raises:
         ConfigurationError: With the remedy, in one line.
     """
+    if not hasattr(accelerator, "distributed_type"):
+        raise ConfigurationError(
+            f"Expected `AccelerateHost(accelerator)` with an Accelerator, got {type(accelerator).__name__}."
+        )
     kind, plan = accelerator.distributed_type, accelerator.parallelism_config
     what = ""
     if kind == DistributedType.FSDP:

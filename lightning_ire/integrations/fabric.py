@@ -59,6 +59,8 @@ class FabricHost(LocalHost):
 
     def __init__(self, fabric: Fabric) -> None:
         super().__init__()
+        if not hasattr(fabric, "strategy"):
+            raise ConfigurationError(f"Expected `FabricHost(fabric)` with a Fabric, got {type(fabric).__name__}.")
         strategy = fabric.strategy
         supported = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
         if not supported or isinstance(strategy, SingleDeviceXLAStrategy):

@@ -186,7 +186,7 @@ class Attachment:
         self._callback = _Callback(self)
         self._always, self._in_training = Patches(), Patches()
         self.probe: list[Any] = []
-        self._measured_at = -1
+        self._measured_at = self._epoch = -1
         self._checkpoint: str | None = None
         self._between()
         if self.idle:
@@ -212,7 +212,7 @@ class Attachment:
 
     @property
     def logs(self) -> dict[str, Tensor]:
-        """The values of the last step that was logged, by tag."""
+        """The values of the last step, by tag; norms of steps only where the Trainer was to log."""
         return {} if self.step is None else self.step.logs
 
     def state_dict(self) -> dict[str, Any]:
@@ -244,7 +244,8 @@ class Attachment:
         """
         self._end()
         trainer = self._trainer
-        self._measured_at = -1
+        self._host = TransformersHost(trainer)  # a search for hyper-parameters makes another accelerator for each trial
+        self._measured_at = self._epoch = -1
         if self.sharpness is not None:
             self.probe = list(self._given) if self._given is not None else self._drawn(loader, self.sharpness)
         if self._plain:
@@ -301,7 +302,7 @@ class Attachment:
 
     def _between(self) -> None:
         """No step is under way."""
-        self._half_done = self._active = self._armed = self._inside = self._logs_now = False
+        self._half_done = self._active = self._armed = self._inside = False
         self._output: Any = None
 
     def begin_epoch(self, epoch: float) -> None:
@@ -311,10 +312,12 @@ class Attachment:
             epoch: Epochs so far.
         """
         self._between()
+        # data without a length leave the Trainer's own number between two whole ones
+        self._epoch = self._epoch + 1 if self._epoch >= 0 else int(epoch)
         if self.step is None:
             return
         self.step.engine.drop_window()
-        self._host.epoch = int(epoch)
+        self._host.epoch = self._epoch
         if self.step.progress.loss_count and epoch == int(epoch):  # saved after an epoch's last step, before its end
             self.step.end_epoch()
 
@@ -323,8 +326,7 @@ class Attachment:
         if self.step is not None and self.step.progress.waits_for_loss(self.recipe):
             self.step.end_epoch()
         every = None if self.sharpness is None else self.sharpness.every_n_epochs
-        epochs = self._trainer.state.epoch or 0.0
-        if every and epochs == int(epochs) and int(epochs) % every == 0:
+        if every and (self._epoch + 1) % every == 0:
             self._measure()
 
     # A step
@@ -348,10 +350,8 @@ class Attachment:
                     "does not: its passes could not be repeated; let it call `self.compute_loss`."
                 )
             step.engine.after_backward()
-            if last:
-                self._logs_now = self._host.will_log
-                if window is not None:
-                    step.engine.finish_gradient(window.second_pass)
+            if last and window is not None:
+                step.engine.finish_gradient(window.second_pass)
         except BaseException:
             step.engine.end()
             self._between()
@@ -411,9 +411,7 @@ class Attachment:
         """The optimizer has stepped, or a GradScaler has left the step out."""
         if self.step is None:
             return
-        logs = dict(self.step.engine.take_logs(self._logs_now))
-        if self._logs_now:
-            self.step.logs = logs
+        self.step.logs = dict(self.step.engine.take_logs(wanted=True))
         self.step.engine.end()
         self._half_done = False
 
@@ -593,8 +591,9 @@ def _check(trainer: Any, recipe: Recipe, sharpness: SharpnessMonitor | None, pro
             "Expected a measurement of the stability beside `kappa='auto'`, got none: add "
             "`sharpness=SharpnessMonitor(every_n_steps=100, quantities=['stability'])`, or set `kappa` to a number."
         )
-    if probe is not None and not len(probe):
-        raise ConfigurationError("Expected `probe` to be a list of at least one batch, got none.")
+    if probe is not None and not (isinstance(probe, Sequence) and len(probe)):
+        got = "none" if isinstance(probe, Sequence) else type(probe).__name__
+        raise ConfigurationError(f"Expected `probe` to be a list of at least one batch, got {got}.")
     if probe is not None and sharpness is None:
         raise ConfigurationError("Expected `sharpness` beside `probe`, got none: add a SharpnessMonitor(...).")
     if sharpness is not None and probe is None and isinstance(trainer.train_dataset, IterableDataset):

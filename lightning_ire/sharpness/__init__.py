@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_ire._checks import ConfigurationError, check_choice, check_whole
 from lightning_ire.engine.collectives import warn_on_rank_zero
-from lightning_ire.engine.host import LocalHost
+from lightning_ire.engine.host import LocalHost, check_host
 from lightning_ire.engine.sharding import GatheredWeights
 from lightning_ire.engine.state import Progress
 from lightning_ire.functional import is_sharded
@@ -104,7 +105,15 @@ def measure_sharpness(
         raise ConfigurationError("Expected `batches` to be a list of at least one batch, got none.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("Expected a model with parameters that require a gradient, got one without.")
-    host = LocalHost() if host is None else copy.copy(host)
+    if not isinstance(batches, Sequence):
+        raise ConfigurationError(
+            f"Expected `batches` to be a list of batches, got {type(batches).__name__}: give some, for instance "
+            "`list(itertools.islice(loader, 2))`."
+        )
+    host = LocalHost() if host is None else copy.copy(check_host(host))
+    if optimizer is not None:
+        with suppress(ConfigurationError):  # torch's own will do as well as what the loop made of it
+            optimizer = host.unwrapped(optimizer)
     module = host.prepare(model)
     check_products(hvp, module)
     if host.data_parallel is None:

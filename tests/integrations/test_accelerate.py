@@ -35,6 +35,37 @@ def test_what_was_not_prepared_is_refused() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_forgotten_is_said() -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = prepared(accelerator)
+    with pytest.raises(
+        ConfigurationError, match=r"Expected `host=AccelerateHost\(accelerator\)`.*AcceleratedOptimizer"
+    ):
+        IREStep(model, optimizer, **BOOST)
+    with pytest.raises(ConfigurationError, match=r"Expected `host` to be LocalHost\(\), .*got Accelerator"):
+        IREStep(model, optimizer, host=accelerator, **BOOST)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="with an Accelerator, got NoneType"):
+        AccelerateHost(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="Expected `model` to be a torch Module, got AcceleratedOptimizer"):
+        IREStep(optimizer, model, host=AccelerateHost(accelerator), **BOOST)
+    with pytest.raises(ConfigurationError, match=r"`clip` to be a function of the parameters.*got 1.0"):
+        IREStep(model, optimizer, host=AccelerateHost(accelerator), clip=1.0, **BOOST)  # type: ignore[arg-type]
+
+
+def test_the_loops_old_lines_are_refused() -> None:
+    """A step beside ours would move the weights once more."""
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = prepared(accelerator)
+    step = IREStep(model, optimizer, host=AccelerateHost(accelerator), **BOOST)
+    first, second = data()[:2]
+    step(lambda batch: model(*batch), first)
+    with pytest.raises(ConfigurationError, match=r"`optimizer.step\(\)` beside it: leave that out"):
+        optimizer.step()
+    step(lambda batch: model(*batch), second)
+    assert step.progress.step == 2
+    assert tags.STEP_NORM_FLAT in step.logs
+
+
 def test_between_the_steps_of_a_window_nothing_moves() -> None:
     """The scheduler follows the steps; the values of the log are those of the last whole step."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
@@ -146,6 +177,8 @@ def test_extra_passes_log_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert [list(row) for row in tracker.rows[:3]] == [["loss"]] * 3
     assert tags.STEP_NORM_FLAT in tracker.rows[3]
     assert capsys.readouterr().out == "one pass\n" * 3
-    measured = measure_sharpness(model, loss_of, data()[:1], ["lambda_max"], host=AccelerateHost(accelerator))
+    wanted, host = ["lambda_max", "stability"], AccelerateHost(accelerator)
+    for given in (optimizer, optimizer.optimizer):
+        measured = measure_sharpness(model, loss_of, data()[:1], wanted, host=host, optimizer=given)
+        assert measured.values.keys() >= {tags.LAMBDA_MAX, tags.RATIO}
     assert len(tracker.rows) == 4
-    assert measured.values[tags.LAMBDA_MAX] > 0

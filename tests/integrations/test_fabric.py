@@ -66,6 +66,10 @@ def test_what_fabric_has_not_set_up_is_refused() -> None:
     for what, given in (("model", (module, optimizer)), ("optimizer", (model, optimizer.optimizer))):
         with pytest.raises(ConfigurationError, match=rf"Expected the {what} that `fabric.setup\(model, optimizer\)`"):
             IREStep(*given, host=FabricHost(fabric), **BOOST)
+    with pytest.raises(ConfigurationError, match=r"Expected `host=FabricHost\(fabric\)`.*got a FabricSGD without"):
+        IREStep(model, optimizer, **BOOST)
+    with pytest.raises(ConfigurationError, match="with a Fabric, got NoneType"):
+        FabricHost(None)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="Expected the model"):
         measure_sharpness(module, lambda batch: module(batch).sum(), [torch.ones(2, 6)], host=FabricHost(fabric))
 

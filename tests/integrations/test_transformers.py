@@ -382,6 +382,7 @@ class Stream(IterableDataset):
         ({}, {"ire": IRE(kappa="auto")}, r"sharpness=SharpnessMonitor"),
         ({}, {"sharpness": 3}, r"SharpnessMonitor\(every_n_steps=100\), got int"),
         ({}, {"sharpness": SharpnessMonitor(), "probe": []}, "at least one batch, got none"),
+        ({}, {"sharpness": SharpnessMonitor(), "probe": 5}, "at least one batch, got int"),
         ({}, {"ire": IRE(), "probe": [1]}, "Expected `sharpness` beside `probe`"),
         ({"n_gpu": 4}, {"ire": IRE()}, "DataParallel over 4 GPUs: launch with `torchrun --nproc-per-node 4`"),
         ({"optim": "lomo"}, {"ire": IRE()}, "steps inside the backward pass"),
@@ -410,6 +411,41 @@ def test_a_part_of_a_batch_is_refused_where_losses_are_parts_of_a_sum() -> None:
     attach(trainer, SAM(0.1, fraction=0.5))
     with pytest.raises(ConfigurationError, match="Expected `fraction` 1"):
         trainer.train()
+
+
+def test_epochs_of_data_without_a_length() -> None:
+    """The Trainer's own number of the epoch is no whole one there."""
+    trainer = trainer_of(max_steps=16)  # of 6 in a pass
+    trainer.train_dataset = Stream()
+    probe = [{key: torch.stack([row[key] for row in texts()[:4]]) for key in ("input_ids", "labels")}]
+    monitor = SharpnessMonitor(quantities=["lambda_max"], max_iterations=2)
+    attached = attach(trainer, IRE(**BOOST, start_epoch=1), monitor, probe=probe)
+    trainer.train()
+    assert attached.state_dict()["optimizers"][0]["started_at"] == 6
+    assert [row["step"] for row in trainer.state.log_history if tags.LAMBDA_MAX in row] == [6, 12, 16]
+
+
+def test_a_row_that_a_callback_asks_for_has_the_values_of_its_step() -> None:
+    """And a run without SAM none of the run with SAM that it goes on from."""
+
+    class Asks(SeedStep):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_log = control.should_log or state.global_step == 5
+
+    rows = []
+    for every in (1, 3):
+        trainer = trainer_of(logging_steps=every, save_strategy="steps", save_steps=3)
+        trainer.add_callback(Asks())
+        attach(trainer, IRE(**BOOST, perturbation=SAM(0.1)))
+        trainer.train()
+        rows.append({row["step"]: row[tags.GRAD_NORM] for row in trainer.state.log_history if tags.GRAD_NORM in row})
+    assert rows[1] == {step: rows[0][step] for step in (3, 5, 6)}
+    trainer = trainer_of()
+    attach(trainer, IRE(**BOOST))
+    trainer.train(resume_from_checkpoint="out/checkpoint-3")
+    own = [row for row in trainer.state.log_history if row["step"] > 3 and "loss" in row]
+    assert own
+    assert not any(tags.GRAD_NORM in row for row in own)
 
 
 def test_stopped_in_the_middle_of_a_window_the_next_epoch_begins_anew() -> None:
