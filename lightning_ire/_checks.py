@@ -211,11 +211,10 @@ class NotForFabric:
         Raises:
             ConfigurationError: With what to write, in one line.
         """
-        if self.for_fabric:
-            name = type(self).__name__
+        if instead := self.for_fabric:
             raise ConfigurationError(
-                f"Expected {name} in `Trainer(callbacks=...)`, got it in `Fabric(callbacks=...)`, where nothing calls "
-                f"it: write {self.for_fabric}."
+                f"Expected {type(self).__name__} in `Trainer(callbacks=...)`, got it in `Fabric(callbacks=...)`, where "
+                f"nothing calls it: write {instead}."
             )
 
     def on_after_optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -37,7 +37,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_ire._checks import ConfigurationError
-from lightning_ire._patches import Patches, behind_wrapper
+from lightning_ire._patches import Patches, behind_wrapper, nothing
 from lightning_ire.engine._torch import in_extra_pass
 
 __all__ = [
@@ -304,7 +304,7 @@ def muted_logging(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         try:
             for owner, name in loud:
-                patches.put(owner, name, _no_log)
+                patches.put(owner, name, nothing)
             if loop is not None and results is not None:
                 loop._results = _ResultCollection(training=results.training)
                 loop._results.batch, loop._results.batch_size = results.batch, results.batch_size
@@ -314,10 +314,6 @@ def muted_logging(modules: Iterable[nn.Module]) -> Iterator[None]:
     except BaseException:  # also for a Ctrl-C in the middle of it
         unmute()
         raise
-
-
-def _no_log(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 @contextmanager

@@ -298,40 +298,42 @@ class IREStep(LoopStep):
         if self._losses is None:
             self.optimizer.zero_grad()
             self._active, self._losses = step.switch_on(), []
-        losses = []
-        over = True
+        completes, losses = host.steps_now, []
         try:
             for index, batch in enumerate(batches):
-                if self._active:
-                    step.begin(loss_of)
-                last = host.steps_now and index == len(batches) - 1
-                with nullcontext() if last and (step.window is None or step.window.synchronized) else host.no_sync():
-                    loss = self._checked(step.forward(loss_of, batch) if self._active else loss_of(batch))
-                    losses.append(loss.detach())
-                    step.before_backward()
-                    host.backward(loss)
-                    step.after_backward()
-            over = host.steps_now
+                losses.append(self._pass(loss_of, batch, last=completes and index == len(batches) - 1))
             self._losses += losses
-            if over:
+            if completes:
                 if step.window is not None:
                     step.finish_gradient(step.window.second_pass)
                 self._stepping = True
                 host.step(self._stepped, None if self.clip is None else self._clip)
         except BaseException:
-            self._losses, over = None, True
+            self._losses = None
             raise
         finally:
             self._stepping = False
-            if over:
+            if completes or self._losses is None:
                 step.end()
-        if over:
+        if completes:
             if self.progress.waits_for_loss(self.recipe):
                 for one in self._losses:
                     self.progress.add_loss(one)
             self._losses = None
             self.logs = dict(step.take_logs(wanted=True))
         return torch.stack(losses).mean()
+
+    def _pass(self, loss_of: Callable[[Any], Any], batch: Any, last: bool) -> Tensor:
+        """Forward and backward over a micro-batch; the last of a step averages the gradients over the processes."""
+        step, host = self.engine, self.host
+        if self._active:
+            step.begin(loss_of)
+        with nullcontext() if last and (step.window is None or step.window.synchronized) else host.no_sync():
+            loss = self._checked(step.forward(loss_of, batch) if self._active else loss_of(batch))
+            step.before_backward()
+            host.backward(loss)
+            step.after_backward()
+        return loss.detach()
 
     @property
     def epoch(self) -> int:

@@ -29,6 +29,7 @@ from lightning_ire._lightning import data_parallel, moved_batch
 from lightning_ire.engine.no_trace import devices_of
 from lightning_ire.engine.object_state import kept
 from lightning_ire.functional import seeded
+from lightning_ire.sharpness.probe import drawn_samples
 
 __all__ = ["Probe", "probe_loader"]
 
@@ -92,19 +93,15 @@ class Probe:
         """
         allowed = _indices(loader)
         devices, rank = data_parallel(trainer)
-        generator = torch.Generator().manual_seed(seed)
-        per_device = max(len(allowed) // devices, 1)
         batched = loader.batch_sampler is not None  # else every item of the dataset is a batch
         usual = getattr(loader.batch_sampler, "batch_size", 1)
-        size = min(batch_size or usual, per_device) if batched else 1
-        count = min(num_batches, per_device // size)
-        order = torch.randperm(len(allowed), generator=generator)[: count * size * devices]
-        mine = order[rank::devices].tolist() or order[:1].tolist()
-        part = Subset(loader.dataset, [allowed[position] for position in mine])
-        workers = min(loader.num_workers, count)
+        asked = (batch_size or usual) if batched else 1
+        batches = drawn_samples(len(allowed), asked, num_batches, rank, devices, seed)
+        part = Subset(loader.dataset, [allowed[position] for batch in batches for position in batch])
+        workers = min(loader.num_workers, len(batches))
         reader: Iterable[Any] = DataLoader(
             part,
-            batch_size=size if batched else None,
+            batch_size=max(map(len, batches), default=1) if batched else None,
             num_workers=workers,
             collate_fn=loader.collate_fn,
             worker_init_fn=loader.worker_init_fn,

@@ -40,6 +40,7 @@ from lightning_ire.sharpness.quantities import (
     check_quantities,
     max_cost,
     measure,
+    with_headroom,
 )
 
 __all__ = ["SharpnessMonitor"]
@@ -470,8 +471,7 @@ class SharpnessMonitor(NotForFabric, Callback):
         """The quantities, with the largest stable kappa for an IRE whose kappa follows it."""
         ire = find_ire(trainer)
         follows = ire is not None and ire.kappa == AUTO and ire.started_at is not None
-        add = follows and "stability" in self.quantities and "kappa_headroom" not in self.quantities
-        return (*self.quantities, "kappa_headroom") if add else self.quantities
+        return with_headroom(self.quantities) if follows else self.quantities
 
     def _max_cost(self, trainer: pl.Trainer, batches: int) -> Cost:
         ire = find_ire(trainer)

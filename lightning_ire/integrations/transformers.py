@@ -39,6 +39,8 @@ from lightning_ire.integrations.accelerate import AccelerateHost, check_accelera
 from lightning_ire.loop import LoopStep
 from lightning_ire.perturbation import Perturbation
 from lightning_ire.sharpness import Measurement, measure_sharpness
+from lightning_ire.sharpness.probe import drawn_samples
+from lightning_ire.sharpness.quantities import with_headroom
 
 if TYPE_CHECKING:
     from lightning_ire.callbacks.sharpness_monitor import SharpnessMonitor
@@ -182,7 +184,7 @@ class Attachment:
         self.step: LoopStep | None = None
         self.last: Measurement | None = None
         self._trainer = trainer
-        self._host = TransformersHost(trainer)
+        self._host: TransformersHost
         self._callback = _Callback(self)
         self._always, self._in_training = Patches(), Patches()
         self.probe: list[Any] = []
@@ -374,7 +376,7 @@ class Attachment:
                 "call in the same step: let `compute_loss` return the whole loss."
             )
         self._armed = False
-        self._host.scaled = self._scaled((model, inputs, *args), kwargs)
+        self._host.scaled = self._scaled(args, kwargs)
         self._refuse_parts_of_a_sum()
         self._call = lambda batch: original(model, batch, *args, **kwargs)
         step.engine.forward(self._loss_of, inputs)
@@ -391,12 +393,17 @@ class Attachment:
         return self._host.of_the_engine(loss)
 
     def _scaled(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        """Whether the loss is divided by the number of items in all micro-batches, as `training_step` decides it."""
+        """Whether the loss is divided by the number of items in all micro-batches, as `training_step` decides it.
+
+        Args:
+            args: What `compute_loss` got besides model and inputs: whether to return outputs, the number of items.
+            kwargs: The same by name.
+        """
         trainer = self._trainer
-        items = kwargs.get("num_items_in_batch", next((one for one in args[2:] if not isinstance(one, bool)), None))
         known: bool | None = getattr(trainer, "loss_is_scaled_for_ga", None)
         if known is not None:
             return known
+        items = kwargs.get("num_items_in_batch", next((one for one in args if not isinstance(one, bool)), None))
         return bool((trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None)
 
     def _refuse_parts_of_a_sum(self) -> None:
@@ -449,10 +456,8 @@ class Attachment:
             return
         self._measured_at = trainer.state.global_step
         step = self.step
-        wanted: list[Any] = list(monitor.quantities)
         follows = step is not None and self.recipe.kappa == AUTO and step.progress.started_at is not None
-        if follows and "kappa_headroom" not in wanted:
-            wanted.append("kappa_headroom")
+        wanted: Any = with_headroom(monitor.quantities) if follows else monitor.quantities
         host = TransformersHost(trainer)
         module = host.prepare(trainer.model_wrapped)
         with _full_precision(trainer, module):
@@ -461,7 +466,7 @@ class Attachment:
                 lambda batch: self._loss_to_measure(module, batch),
                 self.probe,
                 wanted,
-                optimizer=host.unwrapped(trainer.optimizer),
+                optimizer=trainer.optimizer,
                 step=step,
                 host=host,
                 hvp=monitor.hvp,
@@ -484,16 +489,10 @@ class Attachment:
         dataset = loader.dataset
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ConfigurationError(_no_index(dataset))
-        rank, ranks = self._host.rank, self._host.world_size
-        per_rank = max(len(dataset) // ranks, 1)
-        size = min(monitor.batch_size or self._trainer.args.train_batch_size, per_rank)
-        count = min(monitor.num_batches, per_rank // size)
-        generator = torch.Generator().manual_seed(monitor.seed)
-        order = torch.randperm(len(dataset), generator=generator)[: count * size * ranks]
-        mine = order[rank::ranks].tolist() or order[:1].tolist()
+        rank, size = self._host.rank, monitor.batch_size or self._trainer.args.train_batch_size
+        parts = drawn_samples(len(dataset), size, monitor.num_batches, rank, self._host.world_size, monitor.seed)
         streams = seeded(monitor.seed + rank, devices_of(self._trainer.model))
         with kept(dataset, loader.collate_fn, leave=(Trainer,)), streams:
-            parts = [mine[start : start + size] for start in range(0, len(mine), size)]
             return [loader.collate_fn([dataset[index] for index in part]) for part in parts]
 
 
@@ -568,9 +567,11 @@ def _check(trainer: Any, recipe: Recipe, sharpness: SharpnessMonitor | None, pro
             f"Expected a `transformers.Trainer`, got {type(trainer).__name__}: Lightning's takes callbacks "
             "(`Trainer(callbacks=[IRE(...)])`)."
         )
-    if recipe.boosts or recipe.perturbation is not None:
-        recipe.check_start()
+    active = recipe.boosts or recipe.perturbation is not None
+    if active or sharpness is not None:
         check_accelerator(trainer.accelerator)
+    if active:
+        recipe.check_start()
         args = trainer.args
         what = ""
         if args.n_gpu > 1:

@@ -103,6 +103,16 @@ class Settings:
         check_number("rho", self.rho, low_open=True)
 
 
+def with_headroom(quantities: tuple[str, ...]) -> tuple[str, ...]:
+    """The quantities for a kappa that follows the largest stable one: that too, where the stability is measured.
+
+    Args:
+        quantities: Names.
+    """
+    add = "stability" in quantities and "kappa_headroom" not in quantities
+    return (*quantities, "kappa_headroom") if add else quantities
+
+
 def check_quantities(quantities: Sequence[str]) -> tuple[str, ...]:
     """Names of quantities, if they are some.
 
