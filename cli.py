@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test,predict,sweep} --config configs/NAME.yaml`."""
+"""The command line: `python cli.py {fit,validate,test,predict,sweep,compare,find,barrier} --config FILE`."""
 
 if __name__ == "__main__":
     try:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lightning_ire._checks import ConfigurationError
     from lightning_ire.callbacks.ire import IRE
     from lightning_ire.callbacks.sharpness_monitor import SharpnessMonitor
+    from lightning_ire.connectivity import Barrier, barrier
     from lightning_ire.curvature import (
         Curvature,
         EmpiricalFisher,
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
         LookSAM,
         MomentumSAM,
         Perturbation,
+        Rounding,
         StableSAM,
         WeightedSAM,
     )
-    from lightning_ire.sharpness import measure_sharpness
+    from lightning_ire.sharpness import fisher_information, measure_sharpness
 
 __version__ = "0.1.0"
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "AdversarialModelPerturbation",
     "Ascent",
     "AverageSAM",
+    "Barrier",
     "ConfigurationError",
     "Curvature",
     "EmpiricalFisher",
@@ -63,11 +66,14 @@ __all__ = [
     "MomentumSAM",
     "Perturbation",
     "RandomMask",
+    "Rounding",
     "SampledFisher",
     "SecondMoment",
     "SharpnessMonitor",
     "StableSAM",
     "WeightedSAM",
+    "barrier",
+    "fisher_information",
     "in_extra_pass",
     "measure_sharpness",
 ]
@@ -76,12 +82,13 @@ _MODULES = {
     "_checks": ("ConfigurationError",),
     "engine._torch": ("in_extra_pass",),
     "callbacks": ("IRE", "SharpnessMonitor"),
+    "connectivity": ("Barrier", "barrier"),
     "curvature": ("Curvature", "EmpiricalFisher", "HutchinsonHessian", "RandomMask", "SampledFisher", "SecondMoment"),
     "engine.host": ("LocalHost",),
     "integrations.accelerate": ("AccelerateHost",),
     "integrations.fabric": ("FabricHost",),
     "loop": ("IREStep",),
-    "sharpness": ("measure_sharpness",),
+    "sharpness": ("fisher_information", "measure_sharpness"),
     "perturbation": (
         "GSAM",
         "LESAM",
@@ -94,6 +101,7 @@ _MODULES = {
         "LookSAM",
         "MomentumSAM",
         "Perturbation",
+        "Rounding",
         "StableSAM",
         "WeightedSAM",
     ),
@@ -101,6 +109,7 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 _PUBLIC_MODULES = (
     "callbacks",
+    "connectivity",
     "curvature",
     "data",
     "engine",

@@ -90,22 +90,25 @@ def check_numbers(name: str, value: Any, **limits: Any) -> float | dict[str, flo
     return {pattern: check_number(name, one, where=f" of {pattern!r}", **limits) for pattern, one in value.items()}
 
 
-def check_whole(name: str, value: Any, *, low: int) -> int:
+def check_whole(name: str, value: Any, *, low: int, high: int | None = None) -> int:
     """Return `value` if it is a whole number that is at least `low`.
 
     Args:
         name: The argument's name, as the user typed it.
         value: What came.
         low: Smallest value allowed.
+        high: Largest value allowed; ``None``: any.
 
     Returns:
         The value.
 
     Raises:
-        ConfigurationError: If `value` is no whole number or too small.
+        ConfigurationError: If `value` is no whole number, too small or too large.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < low:
-        raise ConfigurationError(f"Expected `{name}` to be a whole number >= {low}, got {value!r}.")
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if not number or value < low or (high is not None and value > high):
+        allowed = f">= {low}" if high is None else f"from {low} to {high}"
+        raise ConfigurationError(f"Expected `{name}` to be a whole number {allowed}, got {value!r}.")
     return value
 
 

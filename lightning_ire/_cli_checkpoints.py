@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import glob
 import re
-import textwrap
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.migration import pl_legacy_patch
 
+from lightning_ire._checkpoint_files import misfit_reason, read_checkpoint
 from lightning_ire._checks import ConfigurationError
 
-__all__ = ["NAMES", "check_checkpoint", "find_checkpoint", "misfit", "on_this_machine"]
+__all__ = ["NAMES", "TRUST", "check_checkpoint", "find_checkpoint", "misfit", "on_this_machine"]
 
 NAMES = ("last", "best", "hpc")
 """Values of `ckpt_path` that stand for a file of an earlier run."""
 
+TRUST = "trust it with --weights_only false"
+"""What to write for a checkpoint with classes in it."""
 _EXPECTED = "Expected `ckpt_path` to be a checkpoint of Lightning (or one of last, best, hpc), got"
 _SHARDED = "meta.pt"  # in the folder that a sharded strategy saves
 
@@ -147,11 +147,8 @@ def misfit(error: Exception, path: str | None) -> str | None:
     Returns:
         The line; None if the error is about something else.
     """
-    message = str(error)
-    if not re.match(r"Error\(s\) in loading state_dict for|loaded state dict ", message):
-        return None
-    reason = textwrap.shorten(re.sub(r"^Error\(s\) in loading state_dict for \w+:", "", message), 200)
-    return f"Expected `ckpt_path` to be a checkpoint of this model and optimizer, got {path!r}: {reason}"
+    reason = misfit_reason(error)
+    return reason and f"Expected `ckpt_path` to be a checkpoint of this model and optimizer, got {path!r}: {reason}"
 
 
 def _folder(callback: ModelCheckpoint, trainer: Trainer, version: str | None) -> str:
@@ -191,20 +188,5 @@ def _number(name: str, prefix: str) -> int:
 
 
 def _read(path: str, weights_only: bool | None) -> dict[str, Any]:
-    """Return what a file holds; tensors stay on the disk until somebody looks at them."""
-    if not Path(path).is_file():
-        raise ConfigurationError(f"{_EXPECTED} {path!r}, which is {'a folder' if Path(path).is_dir() else 'no file'}.")
-    try:
-        with pl_legacy_patch():
-            mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are none
-            content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=weights_only)
-    except OSError as error:
-        raise ConfigurationError(f"{_EXPECTED} {path!r}, which cannot be read: {error.strerror}.") from error
-    except Exception as error:  # of pickle, of zip files, or whatever the bytes of something else lead to
-        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        if refused is None:
-            raise ConfigurationError(f"{_EXPECTED} {path!r}, which is damaged or something else.") from error
-        raise ConfigurationError(
-            f"{_EXPECTED} {path!r} with a {refused[1]} in it, which may run code: trust it with --weights_only false."
-        ) from error
-    return content if isinstance(content, dict) else {}
+    with pl_legacy_patch():
+        return read_checkpoint(path, _EXPECTED, weights_only, TRUST)

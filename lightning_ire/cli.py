@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test,predict,sweep,find} --config configs/NAME.yaml`."""
+"""The command line: `python cli.py {fit,validate,test,predict,sweep,find,barrier} --config configs/NAME.yaml`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import lightning_ire.data
 import lightning_ire.models  # noqa: F401  (imported so that short class names are known)
-from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, compare, find, sweeps
+from lightning_ire import IRE, ConfigurationError, SharpnessMonitor, _cli_barrier, compare, find, sweeps
 from lightning_ire._checks import check_folder, check_whole
 from lightning_ire._cli_checkpoints import NAMES, check_checkpoint, find_checkpoint, misfit, on_this_machine
 from lightning_ire._cli_messages import one_line, with_full_key
@@ -41,7 +41,8 @@ Such a callback has an attribute `idle`; with these defaults it is True, and an 
 
 _DESCRIPTION = (
     "Train with IRE and SAM. Settings of IRE by name: --ire.preset NAME. Further commands: cli.py sweep --help (grids "
-    "of runs), compare --help (does it help here?), find --help (range tests of the learning rate, kappa and rho)"
+    "of runs), compare --help (does it help here?), find --help (range tests of the learning rate, kappa and rho), "
+    "barrier --help (the loss between two checkpoints)"
 )
 INTERRUPTED, TERMINATED = 130, 143
 """Exit codes after SIGINT and SIGTERM: 128 and the signal's number."""
@@ -143,6 +144,7 @@ class IRECLI(ConfigWins, LightningCLI):
         """
         super().parse_arguments(parser, args)
         settings = self.config[self.config.subcommand]
+        _warn_of_a_monitor_that_is_off(settings, sys.argv[1:] if args is None else args)
         seed, name, given = settings.seed_everything, "seed_everything", os.environ.get("PL_GLOBAL_SEED")
         if seed is True and given not in (None, IRECLI._left):
             seed, name = given, "PL_GLOBAL_SEED"
@@ -278,9 +280,12 @@ def main(args: list[str] | None = None) -> int:
     """
     command = sys.argv[1:] if args is None else args
     handler = signal.getsignal(signal.SIGTERM)
+    # Lightning advertises its cloud products at every start.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
-        if command[:1] == ["find"]:
-            return find.main(command[1:], IRECLI)
+        in_place = {"find": find.main, "barrier": _cli_barrier.main}.get(command[0]) if command else None
+        if in_place:
+            return in_place(command[1:], IRECLI)
         ours = {"sweep": sweeps, "compare": compare}.get(command[0]) if command else None
         return ours.main(command[1:]) if ours else _run(args)
     except KeyboardInterrupt:
@@ -308,6 +313,14 @@ def _leave_out_start_of_no_boost(ire: Any) -> None:
         rank_zero_warn(f"`ire.{key}` {given} is left out: it says when the boost starts, and `ire.kappa` is 0{later}.")
 
 
+def _warn_of_a_monitor_that_is_off(settings: Any, args: Any) -> None:
+    """Say so where a flag sets up measurements and none is asked for."""
+    monitor = settings.get("sharpness")
+    words = [word for word in args if str(word).startswith("--sharpness.")] if isinstance(args, list) else []
+    if words and monitor is not None and monitor.every_n_steps is None and monitor.every_n_epochs is None:
+        rank_zero_warn(f"`{words[0].split('=')[0]}` has no effect: add `--sharpness.every_n_epochs 1` to measure.")
+
+
 def _with_preset(args: list[str]) -> list[str]:
     """Flags for all of IRE's arguments in place of `--ire.preset NAME`: after the configs, before other flags."""
     flag = "--ire.preset"
@@ -332,8 +345,6 @@ def _end(*_: Any) -> NoReturn:
 
 def _run(args: list[str] | None) -> int:
     """Run one of Lightning's subcommands."""
-    # Lightning advertises its cloud products at every start.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
         IRECLI(args)
     except (ConfigurationError, MisconfigurationException) as error:

@@ -45,14 +45,56 @@ LAMBDA_RANK: Final = "sharpness/lambda_{}"
 """The second, third, ... largest eigenvalue, with its rank."""
 LAMBDA_MIN: Final = "sharpness/lambda_min"
 """Smallest eigenvalue of H: the most negative one, if any is."""
+TRACE_GAUSS_NEWTON: Final = "sharpness/trace_gauss_newton"
+"""Tr(F) with all labels in place of drawn ones: does not miss the rare labels of a sure network."""
+BLOCK_CURVATURE: Final = "sharpness/block_curvature/{}"
+"""Tr(H_bb) / p_b, the mean curvature of the coordinates of a kind of block (embedding, query_key, ...)."""
+BLOCKS: Final = "sharpness/block_curvature"
+"""Figure: the same as bars, over the measurements of the run."""
 ASCENT_GAP: Final = "sharpness/ascent_gap"
 """Loss at theta + rho g / ||g|| minus loss at theta."""
+NOISE_GAP: Final = "sharpness/noise_gap"
+"""Mean loss at theta + rho xi / ||xi|| over random xi, minus loss at theta."""
+ROUNDING_GAP: Final = "compression/rounding_gap"
+"""Loss with weights rounded to b bits, minus loss."""
+ROUNDING_SLOPE: Final = "compression/rounding_slope"
+"""Its first order, gradient times rounding error: of either sign, with mean zero over weights, none at a minimum."""
+ROUNDING_PREDICTED: Final = "compression/rounding_predicted"
+"""The mean of its second order, sum over tensors of s^2 Tr(H_ww) / 24 for steps s; where a trace is measured."""
+DELETION_GAP: Final = "compression/deletion_gap"
+"""Mean loss with a random share of the coordinates put back to the start of training, minus loss."""
+TRACE_COVARIANCE: Final = "gap/trace_cov"
+"""Tr(C), C the covariance of the gradients of single samples."""
+NOISE_SCALE: Final = "gap/noise_scale"
+"""Tr(C) / ||g||^2 in samples: batches much larger than this have gradients with little noise. Infinite where the noise
+hides the gradient."""
+GAP_RATE: Final = "gap/predicted_rate"
+"""Predicted growth of the generalization gap per optimizer step."""
+GAP_PREDICTED: Final = "gap/predicted_cumulative"
+"""The same summed over the steps since the start of training."""
+GAP_MEASURED: Final = "gap/measured"
+"""Loss on held-out data minus loss on the probe, both without label smoothing."""
+COHERENCE: Final = "coherence/sigma_per_sample"
+"""lambda_1(S) / (m max_i lambda_1(H_i)) of m samples, S_ij^2 = Tr(H_i H_j): 1 / m where nothing overlaps, 1 for equal
+Hessians of rank one."""
+COHERENCE_RATIO: Final = "coherence/ratio"
+"""Largest eigenvalue of a single sample's Hessian over its limit: above 1 SGD diverges."""
+DROPOUT_VARIANCE: Final = "dropout/variance"
+"""Variance of the gradient over dropout masks along the top eigenvector of H."""
+DROPOUT_SLOPE: Final = "dropout/slope"
+"""Slope of the logarithm of that variance over the logarithm of the eigenvalue, for the top eigenvectors."""
+DROPOUT_CORRELATION: Final = "dropout/correlation"
+"""Correlation of the two logarithms."""
 EDGE: Final = "stability/edge"
 """Eigenvalue from which on steps of the current learning rate blow up."""
 RATIO: Final = "stability/ratio"
 """Effective sharpness divided by its limit: above 1 steps blow up near a quadratic."""
 KAPPA_HEADROOM: Final = "stability/kappa_headroom"
 """Largest kappa with which `stability/ratio` is at most 1, for the mask in force; to be compared with `ire/kappa`."""
+SQUARED_NORM: Final = "effective_lr/squared_norm/{}"
+"""||w||^2 of a tensor whose length changes nothing, with its name."""
+EFFECTIVE_LR: Final = "effective_lr/{}"
+"""Mean step size of the tensor's coordinates, lr for plain SGD, divided by ||w||^2."""
 SGD_RATIO: Final = "stability/sgd_ratio"
 """Necessary condition for stability in the mean square, with the noise of batches: above 1 unstable."""
 
@@ -74,5 +116,18 @@ LAYER_TRACE: Final = "sharpness/layer_traces/{}"
 HISTOGRAM: Final = "_histogram"
 """Added to the tag of a figure: the same as a histogram (TensorBoard shows only one kind of thing under a tag)."""
 
-SHARPNESS_TAGS: Final = (TRACE_FISHER, TRACE_HESSIAN, TRACE_NORMALIZED, LAMBDA_MAX, LAMBDA_MIN, ASCENT_GAP)
+SHARPNESS_TAGS: Final = (
+    *(TRACE_FISHER, TRACE_GAUSS_NEWTON, TRACE_HESSIAN, TRACE_NORMALIZED),
+    *(LAMBDA_MAX, LAMBDA_MIN, ASCENT_GAP, NOISE_GAP),
+)
 STABILITY_TAGS: Final = (EDGE, RATIO, KAPPA_HEADROOM, SGD_RATIO)
+MONITOR_PREFIXES: Final = (
+    "sharpness/",
+    "stability/",
+    "compression/",
+    "gap/",
+    "coherence/",
+    "dropout/",
+    "effective_lr/",
+)
+"""What the names of all of SharpnessMonitor's values begin with."""

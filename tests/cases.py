@@ -28,7 +28,9 @@ from lightning_ire import IRE, SAM, AdversarialModelPerturbation, AverageSAM, Cu
 from lightning_ire.sharpness import QUANTITIES
 
 FEATURES, CLASSES = 6, 4
-BARE = [name for name in QUANTITIES if name != "kappa_headroom"]  # which needs a mask of IRE
+# of what not every run has: a mask, a normalization layer, dropout, two batches, a single cross entropy
+SPECIAL = {"kappa_headroom", "effective_lr", "dropout_variance", "gap", "coherence"}
+BARE = [name for name in QUANTITIES if name not in SPECIAL]
 PERTURBATIONS: dict[str, Perturbation | None] = {
     "none": None,
     "sam": SAM(0.1),

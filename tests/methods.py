@@ -19,6 +19,7 @@ from lightning_ire import (
     MomentumSAM,
     Perturbation,
     RandomMask,
+    Rounding,
     SampledFisher,
     SecondMoment,
     StableSAM,
@@ -142,6 +143,13 @@ METHODS: list[Method] = [
         *passes("0", "0"),
         "eq. 8",
         "no second pass to spare",
+    ),
+    Method(
+        lambda: Rounding(bits=8),
+        "∇L(Q(θ)), Q rounds matrices to b bits",
+        *passes("0", "0"),
+        "straight-through: Courbariaux et al., [1511.00363](https://arxiv.org/abs/1511.00363)",
+        "weights that will be quantized",
     ),
     Method(
         lambda: AdversarialModelPerturbation(epsilon=0.5, zeta=1.0),

@@ -28,17 +28,17 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lightning_ire import IRE, SAM, LocalHost, SharpnessMonitor, measure_sharpness
 from lightning_ire._checks import ConfigurationError
 from lightning_ire.functional import local, part_of_whole, sampled_losses, whole_of_part
-from lightning_ire.sharpness import QUANTITIES, quantities
+from lightning_ire.sharpness import curvatures
 
 EVERY = 5
-ALL = [name for name in QUANTITIES if name != "sgd_ratio"]  # which is not known with SAM
-PLAIN = [name for name in ALL if name in cases.BARE]
+PLAIN = [name for name in cases.BARE if name not in ("sgd_ratio", "trace_gauss_newton")]  # with SAM; of one process
+ALL = [*PLAIN, "kappa_headroom"]
 FINE = {"max_vectors": 9, "tolerance": 1e-5, "max_iterations": 50, "relative_error": 0.0}
 
 
 def short_density() -> Any:
     """Inside of this a density takes 20 products in place of 120."""
-    return mock.patch.multiple(quantities, _DENSITY_VECTORS=2, _DENSITY_STEPS=10)
+    return mock.patch.multiple(curvatures, _DENSITY_VECTORS=2, _DENSITY_STEPS=10)
 
 
 class OwnFisher(Sharded):
@@ -282,7 +282,9 @@ def plain_loop(processes: int, tensor_parallel: bool = False) -> dict[str, Any]:
 
     before = gathered(model)
     with the_likeliest_labels():
-        measured = measure_sharpness(model, loss_of, batches, cases.BARE, optimizer=optimizer, host=host, **FINE)
+        measured = measure_sharpness(
+            model, loss_of, batches, [*PLAIN, "sgd_ratio"], optimizer=optimizer, host=host, **FINE
+        )
     assert cases.same_bits(before, gathered(model))
     assert not any(gathered_of_fsdp(model))
     assert not measured.skipped

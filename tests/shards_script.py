@@ -148,6 +148,8 @@ def everything(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) ->
             found[f"{name}-inside"], found[f"{name}-saved"] = now(), whole(saved)
         found[f"{name}-after"] = now()
     generators = [torch.Generator().manual_seed(index) for index in range(len(weights))]
+    moves, steps = f.rounding_displacement(weights, 4)
+    found["rounding"] = [*whole(moves), *map(torch.tensor, steps)]
     found["average-sam"] = whole(f.average_sam_displacement(weights, 0.1, generators=generators))
     for scope in ("global", "tensor"):
         moves, _ = f.ascent_in_ball(weights, gradients, None, step=0.3, radius=0.5, scope=scope)

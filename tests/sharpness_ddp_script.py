@@ -217,6 +217,10 @@ JOINED: dict[str, dict[str, Any]] = {
         "monitor": {**EXACT, "quantities": ["sgd_ratio", "stability"], "num_batches": 3, "mode": "train"},
         "probe": joined(3), "adam": True, "every": 3,
     },
+    "joined-gaps": {
+        "monitor": {**EXACT, "quantities": ["noise_gap", "compression_gap", *TRACES, "block_curvature"], "bits": 3},
+        "probe": joined(1), "every": 3,
+    },
     "joined-differences": {
         "monitor": {**EXACT, "quantities": [*TRACES, "lambda_max", "stability"], "hvp": "finite_difference"},
         "probe": joined(1), "every": 3,
@@ -265,6 +269,13 @@ OTHERS: dict[str, dict[str, Any]] = {
     "own-fisher": {
         "monitor": {"quantities": ["trace_fisher"], "max_vectors": 3, "num_batches": 2},
         "module": OwnFisher, "probe": joined(2),
+    },
+    "gaps": {
+        "monitor": {"quantities": ["gap", "coherence"], "num_batches": 2}, "probe": joined(2), "every": STEPS,
+    },
+    "all-labels": {
+        "monitor": {"quantities": ["trace_gauss_newton"], "max_vectors": 200, "relative_error": 0.0, "num_batches": 2},
+        "probe": joined(2), "every": STEPS,
     },
     "draws": {"monitor": {"quantities": ["ascent_gap"], "num_batches": 3}, "probe": joined(3)},
     "shards": {"monitor": {**FEW, "num_batches": 3}, "probe": numbered(33)},
@@ -376,8 +387,8 @@ def local_fishers() -> Iterator[list[float]]:
     found: list[float] = []
     original = Landscape._local_fisher
 
-    def local(self: Landscape, index: int, draw: int) -> Tensor:
-        value = original(self, index, draw)
+    def local(self: Landscape, index: int, draw: int, all_labels: bool) -> Tensor:
+        value = original(self, index, draw, all_labels)
         found.append(float(value))
         return value
 

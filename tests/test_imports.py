@@ -28,6 +28,8 @@ ALLOWED = {
         *("_checks", "tags", "functional", "perturbation", "curvature", "engine", "sharpness", "measure_sharpness"),
     },
     "loop": {"_checks", "perturbation", "engine", "IREStep", "LocalHost", "SAM"},
+    "_checkpoint_files": {"_checks"},
+    "connectivity": {"_checkpoint_files", "_checks", "functional", "engine", "connectivity", "barrier"},
     "integrations": {
         *(
             "_checks",
@@ -59,12 +61,14 @@ ALLOWED = {
         *("curvature", "callbacks"),
     },
     "_cli_messages": {"_checks"},
-    "_cli_checkpoints": {"_checks"},
+    "_cli_checkpoints": {"_checkpoint_files", "_checks"},
+    "_cli_command": {"_checks", "_cli_messages"},
+    "_cli_barrier": {"_checkpoint_files", "_checks", "_cli_checkpoints", "_cli_command", "connectivity", "sweeps"},
     "models": {"_checks", "_lightning", "_run_length", "models"},
     "data": {"_checks", "_lightning", "data"},
     "sweeps": {"_checks", "__version__", "sweeps"},
     "compare": {"_checks", "sweeps", "compare"},
-    "find": {"_checks", "_cli_messages", "tags", "schedule", "perturbation", "engine", "callbacks", "sweeps", "find"},
+    "find": {"_checks", "_cli_command", "tags", "schedule", "perturbation", "engine", "callbacks", "sweeps", "find"},
 }
 # packages of others, beside the standard library
 THIRD_PARTY = {
@@ -78,7 +82,9 @@ THIRD_PARTY = {
     "loop": {"torch"},
     "_patches": set(),
     "integrations": {"torch", "lightning", "accelerate", "transformers"},
-    "sharpness": {"torch"},
+    "sharpness": {"torch", "tqdm"},
+    "_checkpoint_files": {"torch"},
+    "connectivity": {"torch", "matplotlib"},
     "_lightning": {"torch", "lightning"},
     "_run_length": {"lightning"},
     "callbacks": {"torch", "lightning", "lightning_utilities", "tqdm", "matplotlib"},
@@ -137,7 +143,7 @@ def test_nothing_imports_the_command_line_or_the_tests() -> None:
 def test_the_mathematics_is_usable_without_lightning() -> None:
     code = (
         "import sys, lightning_ire\n"
-        "for part in ('functional', 'curvature', 'perturbation', 'engine', 'sharpness', 'loop'):\n"
+        "for part in ('functional', 'curvature', 'perturbation', 'engine', 'sharpness', 'loop', 'connectivity'):\n"
         "    getattr(lightning_ire, part)\n"
         "    assert not {'lightning', 'torchmetrics', 'jsonargparse'} & set(sys.modules), part\n"
         "assert lightning_ire.IREStep and lightning_ire.measure_sharpness and 'lightning' not in sys.modules\n"

@@ -138,7 +138,8 @@ def test_rounds_are_bounded_and_nothing_is_made_of_nan() -> None:
 
 def test_headroom_takes_no_more_products_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_ire.sharpness import landscape
-    from lightning_ire.sharpness.quantities import Settings, max_cost
+    from lightning_ire.sharpness.job import Settings
+    from lightning_ire.sharpness.quantities import max_cost
 
     count, product = [], landscape.hessian_product
     monkeypatch.setattr(landscape, "hessian_product", lambda *args: count.append(1) or product(*args))

@@ -20,8 +20,8 @@ def load_execute():
     return module.execute
 
 
-def test_there_are_three() -> None:
-    assert [path.name[:3] for path in NOTEBOOKS] == ["01_", "02_", "03_"]
+def test_there_are_four() -> None:
+    assert [path.name[:3] for path in NOTEBOOKS] == ["01_", "02_", "03_", "04_"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

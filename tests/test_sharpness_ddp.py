@@ -70,13 +70,24 @@ def test_equals_one_process_on_the_joined_probe(ranks: list[dict[str, Any]], nam
 
 def test_what_is_joined_covers_all_quantities(ranks: list[dict[str, Any]]) -> None:
     found = {tag for name in script.JOINED for tag in ranks[0][name]["seen"][-1]["values"]}
-    assert {*tags.SHARPNESS_TAGS, tags.RATIO, tags.SGD_RATIO, tags.EDGE} <= found
+    apart = {tags.TRACE_GAUSS_NEWTON}  # signs, like labels, are each device's own
+    assert {*tags.SHARPNESS_TAGS, tags.RATIO, tags.SGD_RATIO, tags.EDGE, tags.DELETION_GAP} - apart <= found
     assert ranks[0]["joined-sam"]["seen"][0]["density"]
     assert ranks[0]["joined-sam"]["seen"][0]["layer_traces"]
 
 
-def test_the_fisher_of_two_processes_is_unbiased(ranks: list[dict[str, Any]]) -> None:
-    (seen,) = ranks[0]["fisher"]["seen"]
+def test_the_covariance_is_that_of_the_batches_of_all_devices(ranks: list[dict[str, Any]]) -> None:
+    (seen,) = ranks[0]["gaps"]["seen"]
+    batches = [batch for rank in ranks for batch in rank["gaps"]["seen"][0]["probe"]]
+    assert [len(batch[0]) for batch in batches] == [8] * 4
+    weights = seen["weights"].requires_grad_()
+    gradients = torch.stack([torch.autograd.grad(flat_loss(batch)(weights), weights)[0] for batch in batches])
+    assert seen["values"][tags.TRACE_COVARIANCE] == pytest.approx(8 * float(gradients.var(0).sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize(("name", "tag"), [("fisher", tags.TRACE_FISHER), ("all-labels", tags.TRACE_GAUSS_NEWTON)])
+def test_the_fisher_of_two_processes_is_unbiased(ranks: list[dict[str, Any]], name: str, tag: str) -> None:
+    (seen,) = ranks[0][name]["seen"]
     x, _ = cases.data(32, dtype=torch.float64, seed=5).tensors
     exact = 0.0
     for sample in x:
@@ -85,11 +96,11 @@ def test_the_fisher_of_two_processes_is_unbiased(ranks: list[dict[str, Any]]) ->
             loss = flat_loss((sample[None], torch.tensor([label])))(weights)
             (gradient,) = torch.autograd.grad(loss, weights)
             exact += float(torch.exp(-loss.detach()) * gradient.square().sum()) / len(x)
-    value, stderr = seen["values"][tags.TRACE_FISHER], seen["values"][tags.TRACE_FISHER + tags.STDERR]
+    value, stderr = seen["values"][tag], seen["values"][tag + tags.STDERR]
     assert len(seen["fishers"]) == 2 * 200
     assert stderr < 0.04 * exact
     assert abs(value - exact) < 3.5 * stderr
-    locals_ = [torch.tensor(rank["fisher"]["seen"][0]["fishers"], dtype=torch.float64) for rank in ranks]
+    locals_ = [torch.tensor(rank[name]["seen"][0]["fishers"], dtype=torch.float64) for rank in ranks]
     assert value == pytest.approx(float(torch.stack(locals_).mean()), rel=1e-12)
 
 

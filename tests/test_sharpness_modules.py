@@ -467,8 +467,8 @@ def test_there_is_one_graph_at_a_time(num_batches: int) -> None:
     few = {"max_vectors": 2, "max_iterations": 3}
     result = SharpnessMonitor(quantities=wanted, num_batches=num_batches, **few).measure(trainer, module)
     assert not result.skipped
-    # one forward pass for all products in a mode, one for the Fisher, three for the gap
-    assert (len(module.graphs) == 1 + 1 + 1 + 3) is (num_batches == 1)
+    # one forward pass for all products in a mode, one for both Fishers; three, five and three for the gaps
+    assert (len(module.graphs) == 1 + 1 + 1 + 3 + 5 + 3) is (num_batches == 1)
 
 
 class Graphs:

@@ -77,6 +77,9 @@ class Monitored(SharpnessMonitor):
         self.noted: set[str] = set()
         self.measurements: list[Any] = []
 
+    def on_save_checkpoint(self, *args: Any) -> None:
+        """What the quantity `gap` keeps in checkpoints is meant to be there."""
+
     def measure(self, trainer: pl.Trainer, module: pl.LightningModule) -> Any:
         events = module.recorder.events
         count = len(events)
@@ -222,11 +225,13 @@ def test_all_quantities_with_batchnorm_dropout_and_attention(
         others(Path())
     )
     (result,) = monitor.measurements
-    assert set(result.skipped) == ({"sgd_ratio"} if together == "IRE" else set())
+    without_sam = {"sgd_ratio", "coherence", "gap"}
+    assert set(result.skipped) == (without_sam if together == "IRE" else set())
     assert result.density is not None
     assert len(result.layer_traces) == 22
-    assert all(math.isfinite(value) for value in result.values.values())
-    assert len(said) == (together == "IRE")
+    infinite = {tag for tag, value in result.values.items() if not math.isfinite(value)}
+    assert infinite <= {tags.NOISE_SCALE}  # where noise hides the gradient
+    assert len(said) == len(result.skipped)
 
 
 class OnDemand(pl.Callback):

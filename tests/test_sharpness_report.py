@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from modules import Classifier
+from modules import Classifier, Net
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -23,7 +23,8 @@ from lightning_ire import IRE, SAM, AverageSAM, EmpiricalFisher, SharpnessMonito
 from lightning_ire.callbacks import _report
 from lightning_ire.cli import main
 from lightning_ire.functional import SpectralDensity
-from lightning_ire.sharpness.quantities import Settings, max_cost
+from lightning_ire.sharpness.job import Settings
+from lightning_ire.sharpness.quantities import max_cost
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"max_vectors": 8, "max_iterations": 8}
@@ -102,8 +103,10 @@ def test_event_file_and_csv_file_get_the_same_scalars_at_the_steps_of_other_metr
 
 def test_figures_and_histograms(tmp_path: Path) -> None:
     board = TensorBoardLogger(tmp_path)
-    fit(Scored(), [SharpnessMonitor(quantities=["spectral_density", "layer_traces"], **QUICK)], board)
+    quantities = ["spectral_density", "layer_traces", "block_curvature"]
+    fit(Scored(), [SharpnessMonitor(quantities=quantities, **QUICK)], board)
     found = events(board.log_dir)
+    assert [image.step for image in found.Images(tags.BLOCKS)] == [2, 5]
     for tag in (tags.DENSITY, tags.LAYERS):
         assert [image.step for image in found.Images(tag)] == [2, 5]
         assert all(min(image.width, image.height) > 200 for image in found.Images(tag))
@@ -114,6 +117,16 @@ def test_figures_and_histograms(tmp_path: Path) -> None:
     density = found.Histograms(tags.DENSITY + tags.HISTOGRAM)[0].histogram_value
     assert density.num == pytest.approx(1000)
     assert sum(density.bucket) == pytest.approx(1000)
+
+
+def test_bars_of_the_blocks_over_the_run() -> None:
+    """A bar per kind and measurement; of many measurements eight, the first and the last among them."""
+    measured = [(10 * step, {"norm": 1.0 + step, "head": -0.5}) for step in range(20)]
+    (axes,) = _report.block_figure(measured).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["norm", "head"]
+    steps = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert (len(steps), steps[0], steps[-1]) == (8, "step 0", "step 190")
+    assert [bar.get_height() for bar in axes.containers[-1]] == [20.0, -0.5]
 
 
 def test_without_matplotlib_there_are_histograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +257,7 @@ def test_an_unforeseen_error_skips_the_quantity(monkeypatch: pytest.MonkeyPatch)
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise KeyError("unforeseen")
 
-    monkeypatch.setattr("lightning_ire.sharpness.quantities.StepGeometry.of", broken)
+    monkeypatch.setattr("lightning_ire.sharpness.job.StepGeometry.of", broken)
     monitor = SharpnessMonitor(quantities=["stability", "ascent_gap"], **QUICK)
     with pytest.warns(UserWarning, match="SharpnessMonitor skips stability: 'unforeseen'"):
         fit(Scored(), [monitor], False)
@@ -481,7 +494,11 @@ class Counting(Scored):
 
 
 @pytest.mark.parametrize("num_batches", cases.first_at_once([3, 1]))
-@pytest.mark.parametrize("quantities", [[name] for name in cases.BARE] + [cases.BARE], ids=lambda q: "-".join(q)[:20])
+@pytest.mark.parametrize(
+    "quantities",
+    [[name] for name in [*cases.BARE, *sorted(cases.SPECIAL - {"kappa_headroom"})]] + [cases.BARE],
+    ids=lambda q: "-".join(q)[:20],
+)
 @pytest.mark.parametrize("sam", [False, True])
 def test_no_more_work_than_said(num_batches: int, quantities: list[str], sam: bool, monkeypatch: Any) -> None:
     from lightning_ire.sharpness import landscape
@@ -497,16 +514,18 @@ def test_no_more_work_than_said(num_batches: int, quantities: list[str], sam: bo
         count["backward"] += 1
         return grad(*args, **kwargs)
 
-    module = Counting()
-    accuracy = {"max_vectors": 12, "max_iterations": 6, "relative_error": 0.0, "tolerance": 1e-12}
+    if num_batches == 1 and "gap" in quantities:
+        pytest.skip("needs two batches")
+    module = Counting(Net(batch_norm=True, dropout=0.3))
+    accuracy = {"max_vectors": 12, "max_iterations": 6, "relative_error": 0.0, "tolerance": 1e-12, "num_samples": 3}
     monitor = SharpnessMonitor(None, None, quantities, num_batches=num_batches, **accuracy)
     ire = [IRE(0.0, perturbation=SAM(0.1))] if sam else []
     trainer = fit(module, [*ire, monitor], False, max_epochs=1)
     monkeypatch.setattr(landscape, "hessian_product", counted_product)
     monkeypatch.setattr(torch.autograd, "grad", counted_grad)
     module.forwards = 0
-    refused = sam and "sgd_ratio" in quantities
-    with pytest.warns(UserWarning, match="skips sgd_ratio") if refused else nullcontext():
+    refused = sam and bool({"sgd_ratio", "gap", "coherence"} & set(quantities))
+    with pytest.warns(UserWarning, match="steps without SAM only") if refused else nullcontext():
         monitor.measure(trainer, module)
     said = max_cost(quantities, Settings(**accuracy), num_batches, sam)
     assert count["products"] <= said.products
@@ -515,7 +534,7 @@ def test_no_more_work_than_said(num_batches: int, quantities: list[str], sam: bo
     if refused:
         return  # refused with SAM: less is done than the most
     assert count["products"] == said.products
-    assert count["backward"] - count["products"] >= 0.5 * said.backward
+    assert count["backward"] - count["products"] >= 0.4 * said.backward
 
 
 def test_the_summary_says_when_what_and_at_what_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -562,7 +581,8 @@ def test_one_flag_fills_tensorboard_and_validate_measures_the_same(capsys: pytes
 
 @pytest.mark.usefixtures("own_folder")
 def test_the_monitor_is_off_unless_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", *f"{CONFIG} {QUIET} {SMALL}".split()]) == 0
+    with pytest.warns(UserWarning, match="`--sharpness.max_vectors` has no effect: add `--sharpness.every_n_epochs 1`"):
+        assert main(["fit", *f"{CONFIG} {QUIET} {SMALL}".split()]) == 0
     (path, *_) = sorted(Path("logs/digits_resnet_sgd_ire/version_0").glob("events.*"))
     found = EventAccumulator(str(path))
     found.Reload()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import lightning_ire.models
 from lightning_ire import IRE
 from lightning_ire.cli import IRECLI, main
 from lightning_ire.data._batches import plan_batches
+from lightning_ire.sweeps._options import read_options
 
 # The paper's experiments, typed from ../shared/ALGORITHM.md section 4 apart from the configs.
 COMMON = {
@@ -127,6 +129,11 @@ PARAMETERS = {
     "fineweb_llama1b_admire": 1_336_502_272,
 }
 NAMED = {"wikitext2": 8e6, "llama60m": 60e6, "llama119m": 119e6, "llama229m": 229e6, "llama1b": 1.3e9}
+FIGURE_5 = {  # learning rates of AdamW; for the first two the paper's
+    "wikitext2_transformer_admire": [1.5e-4, 3e-4, 6e-4, 1.2e-3, 1.8e-3, 3e-3],
+    "wikitext103_llama60m_admire": [3e-4, 6e-4, 1.2e-3, 1.8e-3],
+    "stdlib_transformer_admire": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
+}
 ADAMW_GB = 16e-9  # per parameter: weight, gradient and two averages in single precision
 
 
@@ -231,6 +238,38 @@ def test_header_has_the_controls_of_the_weight_decay(path):
     assert "--ire.scale_weight_decay false" in text
     if path.stem in PAPER:
         assert re.search(r"^# Paper: ", text, re.MULTILINE)
+
+
+def shown(path: Path, subcommand: str) -> list[list[str]]:
+    """The commands of that kind in a config's header, as a shell splits them, without `python cli.py`."""
+    text = re.sub(r" *\\\n# *", " ", path.read_text())
+    commands = re.findall(rf"python cli\.py ({subcommand} .*)", text)
+    return [shlex.split(one.replace(f"configs/{path.name}", str(path))) for one in commands]
+
+
+@pytest.mark.parametrize(("name", "rates"), FIGURE_5.items())
+def test_header_has_figure_5(name, rates, tokens):
+    path = named(name)
+    (command,) = (one for one in shown(path, "sweep") if any(word.endswith("_figure5") for word in one))
+    options = read_options(command[1:])
+    assert [float(trial["model.optimizer.lr"]) for trial in options.grid.trials] == rates
+    given = [*options.flags, *options.grid.trials[-1].command]
+    flags = "--trainer.fast_dev_run 1 --data.global_batch_size 2 --test_after_fit false"
+    cli = IRECLI([*tiny(path, tokens, flags), *given])
+    assert cli.trainer.optimizers[0].param_groups[0]["initial_lr"] == rates[-1]
+    assert not any(isinstance(callback, IRE) for callback in cli.trainer.callbacks)
+    assert options.metric in cli.trainer.callback_metrics
+
+
+@pytest.mark.parametrize("name", ["wikitext103_llama60m_admire", "stdlib_transformer_admire"])
+def test_header_has_table_6(name, tokens):
+    path = named(name)
+    ((_, *words),) = shown(path, "validate")
+    words = words[: words.index("--ckpt_path")] + words[words.index("--ckpt_path") + 2 :]
+    assert words[:2] == ["--config", str(path)]
+    cli = IRECLI(["validate", *tiny(path, tokens, "--trainer.fast_dev_run 1")[1:], *words[2:]])
+    measured = {tag for tag in cli.trainer.callback_metrics if tag.startswith("sharpness/")}
+    assert measured == {"sharpness/trace_fisher", "sharpness/trace_fisher_stderr"}
 
 
 @pytest.mark.parametrize("path", by_name(TEXT))

@@ -5,7 +5,7 @@ One module per claim. Each has
 - `QUESTION`: the claim, as a question.
 - `plan(size, runs)`: the settings of all runs that can be named so far; later ones may depend on results of earlier
   ones (a tuned learning rate), so it is asked again until it names nothing new. `size` is "full" (what is committed),
-  "default" (a part of it, for 45 minutes in all) or "tiny" (what the tests train; it says nothing).
+  "default" (a part of it, at most 45 minutes for a claim) or "tiny" (what the tests train; it says nothing).
 - `measure(settings)`: one run, in a process of its own: numbers, by name.
 - `verdict(runs)`: a short name of the outcome, a sentence, all numbers. `tables(runs)`: Markdown. Tasks that only
   "full" has may be missing.

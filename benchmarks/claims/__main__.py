@@ -13,29 +13,42 @@ import signal
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 
 import report
 
 from claims._report import FIGURES, ROOT
-from claims._runs import Runs, collect
+from claims._runs import collect, known
 
-CLAIMS = ["trajectories", "drift", "sharpness_grid", "accuracy", "language", "step_cost", "ablations", "relatives"]
-RESULTS = Path(__file__).parent / "results"
+CLAIMS = [
+    "trajectories",
+    "drift",
+    "sharpness_grid",
+    "accuracy",
+    "language",
+    "step_cost",
+    "ablations",
+    "relatives",
+    "edge",
+    "downstream",
+    "pretraining",
+    "optimizers",
+    "robustness",
+    "regularization",
+]
 SIZES = ("default", "full", "tiny")
 README, PAGE = ROOT / "README.md", ROOT / "benchmarks" / "CLAIMS.md"
 BEGIN = "<!-- claims: made by benchmarks/claims, checked by tests/test_claims.py -->\n"
 END = "<!-- end of claims -->"
 TITLE = """# The paper's claims, tested
 
-What Wang et al. 2024 ([arXiv 2405.20763](https://arxiv.org/abs/2405.20763)) say, at a size for two CPU cores.
-These are small problems: what does not show here may show at the paper's sizes, which nobody has run with this package
-yet, and the other way round. `make claims` makes the runs that benchmarks/claims/results lacks and writes this page.
-To measure anew, delete the results: then `make claims` makes fewer trials, seeds and tasks (at most 45 minutes on two
-cores), `CLAIMS_SIZE=full make claims` all runs of this page (about three hours). Other processors round differently,
-so what the trained networks give differs in detail; the text, the standard library's source, also depends on the
-version of Python.
+What Wang et al. 2024 ([arXiv 2405.20763](https://arxiv.org/abs/2405.20763)) say, and what users ask beyond it, at a
+size for two CPU cores. These are small problems: what does not show here may show at the paper's sizes, which nobody
+has run with this package yet, and the other way round. `make claims` makes the runs that benchmarks/claims/results
+lacks and writes this page. To measure anew, delete the results: then `make claims` makes fewer trials, seeds and tasks
+(no claim takes more than 45 minutes on two cores), `CLAIMS_SIZE=full make claims` all runs of this page (about four
+hours). Other processors round differently, so what the trained networks give differs in detail; the text, the standard
+library's source, also depends on the version of Python.
 
 Results of a comparison are as good as its tuning. Every method gets the same number of trials, on seeds that are not
 reported; intervals are 95 % (Student's t over seeds, paired where two methods are compared).
@@ -45,11 +58,6 @@ reported; intervals are 95 % (Student's t over seeds, paired where two methods a
 
 def claim(name: str) -> ModuleType:
     return importlib.import_module(f"claims.{name}")
-
-
-def known(name: str) -> Runs:
-    """What is committed of a claim."""
-    return Runs(RESULTS / f"{name}.json")
 
 
 def summary() -> str:

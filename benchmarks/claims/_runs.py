@@ -18,7 +18,9 @@ import torch
 import workloads
 from tqdm import tqdm
 
-__all__ = ["Result", "Runs", "Settings", "collect"]
+__all__ = ["RESULTS", "Result", "Runs", "Settings", "collect", "known"]
+
+RESULTS = Path(__file__).parent / "results"
 
 Settings = Mapping[str, Any]
 Result = dict[str, Any]
@@ -93,6 +95,11 @@ class Runs:
         beside = self.file.with_suffix(".new")
         beside.write_text(text)
         beside.replace(self.file)
+
+
+def known(name: str) -> Runs:
+    """What is committed of a claim."""
+    return Runs(RESULTS / f"{name}.json")
 
 
 def _quiet() -> None:

@@ -20,7 +20,7 @@ from lightning_ire import IRE, SharpnessMonitor
 from lightning_ire.data import Text
 from lightning_ire.models import ResNet, Transformer, WarmupCosineLR
 
-__all__ = ["Digits", "train_digits", "train_text"]
+__all__ = ["Classifier", "Digits", "make_trainer", "text_data", "text_module", "train_digits", "train_text"]
 
 
 SPLITS = {  # training images, share of them whose label is drawn anew from all ten, batch size
@@ -52,15 +52,18 @@ class _Batches(IterableDataset):
 class Digits(LightningDataModule):
     """scikit-learn's digits, split, noised and ordered by `seed`: the same for all methods."""
 
-    def __init__(self, split: str, seed: int) -> None:
+    def __init__(self, split: str, seed: int, batch_size: int | None = None, label_noise: float | None = None) -> None:
         super().__init__()
-        count, noise, self.batch_size = SPLITS[split]
+        count, noise, usual = SPLITS[split]
+        self.batch_size = batch_size or usual
+        noise = noise if label_noise is None else label_noise
         source = load_digits()
         images = torch.from_numpy(source.images).float().unsqueeze(1) / 16
         labels = torch.from_numpy(source.target).long()
         train, rest = train_test_split(range(len(labels)), train_size=count, stratify=labels.numpy(), random_state=seed)
         val, test = train_test_split(rest, train_size=VALIDATION, stratify=labels[rest].numpy(), random_state=seed)
-        images = (images - images[train].mean()) / images[train].std()
+        self.mean, self.std = images[train].mean(), images[train].std()
+        images = (images - self.mean) / self.std
         generator = torch.Generator().manual_seed(seed)
         noisy = labels[train].clone()
         changed = torch.randperm(len(train), generator=generator)[: round(noise * len(train))]
@@ -106,21 +109,24 @@ class Classifier(LightningModule):
         return [made], [{"scheduler": schedule(made), "interval": "step"}]
 
     @torch.no_grad()
-    def evaluate(self, inputs: Tensor, labels: Tensor) -> tuple[float, float]:
+    def evaluate(self, inputs: Tensor, labels: Tensor, batch_size: int = 256) -> tuple[float, float]:
         """Cross entropy (without label smoothing) and accuracy, in eval mode."""
         training = self.network.training
         self.network.eval()
-        logits = torch.cat([self.network(part).flatten(0, -2) for part in inputs.split(256)])
+        logits = torch.cat([self.network(part).flatten(0, -2) for part in inputs.split(batch_size)])
         self.network.train(training)
         right = logits.argmax(-1) == labels.flatten()
         return F.cross_entropy(logits, labels.flatten()).item(), right.double().mean().item()
 
 
-def make_trainer(steps: int, *callbacks: Callback | None, clip: float | None = None) -> Trainer:
+def make_trainer(
+    steps: int, *callbacks: Callback | None, clip: float | None = None, log_every_n_steps: int = 50
+) -> Trainer:
     """A Trainer that does nothing but train."""
     return Trainer(
         accelerator="cpu",
         max_steps=steps,
+        log_every_n_steps=log_every_n_steps,
         gradient_clip_val=clip,
         callbacks=[each for each in callbacks if each is not None],
         logger=False,
@@ -132,7 +138,12 @@ def make_trainer(steps: int, *callbacks: Callback | None, clip: float | None = N
     )
 
 
-def _optimizer(name: str, lr: float, weight_decay: float, momentum: float) -> Callable[..., torch.optim.Optimizer]:
+Factory = Callable[..., torch.optim.Optimizer]
+
+
+def _optimizer(name: str | Factory, lr: float, weight_decay: float, momentum: float) -> Factory:
+    if callable(name):
+        return partial(name, lr=lr, weight_decay=weight_decay)
     if name == "SGD":
         return partial(torch.optim.SGD, lr=lr, momentum=momentum, weight_decay=weight_decay)
     return partial(torch.optim.AdamW, lr=lr, betas=(momentum, 0.95), weight_decay=weight_decay)
@@ -152,15 +163,25 @@ def train_digits(
     steps: int,
     lr: float,
     weight_decay: float,
-    optimizer: str = "SGD",
+    optimizer: str | Factory = "SGD",
     momentum: float = 0.9,
     schedule: str = "cosine",
     ire: IRE | None = None,
+    label_noise: float | None = None,
+    dropout: float = 0.0,
+    evaluate: Callable[[nn.Module, Digits], dict[str, float]] | None = None,
 ) -> dict[str, float]:
-    """Train a ResNet of 19,074 parameters; `seed` is that of the split, the weights and the batches."""
-    data = Digits(split, seed)
+    """Train a ResNet of 19,074 parameters; `seed` is that of the split, the weights and the batches.
+
+    `optimizer` may be made by a function of parameters, `lr` and `weight_decay`; `momentum` is its own matter then.
+    `label_noise` is a share of the training images in place of the split's. `dropout` is before the linear layer.
+    `evaluate` adds numbers about the trained network, which it gets in eval mode.
+    """
+    data = Digits(split, seed, label_noise=label_noise)
     torch.manual_seed(seed)
     network = ResNet(in_channels=1, num_classes=10, blocks=[1, 1, 1], widths=[8, 16, 32])
+    if dropout:
+        network.linear = nn.Sequential(nn.Dropout(dropout), network.linear)
     module = Classifier(
         network,
         _optimizer(optimizer, lr, weight_decay, momentum),
@@ -175,6 +196,8 @@ def train_digits(
         result[f"{part}_loss"] = loss if math.isfinite(loss) else DIVERGED
     monitor = SharpnessMonitor(quantities=["trace_fisher"], max_vectors=16, relative_error=0)
     result["trace_fisher"] = monitor.measure(trainer, module).values.get("sharpness/trace_fisher", math.nan)
+    if evaluate is not None:
+        result |= evaluate(network.eval(), data)
     return {name: float(f"{value:.5g}") for name, value in result.items()}
 
 
@@ -204,6 +227,45 @@ class _Curve(Callback):
 TEXT = {"batch": 16, "length": 64, "width": 64, "every": 25, "val_sequences": 256}
 
 
+def text_data(vocabulary: int = 257, **source: Any) -> Text:
+    """Sequences of the standard library's source, or of other text; 257 tokens are bytes, more are learnt."""
+    data = Text(
+        tokenizer="bytes" if vocabulary == 257 else "bpe",
+        vocabulary_size=None if vocabulary == 257 else vocabulary,
+        sequence_length=TEXT["length"],
+        global_batch_size=TEXT["batch"],
+        eval_batch_size=TEXT["val_sequences"],
+        cache_dir=ROOT / "data" / "text",
+        **{"val_size": 0.01, "test_size": 0.01, **source},
+    )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def text_module(
+    vocabulary: int,
+    steps: int,
+    lr: float,
+    weight_decay: float = 0.1,
+    dropout: float = 0.0,
+    final_lr_ratio: float = 0.05,
+) -> Classifier:
+    """A 2-layer Transformer and AdamW with 10 % warm-up, then cosine."""
+    network = Transformer(
+        vocab_size=vocabulary,
+        width=TEXT["width"],
+        num_layers=2,
+        num_heads=4,
+        feed_forward=4 * TEXT["width"],
+        context_length=TEXT["length"],
+        dropout=dropout,
+        position_dropout=dropout,
+    )
+    schedule = partial(WarmupCosineLR, warmup=0.1, total=steps, final_lr_ratio=final_lr_ratio)
+    return Classifier(network, _optimizer("AdamW", lr, weight_decay, 0.9), schedule)
+
+
 def train_text(
     tokenizer: str,
     seed: int,
@@ -216,38 +278,13 @@ def train_text(
     every_trace: int = 0,
     ire: IRE | None = None,
 ) -> dict[str, Any]:
-    """Train a 2-layer Transformer on the standard library's source with AdamW, 10 % warm-up, cosine; nats per token."""
+    """Train on the standard library's source; nats per token."""
     seed_everything(seed, verbose=False)
     vocabulary = {"bytes": 257, "bpe": 512}[tokenizer]
-    data = Text(
-        tokenizer=tokenizer,
-        vocabulary_size=None if tokenizer == "bytes" else vocabulary,
-        sequence_length=TEXT["length"],
-        global_batch_size=TEXT["batch"],
-        val_size=0.01,
-        test_size=0.01,
-        eval_batch_size=TEXT["val_sequences"],
-        cache_dir=ROOT / "data" / "text",
-    )
-    data.prepare_data()
-    data.setup()
-    network = Transformer(
-        vocab_size=vocabulary,
-        width=TEXT["width"],
-        num_layers=2,
-        num_heads=4,
-        feed_forward=4 * TEXT["width"],
-        context_length=TEXT["length"],
-        dropout=dropout,
-        position_dropout=dropout,
-    )
+    data = text_data(vocabulary)
+    module = text_module(vocabulary, steps, lr, weight_decay, dropout, final_lr_ratio)  # a loader draws random numbers
     val, test = (next(iter(loader)) for loader in (data.val_dataloader(), data.test_dataloader()))
     curve = _Curve(TEXT["every"], every_trace, val)
-    module = Classifier(
-        network,
-        _optimizer("AdamW", lr, weight_decay, 0.9),
-        partial(WarmupCosineLR, warmup=0.1, total=steps, final_lr_ratio=final_lr_ratio),
-    )
     make_trainer(steps, ire, curve, clip=clip).fit(module, data)
     numbers = {
         "val_loss": [curve.losses[-1][1]],

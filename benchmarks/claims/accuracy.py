@@ -66,12 +66,20 @@ def plan(size: str, runs: Runs) -> list[dict[str, Any]]:
                 {"split": split, "method": method, "trial": trial, "steps": steps, **_point(method, trial), **kept}
                 for trial in range(trials)
             ]
-            tries = [{**option, "seed": TUNING_SEED + seed} for option in options for seed in range(tuning)]
-            planned += tries
-            if all(one in runs for one in tries):
+            found = search(runs, options, tuning, reporting)
+            planned += found
+            if found[-1]["seed"] < TUNING_SEED:
                 tuned.append(method)
-                planned += [{**chosen(runs, split, method), "seed": seed} for seed in range(reporting)]
     return planned
+
+
+def search(runs: Runs, options: list[dict[str, Any]], tuning: int, reporting: int) -> list[dict[str, Any]]:
+    """One method's runs: all options with the tuning seeds; when these are there, the best with the reporting seeds."""
+    tries = [{**option, "seed": TUNING_SEED + seed} for option in options for seed in range(tuning)]
+    if not all(one in runs for one in tries):
+        return tries
+    best = chosen(runs, options[0]["split"], options[0]["method"])
+    return [*tries, *({**best, "seed": seed} for seed in range(reporting))]
 
 
 @cache

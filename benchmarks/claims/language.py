@@ -105,14 +105,18 @@ def _points(task: str, method: str, size: str) -> list[dict[str, float]]:
     return [{"lr": lr, "kappa": kappa} for lr in [*COARSE, *others] for kappa in TASKS[task]["kappas"]]
 
 
+def make_ire(settings: Settings) -> IRE | None:
+    """The callback of a method; none for AdamW."""
+    if settings["method"] == "AdamW":
+        return None
+    more = {"gamma": GAMMA, **ADMIRE[settings["method"]]}
+    if "curvature" in more:
+        more["curvature"] = more["curvature"]()
+    return IRE(settings["kappa"], start_step=0.1, **more)
+
+
 def measure(settings: Settings) -> Result:
     task, every = TASKS[settings["task"]], TEXT["every"]
-    ire = None
-    if settings["method"] != "AdamW":
-        more = {"gamma": GAMMA, **ADMIRE[settings["method"]]}
-        if "curvature" in more:
-            more["curvature"] = more["curvature"]()
-        ire = IRE(settings["kappa"], start_step=0.1, **more)
     return train_text(
         task["tokenizer"],
         settings["seed"],
@@ -120,7 +124,7 @@ def measure(settings: Settings) -> Result:
         settings["lr"],
         clip=task["clip"],
         every_trace=0 if settings["seed"] == TUNING_SEED else every * max(1, settings["steps"] // 8 // every),
-        ire=ire,
+        ire=make_ire(settings),
     )
 
 
@@ -186,14 +190,18 @@ def trace_ratio(runs: Runs, task: str, method: str) -> Difference:
 
 
 def _trace_at(result: Result, level: float) -> float:
-    """Tr F where the validation loss last crosses the level, between two measurements of Tr F."""
+    """Tr F at a validation loss, between two measurements of Tr F."""
     every = len(result["curve"]) // len(result["traces"])
-    losses = result["curve"][every - 1 :: every]
+    return at_loss(result["curve"][every - 1 :: every], result["traces"], level)
+
+
+def at_loss(losses: Sequence[float], values: Sequence[float], level: float) -> float:
+    """A value where the loss of the same run first falls to the level, interpolated; at the end where it does not."""
     after = next((i for i, loss in enumerate(losses) if loss <= level), len(losses) - 1)
     if after == 0 or losses[after - 1] <= losses[after]:
-        return result["traces"][after]
+        return values[after]
     share = min(1.0, (losses[after - 1] - level) / (losses[after - 1] - losses[after]))
-    return result["traces"][after - 1] * (1 - share) + result["traces"][after] * share
+    return values[after - 1] * (1 - share) + values[after] * share
 
 
 def verdict(runs: Runs) -> Verdict:

@@ -24,7 +24,7 @@ from matplotlib import pyplot as plt
 from claims._report import FIGURES, Verdict, table
 from claims._runs import Result, Runs, Settings
 from claims._train import train_digits
-from claims.accuracy import TUNING_SEED, _by_trial, _logarithmic, _points, chosen, ranked, reported
+from claims.accuracy import _by_trial, _logarithmic, _points, chosen, ranked, reported, search
 from lightning_ire import (
     GSAM,
     IRE,
@@ -70,10 +70,7 @@ def plan(size: str, runs: Runs) -> list[dict[str, Any]]:
                 {"split": split, "method": method, "trial": trial, "steps": steps, **_point(method, trial)}
                 for trial in range(trials)
             ]
-            tries = [{**option, "seed": TUNING_SEED + seed} for option in options for seed in range(tuning)]
-            planned += tries
-            if all(one in runs for one in tries):
-                planned += [{**chosen(runs, split, method), "seed": seed} for seed in range(reporting)]
+            planned += search(runs, options, tuning, reporting)
     return planned
 
 

@@ -31,7 +31,7 @@ from lightning_ire.engine.object_state import kept
 from lightning_ire.functional import seeded
 from lightning_ire.sharpness.probe import drawn_samples
 
-__all__ = ["Probe", "probe_loader"]
+__all__ = ["Probe", "held_out_loader", "probe_loader", "training_sizes"]
 
 _WHOLE = (SequentialSampler, RandomSampler, DistributedSampler)  # samplers that give all of a dataset
 
@@ -54,6 +54,12 @@ class Probe:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    @property
+    def size(self) -> int | None:
+        """Samples in every batch; ``None`` if that is not one known number."""
+        sizes = {_leading_size(batch) for batch in self._batches}
+        return (sizes.pop() or None) if len(sizes) == 1 else None
 
     def batch(self, trainer: pl.Trainer, index: int) -> Any:
         """A copy of a batch on the module's device; random transfer hooks are for the caller to seed.
@@ -158,6 +164,48 @@ def probe_loader(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[Any, 
         loader = of_its_own()
     some = of_its_own is None and bool(trainer.overfit_batches)  # type: ignore[attr-defined]
     return loader, isinstance(loader, DataLoader) and not some and _indices(loader) is not None
+
+
+def held_out_loader(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[Any, bool]:
+    """Where held-out data comes from: the first validation loader.
+
+    Args:
+        trainer: The trainer.
+        module: The module.
+
+    Returns:
+        The loader (``None``: there is no validation data) and whether it may be drawn from, as of
+        :func:`probe_loader`.
+    """
+    datamodule, loader = getattr(trainer, "datamodule", None), trainer.val_dataloaders
+    if loader is None:
+        owner: Any = module if datamodule is None else datamodule
+        base = pl.LightningModule if datamodule is None else pl.LightningDataModule
+        if is_overridden("val_dataloader", owner, base):
+            loader = owner.val_dataloader()
+    while isinstance(loader, (list, tuple)):
+        loader = loader[0] if loader else None
+    return loader, isinstance(loader, DataLoader) and _indices(loader) is not None
+
+
+def training_sizes(trainer: pl.Trainer) -> tuple[int | None, int | None]:
+    """How many samples the training set has, and how many a batch of all devices; ``None`` where that is not known.
+
+    Args:
+        trainer: The trainer.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        return None, None
+    devices, _ = data_parallel(trainer)
+    batch = getattr(loader.batch_sampler, "batch_size", None) or loader.batch_size
+    together = None if batch is None else int(batch) * devices
+    allowed = _indices(loader)
+    if allowed is not None and loader.batch_sampler is not None:
+        return len(allowed), together
+    batches = trainer.num_training_batches
+    known = together is not None and isinstance(batches, int)
+    return (int(batches) * int(together) if known else None), together  # type: ignore[arg-type]
 
 
 def _indices(loader: DataLoader) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -14,7 +15,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_ire import tags
 from lightning_ire.callbacks._tensorboard import loggers_of
 from lightning_ire.functional import SpectralDensity
-from lightning_ire.sharpness.quantities import Measurement
+from lightning_ire.sharpness.blocks import KINDS_OF_BLOCKS
+from lightning_ire.sharpness.job import Measurement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,8 +24,14 @@ if TYPE_CHECKING:
 __all__ = ["figures"]
 
 
-def figures(trainer: pl.Trainer, result: Measurement, step: int, warn: Callable[[str, str], None]) -> None:
-    """Hand the spectral density and the traces of the layers as figures to every logger that takes some.
+def figures(
+    trainer: pl.Trainer,
+    result: Measurement,
+    step: int,
+    warn: Callable[[str, str], None],
+    blocks: Sequence[tuple[int, Mapping[str, float]]] = (),
+) -> None:
+    """Hand the spectral density, the layers' and the blocks' traces as figures to every logger that takes some.
 
     Without matplotlib there are the histograms in TensorBoard; the numbers are scalars in every logger anyhow.
 
@@ -32,16 +40,20 @@ def figures(trainer: pl.Trainer, result: Measurement, step: int, warn: Callable[
         result: The measurement.
         step: The logger's step.
         warn: Called with what was not written and why.
+        blocks: The mean curvatures by kind of block of this measurement and those before it, with their steps.
     """
     traces = torch.tensor(list(result.layer_traces.values()))
     with_traces = bool(len(traces)) and bool(torch.isfinite(traces).all())  # TensorBoard takes no histogram of NaN
-    loggers = loggers_of(trainer) if with_traces or result.density is not None else []
+    with_blocks = bool(blocks) and all(map(math.isfinite, result.blocks.values()))
+    loggers = loggers_of(trainer) if with_traces or result.density is not None or with_blocks else []
     drawn: dict[str, Figure] = {}
     if loggers and importlib.util.find_spec("matplotlib") is not None:
         if result.density is not None:
             drawn[tags.DENSITY] = density_figure(result.density)
         if with_traces:
             drawn[tags.LAYERS] = layer_figure(result.layer_traces)
+        if with_blocks:
+            drawn[tags.BLOCKS] = block_figure(blocks)
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             if result.density is not None:
@@ -131,6 +143,41 @@ def layer_figure(traces: dict[str, float], most: int = 60) -> Figure:
     axes.set_xlabel("trace of the Hessian's block")
     axes.set_title(f"Sum {sum(traces.values()):.4g}")
     return figure
+
+
+def block_figure(measured: Sequence[tuple[int, Mapping[str, float]]], most: int = 8) -> Figure:
+    """A group of bars for each kind of block, one bar for each measurement, dark for late ones.
+
+    Args:
+        measured: Step, and mean curvature by kind.
+        most: Measurements shown, evenly chosen, the first and the last among them.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    count = min(len(measured), most)
+    chosen = [measured[round(i * (len(measured) - 1) / max(count - 1, 1))] for i in range(count)]
+    kinds = [kind for kind in KINDS_OF_BLOCKS if kind in measured[-1][1]]
+    figure = Figure(figsize=(2.5 + 1.1 * len(kinds), 4), layout="constrained")
+    axes = figure.add_subplot()
+    colours = matplotlib.colormaps["viridis_r"]
+    for number, (step, values) in enumerate(chosen):
+        places = [place + 0.8 * ((number + 0.5) / count - 0.5) for place in range(len(kinds))]
+        heights = [values.get(kind, 0.0) for kind in kinds]
+        shade = colours((number + 1) / count)
+        axes.bar(places, heights, 0.8 / count, color=shade, label=f"step {step}")
+    axes.set_xticks(range(len(kinds)), [kind.replace("_", "\n") for kind in kinds], fontsize=8)
+    axes.set_yscale("symlog", linthresh=_linear_below(chosen))
+    axes.axhline(0.0, color="black", linewidth=0.6)
+    axes.set_ylabel("mean curvature, Tr H_bb / p_b")
+    axes.legend(fontsize=7)
+    return figure
+
+
+def _linear_below(measured: Sequence[tuple[int, Mapping[str, float]]]) -> float:
+    """Where the axis becomes linear: at the smallest of the values, but at most four decades below the largest."""
+    sizes = [abs(value) for _, values in measured for value in values.values() if value]
+    return max(min(sizes), max(sizes) * 1e-4) if sizes else 1.0
 
 
 def _histogram(writer: Any, density: SpectralDensity, step: int, buckets: int = 60) -> None:

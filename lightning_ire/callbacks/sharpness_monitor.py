@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_ire import tags
@@ -21,30 +23,22 @@ from lightning_ire._lightning import check_strategy, full_precision_step, logger
 from lightning_ire._patches import own_method
 from lightning_ire.callbacks._host import LightningHost
 from lightning_ire.callbacks._hyper_parameters import HyperParameters
-from lightning_ire.callbacks._probe import Probe, probe_loader
+from lightning_ire.callbacks._probe import Probe, held_out_loader, probe_loader, training_sizes
 from lightning_ire.callbacks._report import figures
 from lightning_ire.callbacks.ire import IRE
 from lightning_ire.engine.collectives import FailedTogether, raise_on_all_ranks
 from lightning_ire.engine.module_state import modules_of
 from lightning_ire.engine.no_trace import devices_of, no_trace
 from lightning_ire.engine.recipe import AUTO
-from lightning_ire.functional import local
+from lightning_ire.functional import as_real, local
+from lightning_ire.sharpness.gaps import CumulativeGap
+from lightning_ire.sharpness.job import BASIS, Cost, Job, Measurement, Settings
 from lightning_ire.sharpness.landscape import Landscape, all_ranks, check_products, measurement_mode
-from lightning_ire.sharpness.quantities import (
-    BASIS,
-    Cost,
-    Job,
-    Measurement,
-    QuantityName,
-    Settings,
-    check_quantities,
-    max_cost,
-    measure,
-    with_headroom,
-)
+from lightning_ire.sharpness.quantities import QuantityName, check_quantities, max_cost, measure, with_headroom
 
 __all__ = ["SharpnessMonitor"]
 
+_GAP = "SharpnessMonitor.gap"  # key in checkpoints
 _UNSTABLE = 3  # measurements in a row above the limit of stability that are worth a warning
 
 
@@ -66,16 +60,38 @@ class SharpnessMonitor(NotForFabric, Callback):
       IRE paper), the paper's measure of sharpness; for a loss that is no plain mean, the trace of its Gauss-Newton
       matrix. Needs a loss that SampledFisher knows or a method `fisher_loss`, see
       :class:`~lightning_ire.SampledFisher`.
+    - `trace_gauss_newton`, `sharpness/trace_gauss_newton`: the same with all labels and random signs in place of drawn
+      labels (:mod:`lightning_ire.functional.sampled_losses`), where targets are labels. Of a network that is sure of
+      nearly every example Tr F sits in labels that are hardly ever drawn; this one sees them.
     - `trace_hessian`, `sharpness/trace_hessian`: Tr H (Hutchinson's estimate; where eigenvalues are measured too, exact
       on the subspace that they have cost, which takes most of the variance away).
     - `trace_normalized`, `sharpness/trace_normalized`: sum over the parameter tensors of \|\|w\|\|^2 Tr H_ww. Where a
       normalization layer follows w, multiplying w by c changes no output but divides Tr H_ww by c^2; this stays.
     - `layer_traces`, `sharpness/layer_traces/NAME`: Tr H_ww of every parameter tensor, and as a figure of bars.
+    - `block_curvature`, `sharpness/block_curvature/KIND`: Tr H_bb / p_b, the mean curvature of the p_b coordinates of
+      each kind of block (embedding, query_key, value_output, query_key_value, feed_forward, norm, convolution, head,
+      other; by the classes of layers and the names that Transformers usually have), and a figure of bars over the
+      measurements of the run (Wang et al. 2025, arXiv 2502.19002, find them to differ by kind).
     - `lambda_max`, `sharpness/lambda_max`: the largest eigenvalue of H (Lanczos), signed; with `num_eigenvalues` > 1
       the next ones too, `sharpness/lambda_2`, ... `lambda_min`, `sharpness/lambda_min`: the most negative one.
     - `spectral_density`, `sharpness/spectral_density/quantile_P`: the distribution of all eigenvalues (stochastic
       Lanczos) as a figure, and the values that P = 0, 1, 10, 50, 90, 99, 100 % of them do not exceed.
-    - `ascent_gap`, `sharpness/ascent_gap`: L(theta + rho g / \|\|g\|\|) - L(theta).
+    - `ascent_gap`, `sharpness/ascent_gap`: L(theta + rho g / \|\|g\|\|) - L(theta). `noise_gap`, `sharpness/noise_gap`:
+      E L(theta + rho xi / \|\|xi\|\|) - L(theta) over random xi and -xi together; to second order rho^2 Tr H / 2p.
+    - `compression_gap`: `compression/rounding_gap`, by how much the loss rises when each tensor of two or more
+      dimensions is rounded to `bits` bits with one step s = max \|w\| / (2^(bits-1) - 1) each;
+      `compression/rounding_slope`, the part of that which is gradient times rounding error; and where a trace is
+      measured too `compression/rounding_predicted`, the mean of the rest to second order, sum s^2 Tr(H_ww) / 24.
+      `compression/deletion_gap`: by how much it rises when a random share `deleted` of the coordinates goes back to
+      where training began (kept on the CPU; not known after a resume).
+    - `gap`: `gap/trace_cov`, the trace of the covariance C of single samples' gradients, from the batches of the probe
+      (two or more; approximate where BatchNorm is in training mode). `gap/noise_scale`, Tr C / \|\|g\|\|^2, in samples
+      (McCandlish et al. 2018, arXiv 1812.06162). `gap/predicted_rate`, Tr(M C) / n for n training samples, M the step
+      sizes (the learning rate for SGD; over 1 - momentum; Adam's and IRE's factors): to first order, and while the
+      weights do not depend on the samples, so not beyond the first passes over the data, the growth of test loss minus
+      training loss per step. `gap/predicted_cumulative`, its sum since the start (kept in checkpoints).
+      `gap/measured`: the loss on as much validation data minus that on the probe, both without label smoothing (and
+      without augmentation if the probe has none). The prediction is for steps without SAM.
     - `stability`: `stability/ratio`, the effective sharpness of the run's own step, with momentum, Adam's
       preconditioner, SAM or ASAM and IRE's boost, divided by its limit: near a quadratic steps blow up above 1. And
       `stability/edge`: the eigenvalue of H at which that is so (where all coordinates have one step size; 2 / lr for
@@ -85,6 +101,20 @@ class SharpnessMonitor(NotForFabric, Callback):
     - `kappa_headroom`, `stability/kappa_headroom`: the largest kappa with which that ratio is at most 1, for the
       mask in force (at most 1000; strengths that differ all in proportion, and this is the largest of them); it has to
       stay above `ire/kappa`. Needs a mask. Measured with `stability` where IRE has ``kappa="auto"``.
+    - `effective_lr`, in training mode too: of each tensor that may be doubled without a change of the loss, as before a
+      normalization layer, `effective_lr/squared_norm/NAME`, \|\|w\|\|^2, and `effective_lr/NAME`, the mean step
+      size of its coordinates (for SGD the learning rate times 1 + kappa n) over \|\|w\|\|^2: the learning rate of its
+      direction.
+    - `coherence`: `coherence/sigma_per_sample`, lambda_1(S) / (m max_i lambda_1(H_i)) with S_ij^2 = Tr(H_i H_j), for
+      the Gauss-Newton matrices H_i of the losses of m single predictions: 1 / m where nothing overlaps, 1 for equal
+      ones of rank one, up to the root of their rank for others (Dexter et al. 2024, arXiv 2401.12332).
+      `coherence/ratio`: max_i lambda_1(M^(1/2) H_i M^(1/2)) (n / B - 1)^(1/2) / n: above 1 SGD with batches
+      of B of n samples diverges (a sufficient condition that their proof contains; a maximum over m samples is a lower
+      bound). A backward pass for each label of each sample.
+    - `dropout_variance`: along the (at least 8) top eigenvectors of H the variance of the gradient over `max_vectors`
+      dropout masks on the probe: `dropout/variance` along the first, and over all of them `dropout/slope` and
+      `dropout/correlation` of its logarithm against that of the eigenvalue. (Zhang et al. 2023, arXiv 2305.15850, find
+      dropout's noise larger along sharper directions; this is not their estimate.)
     - `sgd_ratio`, `stability/sgd_ratio`, in training mode too: (eta / 2) sum \|\|H_B v\|\|^2 / sum v^T H_B v over
       training batches B and random signs v. Above 1, SGD is unstable in the mean square (a necessary condition after
       Mulayoff and Michaeli 2024, for interpolating minima, that is where single losses have small gradients and no
@@ -120,14 +150,16 @@ class SharpnessMonitor(NotForFabric, Callback):
     parameters get the random vectors of a single process.
 
     Cost of one measurement, at most (the line at fit start has the numbers): `max_vectors` backward passes for Tr F,
-    `max_vectors` Hessian products for all traces of H together, `max_iterations` for the eigenvalues, as many for
-    `stability` (twice with SAM), 6 times as many for `kappa_headroom` (half of that as a rule), 120 for the density. A
-    product takes about as long as two forward and backward passes (benchmarks/hessian_product.py). Memory: the graph of
-    a gradient (twice what a training step saves), 25 vectors of the model's size for eigenvalues, the probe on the
-    host. In a sharded model a product takes two forward and two backward passes over each batch, which gather all
-    weights each time, and about ten all-reduces of a few numbers
-    (:class:`~lightning_ire.sharpness.landscape.Landscape`); vectors have the size of the device's part (while a random
-    one is drawn the largest parameter is there as a whole), and are never sent.
+    `max_vectors` Hessian products for all traces of H together, `max_iterations` for the eigenvalues (and again for
+    `dropout_variance`, with `max_vectors` passes), as many for `stability` (twice with SAM), 6 times as many for
+    `kappa_headroom` (half of that as a rule), 120 for the density; of the rest `coherence` takes most, 10 `num_samples`
+    backward passes. A product takes about as long as two forward and backward passes (benchmarks/hessian_product.py).
+    Memory: the graph of a gradient (twice what a training step saves), 25 vectors of the model's size for eigenvalues,
+    10 `num_samples` of them for `coherence`, the weights of the start for `compression_gap`, the probe on the host.
+    In a sharded model a product takes two forward and two backward passes over each batch, which gather all weights
+    each time, and about ten all-reduces of a few numbers (:class:`~lightning_ire.sharpness.landscape.Landscape`);
+    vectors have the size of the device's part (while a random one is drawn the largest parameter is there as a whole),
+    and are never sent.
 
     Args:
         every_n_steps: Optimizer steps between two measurements; ``None``: not by steps.
@@ -142,7 +174,11 @@ class SharpnessMonitor(NotForFabric, Callback):
         tolerance: Residual of an eigenvalue, relative to the largest, at which Lanczos stops.
         max_iterations: Most Lanczos steps.
         num_eigenvalues: How many of the largest eigenvalues `lambda_max` gives.
-        rho: Radius of the ascent gap, in weight units.
+        rho: Radius of the ascent gap and the noise gap, in weight units.
+        bits: Bits to which `compression_gap` rounds, from 2 to 32.
+        deleted: Share of the coordinates that it puts back, in (0, 1].
+        num_samples: Most predictions that `coherence` looks at, of each device's first batch; fewer where there are
+            more than 10 labels, so that there are at most 10 backward passes for each.
         seed: Seed of the probe and of all random vectors.
 
     Raises:
@@ -175,6 +211,9 @@ class SharpnessMonitor(NotForFabric, Callback):
         max_iterations: int = 50,
         num_eigenvalues: int = 1,
         rho: float = 0.05,
+        bits: int = 8,
+        deleted: float = 0.1,
+        num_samples: int = 16,
         seed: int = 0,
     ) -> None:
         self.every_n_steps = None if every_n_steps is None else check_whole("every_n_steps", every_n_steps, low=1)
@@ -190,16 +229,24 @@ class SharpnessMonitor(NotForFabric, Callback):
         self.max_iterations = max_iterations
         self.num_eigenvalues = num_eigenvalues
         self.rho = rho
+        self.bits = bits
+        self.deleted = deleted
+        self.num_samples = num_samples
         self.settings(1)
         self.seed = check_whole("seed", seed, low=0)
         self.last: Measurement | None = None
+        self._loaded_gap: dict[str, Any] | None = None
         self._record = HyperParameters()
         self._reset()
 
     def _reset(self) -> None:
         self._probe: Probe | None = None
         self._recording = False
+        self._held_out: Probe | None = None
         self._exact = True
+        self._start: list[Tensor] | None = None  # weights at the start of training, on the CPU
+        self._gap = CumulativeGap()
+        self._blocks: list[tuple[int, dict[str, float]]] = []  # by step
         self._warned: set[str] = set()
         self._measured_at = (-1, -1)  # epoch and step
         self._unstable = 0  # measurements in a row with a stability ratio above 1
@@ -227,6 +274,19 @@ class SharpnessMonitor(NotForFabric, Callback):
         """Nothing is saved in checkpoints."""
         return type(self).__qualname__
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the predicted gap since the start of training, where the quantity `gap` is measured."""
+        if "gap" in self.quantities:
+            checkpoint[_GAP] = asdict(self._gap)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on from it."""
+        self._loaded_gap = checkpoint.get(_GAP)
+
     # Fit
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -244,6 +304,13 @@ class SharpnessMonitor(NotForFabric, Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what a measurement will cost."""
         self._record.ready()
+        if self._loaded_gap is not None:
+            self._gap, self._loaded_gap = CumulativeGap(**self._loaded_gap), None
+        if "compression_gap" in self.quantities and trainer.global_step:
+            self._warn(tags.DELETION_GAP, "the weights of the start of training are not known in a resumed run")
+        elif "compression_gap" in self.quantities:
+            trained = [local(parameter.detach()) for parameter in pl_module.parameters() if parameter.requires_grad]
+            self._start = [as_real(part).cpu().clone() for part in trained]
         loader, drawable = None, True
         quiet = no_trace(modules_of(pl_module), LightningHost(trainer, pl_module), devices_of(pl_module))
         with quiet, suppress(Exception):  # what fails in the user's code, the measurement will say
@@ -293,6 +360,10 @@ class SharpnessMonitor(NotForFabric, Callback):
             return
         self._measured_at = trainer.current_epoch, trainer.global_step
         result = self.measure(trainer, module)
+        if (rate := result.values.get(tags.GAP_RATE)) is not None:
+            result.add(tags.GAP_PREDICTED, self._gap.add(trainer.global_step, rate))
+        if result.blocks:
+            self._blocks.append((trainer.global_step, result.blocks))
         ire = find_ire(trainer)
         if ire is not None and tags.KAPPA_HEADROOM in result.values:
             ire.note_headroom(result.values[tags.KAPPA_HEADROOM])
@@ -302,7 +373,7 @@ class SharpnessMonitor(NotForFabric, Callback):
                 if result.values:
                     logger.log_metrics(result.values, step=step)
         trainer.callback_metrics.update({tag: torch.tensor(value) for tag, value in result.values.items()})
-        figures(trainer, result, step, self._warn)
+        figures(trainer, result, step, self._warn, self._blocks)
 
     def _warn_of_unstable_steps(self, ratio: float | None, ire: IRE | None) -> None:
         """Once per run, after some measurements in a row; one that was skipped does not count."""
@@ -368,8 +439,8 @@ class SharpnessMonitor(NotForFabric, Callback):
                 return self.last
             with self._progress_bar(trainer, len(probe)) as bar:
                 landscape = self._landscape(trainer, module, probe, bar.update)
-                settings = self.settings(int(trainer.accumulate_grad_batches))
-                job = Job(landscape, settings, self.last, trainer.optimizers, find_ire(trainer))
+                settings = self._settings_of(trainer, probe)
+                job = Job(landscape, settings, self.last, trainer.optimizers, find_ire(trainer), self._start)
                 measure(job, self._wanted(trainer), self._warn)
         self._exact = landscape.exact
         if self.last.out_of_memory:
@@ -398,11 +469,14 @@ class SharpnessMonitor(NotForFabric, Callback):
     ) -> Landscape:
         loss = getattr(module, "sharpness_loss", None) or own_method(module, "training_step")
         fisher_loss = getattr(module, "fisher_loss", None)
+        held_out = self._held_out_of(trainer, module) if "gap" in self.quantities else Probe([], moved=False)
         return Landscape(
             LightningHost(trainer, module),
             module,
             _on_probe(probe, trainer, loss),
             len(probe),
+            held_out=_on_probe(held_out, trainer, loss),
+            held_out_batches=len(held_out),
             fisher_loss=None if fisher_loss is None else _on_probe(probe, trainer, fisher_loss),
             hvp=self.hvp if self._exact else "finite_difference",
             seed=self.seed,
@@ -423,19 +497,41 @@ class SharpnessMonitor(NotForFabric, Callback):
                     "there is no training data to take the probe from: give the module or datamodule a method "
                     "`probe_dataloader`"
                 )
-            if drawable:
-                probe = Probe.drawn(trainer, loader, self.num_batches, self.batch_size, self.seed)
-            else:
-                probe = Probe.first(loader, self.num_batches)
+            probe = self._taken(trainer, loader, drawable)
             if not len(probe):
                 raise ValueError("the data for the probe is empty")
             return probe
 
-        self._probe = raise_on_all_ranks(all_ranks(LightningHost(trainer, module)), draw, "SharpnessMonitor")
-        if trainer.world_size > 1:  # loaders of the user's own may give unequally many batches
-            fewest = torch.tensor(len(self._probe), device=trainer.strategy.root_device)
-            self._probe.shorten(int(trainer.strategy.reduce(fewest, reduce_op="min")))
+        self._probe = self._on_all(trainer, module, draw)
         return self._probe
+
+    def _held_out_of(self, trainer: pl.Trainer, module: pl.LightningModule) -> Probe:
+        """A probe of the validation data, empty if there is none."""
+        if self._held_out is None:
+
+            def draw() -> Probe:
+                loader, drawable = held_out_loader(trainer, module)
+                return Probe([], moved=False) if loader is None else self._taken(trainer, loader, drawable)
+
+            try:
+                self._held_out = self._on_all(trainer, module, draw)
+            except FailedTogether as error:
+                self._warn(tags.GAP_MEASURED, str(error))
+                self._held_out = Probe([], moved=False)
+        return self._held_out
+
+    def _taken(self, trainer: pl.Trainer, loader: Any, drawable: bool) -> Probe:
+        if drawable:
+            return Probe.drawn(trainer, loader, self.num_batches, self.batch_size, self.seed)
+        return Probe.first(loader, self.num_batches)
+
+    def _on_all(self, trainer: pl.Trainer, module: pl.LightningModule, draw: Callable[[], Probe]) -> Probe:
+        """A probe of equally many batches on all devices; an error on one of them is an error on all."""
+        probe = raise_on_all_ranks(all_ranks(LightningHost(trainer, module)), draw, "SharpnessMonitor")
+        if trainer.world_size > 1:  # loaders of the user's own may give unequally many batches
+            fewest = torch.tensor(len(probe), device=trainer.strategy.root_device)
+            probe.shorten(int(trainer.strategy.reduce(fewest, reduce_op="min")))
+        return probe
 
     def _meets(self, other: SharpnessMonitor, trainer: pl.Trainer) -> bool:
         """Whether both measure at the same moment in a fit, as far as its length is known."""
@@ -450,11 +546,12 @@ class SharpnessMonitor(NotForFabric, Callback):
         mine, theirs = ([one.every_n_steps or 0, (one.every_n_epochs or 0) * per_epoch] for one in (self, other))
         return any(math.lcm(first, second) <= steps for first in mine for second in theirs if first and second)
 
-    def settings(self, accumulate: int) -> Settings:
+    def settings(self, accumulate: int, **known: int | None) -> Settings:
         """How the quantities are measured.
 
         Args:
             accumulate: How many batches of the probe make up one of training.
+            **known: What else the loop knows: `samples`, `train_size`, `train_batch`.
         """
         return Settings(
             mode=self.mode,
@@ -464,8 +561,18 @@ class SharpnessMonitor(NotForFabric, Callback):
             max_iterations=self.max_iterations,
             num_eigenvalues=self.num_eigenvalues,
             rho=self.rho,
+            bits=self.bits,
+            deleted=self.deleted,
+            num_samples=self.num_samples,
             accumulate=accumulate,
+            **known,
         )
+
+    def _settings_of(self, trainer: pl.Trainer, probe: Probe) -> Settings:
+        accumulate = int(trainer.accumulate_grad_batches)
+        size, batch = training_sizes(trainer)
+        together = None if batch is None else batch * accumulate
+        return self.settings(accumulate, samples=probe.size, train_size=size, train_batch=together)
 
     def _wanted(self, trainer: pl.Trainer) -> tuple[str, ...]:
         """The quantities, with the largest stable kappa for an IRE whose kappa follows it."""

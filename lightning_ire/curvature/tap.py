@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-from lightning_ire.functional import SAMPLED, SampledLoss, sampled_kl_div, sampled_log_prob
+from lightning_ire.functional import SAMPLED, SampledLoss, label_log_probabilities, sampled_kl_div, sampled_log_prob
 
 __all__ = ["LossCall", "LossTap", "factors_in", "known_losses"]
 
@@ -35,6 +35,8 @@ class LossCall:
         sampled: The draw that was made during the call, if the tap has a generator.
         dim: Of a `log_softmax`, of which a loss may be made by hand: the dimension of the classes.
         source: The `log_softmax` that the call was given.
+        labels: Makes log p_c of all labels c, shape [..., C], where targets are labels: `draw` takes `labels="all"`
+            then, and its losses have the shape [...], with a dimension of size 1 where `dim` is.
     """
 
     edge: GradientEdge
@@ -43,6 +45,7 @@ class LossCall:
     sampled: SampledLoss | None = None
     dim: int | None = None
     source: LossCall | None = None
+    labels: Callable[[], Tensor] | None = None
 
     def made(self, loss: Any) -> bool:
         """Whether a loss is what this call returned, unchanged."""
@@ -122,7 +125,8 @@ class LossTap(TorchFunctionMode):
             settings["dim"] = source.dim
         draw = functools.partial(SAMPLED[func], given["input"], **settings)
         sign = None if func in _ANY_FACTOR else 1
-        self._add(LossCall(get_gradient_edge(result), draw, sign, source=source))
+        labels = functools.partial(_labels_of, func, given, settings.get("dim")) if func in _OF_LABELS else None
+        self._add(LossCall(get_gradient_edge(result), draw, sign, source=source, labels=labels))
 
     def _add(self, call: LossCall) -> None:
         if self.generator is not None:
@@ -143,7 +147,7 @@ class LossTap(TorchFunctionMode):
             return
         one = torch.ones((), dtype=result.dtype, device=result.device)
         draw = functools.partial(sampled_kl_div, result, one, reduction="none", dim=dim)
-        call = LossCall(get_gradient_edge(result), draw, -1, dim=dim)
+        call = LossCall(get_gradient_edge(result), draw, -1, dim=dim, labels=lambda: result.movedim(dim, -1))
         self._log_softmax[id(result)] = (result, call)
         self.calls.append(call)
 
@@ -240,11 +244,22 @@ def _is_leaf(node: Node) -> bool:
 
 _LOG_SOFTMAX = (F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax)
 _KNOWN = (*SAMPLED, *_LOG_SOFTMAX)
+_OF_LABELS = (
+    F.cross_entropy, F.nll_loss, F.kl_div, F.binary_cross_entropy_with_logits, F.binary_cross_entropy
+)  # fmt: skip
 _DIFFERENCES = (F.mse_loss, F.gaussian_nll_loss)
 _ANY_FACTOR = (
     F.cross_entropy, F.nll_loss, F.binary_cross_entropy_with_logits, F.binary_cross_entropy, F.mse_loss
 )  # fmt: skip
 _signature = functools.cache(inspect.signature)
+
+
+def _labels_of(func: Callable[..., Any], given: Mapping[str, Any], dim: int | None) -> Tensor:
+    """Log-probabilities of all labels; those of `kl_div` broadcast with the target, as its losses do."""
+    prediction = given["input"]
+    if func is F.kl_div:
+        prediction = torch.broadcast_tensors(prediction, given["target"].detach())[0]
+    return label_log_probabilities(func, prediction, dim)
 
 
 def _is_prediction(func: Callable[..., Any], given: Mapping[str, Any]) -> bool:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_ire._checks import ConfigurationError, check_folder, check_number, check_whole
-from lightning_ire._cli_messages import one_line
+from lightning_ire._cli_command import behind, code_of, run, write
 from lightning_ire.callbacks import IRE
 from lightning_ire.find._range_test import kappas, learning_rates, radii
 from lightning_ire.find._result import RangeTest
@@ -47,15 +44,12 @@ def main(args: list[str], cli: type[Any]) -> int:
     Returns:
         0; 2: a wrong key or value, or a set-up that cannot work.
     """
-    try:
+
+    def command() -> None:
         options, flags = _read(args)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within")
-            _in_place_of_fit(cli, options)(["fit", "--config", str(options.config), *flags])
-    except ConfigurationError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+        run(_in_place_of_fit(cli, options), "fit", options.config, flags)
+
+    return code_of(command)
 
 
 def _in_place_of_fit(cli: type[Any], options: argparse.Namespace) -> type[Any]:
@@ -88,24 +82,8 @@ def _report(found: RangeTest, options: argparse.Namespace) -> None:
     """Print the suggestion, and write the numbers and the picture beside what is there."""
     for note in found.notes:
         print(note)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    name, number = f"{found.key}-{options.config.stem}", 0
-    numbers = options.folder / f"{name}.json"
-    while True:
-        try:
-            with numbers.open("x") as file:  # another process may write beside this one
-                json.dump({"config": str(options.config), **asdict(found)}, file, indent=1)
-            break
-        except FileExistsError:
-            number += 1
-            numbers = options.folder / f"{name}-{number}.json"
-    written = [str(numbers)]
-    try:
-        picture = numbers.with_suffix(".png")
-        found.figure().savefig(picture, dpi=150)
-        written.append(str(picture))
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install 'lightning-ire[figures]')", file=sys.stderr)
+    content = {"config": str(options.config), **asdict(found)}
+    written = write(options.folder, f"{found.key}-{options.config.stem}", content, found.figure)
     print(f"find {found.line}\nWritten: {', '.join(written)}", flush=True)
 
 
@@ -125,8 +103,8 @@ def _read(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--high", type=float, metavar="Y", help="last value (default: lr 10, kappa 100, rho 1)")
     parser.add_argument("--steps", type=int, metavar="N", help="how many values (default: 100, rho 30)")
     parser.add_argument("--folder", type=Path, default=Path("find"), help="where the files go (default: find)")
-    split = args.index("--") if "--" in args else len(args)
-    options = parser.parse_args(spelt_out(args[:split]))
+    own, flags = behind(args)
+    options = parser.parse_args(spelt_out(own))
     check_config(options.config)
     defaults = inspect.signature(_TESTS[options.key]).parameters
     low = check_number("--low", defaults["low"].default if options.low is None else options.low, low_open=True)
@@ -135,4 +113,4 @@ def _read(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.steps is not None:
         check_whole("--steps", options.steps, low=2 if options.key == "rho" else 10)
     check_folder("--folder", options.folder)
-    return options, args[split + 1 :]
+    return options, flags

@@ -39,11 +39,18 @@ def hessian_product(
         >>> hessian_product(g, [x], [torch.tensor([1.0, 1.0])])
         [tensor([ 6., 12.])]
     """
-    pairs = [(g, v.to(g)) for g, v in zip(gradients, vector, strict=True) if g is not None and g.requires_grad]
+    pairs = [
+        (g, _aligned(v.to(g))) for g, v in zip(gradients, vector, strict=True) if g is not None and g.requires_grad
+    ]
     if not pairs:  # a loss that is linear in all parameters
         return [None] * len(parameters)
     outputs, starts = zip(*pairs, strict=True)
     return list(torch.autograd.grad(outputs, parameters, starts, retain_graph=True, allow_unused=True))
+
+
+def _aligned(piece: Tensor) -> Tensor:
+    """A copy of what begins at an odd place of a vector: as pairs it could not become complex again."""
+    return piece.clone() if piece.storage_offset() % 2 else piece
 
 
 def finite_difference_product(

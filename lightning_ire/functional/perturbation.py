@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, overload
@@ -11,8 +12,17 @@ from torch import Tensor
 
 from lightning_ire.functional._foreach import add_, copied, copy_, masked_, norms, products
 from lightning_ire.functional._shards import Shards, is_sharded, local, part_of_whole
+from lightning_ire.functional.vectors import as_real, in_double
 
-__all__ = ["ascent_in_ball", "average_sam_displacement", "global_dot", "global_norm", "perturbed", "sam_displacement"]
+__all__ = [
+    "ascent_in_ball",
+    "average_sam_displacement",
+    "global_dot",
+    "global_norm",
+    "perturbed",
+    "rounding_displacement",
+    "sam_displacement",
+]
 
 _WIDE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -273,6 +283,42 @@ def ascent_in_ball(
         usable = torch.isfinite(norm.to(move.device)) & torch.isfinite(length)
         moves.append(_of_dtype(_zero_unless(usable, [shortened])[0], weight.dtype))
     return moves, norm
+
+
+@torch.no_grad()
+def rounding_displacement(parameters: Sequence[Tensor], bits: int) -> tuple[list[Tensor | None], list[float]]:
+    """Q(theta) - theta, where Q rounds each tensor of two or more dimensions to b bits.
+
+    Q(w) = s round(w / s) with the step s = max |w| / (2^(b-1) - 1) of the whole tensor: symmetric, to the nearest, the
+    usual way to quantize weights. Biases and the weights of normalization layers stay as they are.
+
+    Args:
+        parameters: Weights of any shapes, real or complex (rounded as pairs); of a DTensor this rank's part is moved.
+        bits: b >= 2.
+
+    Returns:
+        The displacements (``None``: not rounded; of a DTensor this rank's part), and s of each tensor (0: not rounded).
+
+    Cost: of DTensors one all-reduce of a number for each tensor together.
+
+    Example:
+        >>> moves, steps = rounding_displacement([torch.tensor([[1.0, 0.2]]), torch.ones(1)], bits=2)
+        >>> moves[0], moves[1], steps
+        (tensor([[ 0.0000, -0.2000]]), None, [1.0, 0.0])
+    """
+    shards = Shards(parameters)
+    parts = [as_real(part) for part in shards.parts]
+    largest = [in_double(part.abs().amax() if part.numel() else 0.0).cpu() for part in parts]
+    steps = [float(most) / (2 ** (bits - 1) - 1) for most in shards.largest(torch.stack(largest))] if parts else []
+    moves: list[Tensor | None] = [None] * len(parts)
+    for index, (whole, part) in enumerate(zip(parameters, parts, strict=True)):
+        if whole.dim() < 2 or not 0 < steps[index] < math.inf:
+            steps[index] = 0.0
+            continue
+        rounded = (_wide(part) / steps[index]).round_().mul_(steps[index])
+        move = rounded.sub_(part).to(part.dtype)
+        moves[index] = torch.view_as_complex(move) if whole.is_complex() else move
+    return moves, steps
 
 
 def _each(rho: float | Sequence[float], parameters: Sequence[Tensor]) -> Sequence[float]:

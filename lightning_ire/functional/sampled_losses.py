@@ -8,6 +8,11 @@ drawn target and the weight that the prediction has in the training loss. With l
 has the expectation sum_i w_i F_i, F_i the diagonal of the Fisher information of prediction i: the diagonal of the
 generalized Gauss-Newton matrix of the training loss sum_i w_i loss_i. The mean over B predictions has w_i = 1/B, and h
 is then B * G * G of eq. 6 of the IRE paper (arXiv 2405.20763), "GNB" in Sophia (Liu et al., arXiv 2305.14342).
+
+With `labels="all"` no label is drawn: l_i is sum_c eps_c sqrt(p_c) log p_c with random signs eps, whose gradient g has
+E[g g^T] = sum_c p_c grad log p_c grad log p_c^T = F_i. So h has the same expectation, for one backward pass as well,
+and sees the labels that are hardly ever drawn, in which the Fisher information of a sure network sits (derived here: it
+is Hutchinson's estimate with the factor (I - p 1^T) diag(p)^(1/2) of the softmax's Hessian diag(p) - p p^T).
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from lightning_ire.functional.state import seeded
 
 __all__ = [
     "SampledLoss",
+    "label_log_probabilities",
     "sample_labels",
     "sampled_binary_cross_entropy",
     "sampled_binary_cross_entropy_with_logits",
@@ -39,6 +45,7 @@ __all__ = [
 ]
 
 Reduction = Literal["mean", "sum", "none"]
+Labels = Literal["drawn", "all"]
 _IGNORED = -100
 _PART = 1 << 20  # logits looked at together
 _PART_ON_DEVICE = 1 << 26
@@ -118,6 +125,7 @@ def sampled_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
+    labels: Labels = "drawn",
     generator: torch.Generator | None = None,
 ) -> SampledLoss:
     """Cross entropy against labels drawn from the model's softmax.
@@ -135,7 +143,8 @@ def sampled_cross_entropy(
         ignore_index: Class index of the positions that do not count.
         label_smoothing: Share of the target that is spread over all classes.
         reduction: "mean", "sum" or "none".
-        generator: CPU generator for the labels.
+        labels: "drawn", or "all" with random signs.
+        generator: CPU generator for the labels or signs.
 
     Returns:
         Losses and weights of the shape of class indices.
@@ -145,8 +154,11 @@ def sampled_cross_entropy(
         >>> sampled.losses.abs(), sampled.weights
         (tensor([0., 0.]), tensor([1., 0.]))
     """
-    labels = _unignored(sample_labels(logits, generator), target, ignore_index)
-    losses = F.cross_entropy(logits, labels, ignore_index=_IGNORED, reduction="none")
+    if labels == "all":
+        losses = _with_signs(label_log_probabilities(F.cross_entropy, logits), generator)
+    else:
+        drawn = _unignored(sample_labels(logits, generator), target, ignore_index)
+        losses = F.cross_entropy(logits, drawn, ignore_index=_IGNORED, reduction="none")
     return SampledLoss(losses, _class_weights(target, weight, ignore_index, logits, reduction, label_smoothing))
 
 
@@ -157,6 +169,7 @@ def sampled_nll_loss(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
+    labels: Labels = "drawn",
     generator: torch.Generator | None = None,
 ) -> SampledLoss:
     """Negative log-likelihood (`nll_loss`) against labels drawn from the given probabilities.
@@ -167,13 +180,17 @@ def sampled_nll_loss(
         weight: Class weights, shape [C].
         ignore_index: Class index of the positions that do not count.
         reduction: "mean", "sum" or "none".
-        generator: CPU generator for the labels.
+        labels: "drawn", or "all" with random signs.
+        generator: CPU generator for the labels or signs.
 
     Returns:
         Losses and weights of the shape of the target.
     """
-    labels = _unignored(sample_labels(log_probabilities, generator), target, ignore_index)
-    losses = F.nll_loss(log_probabilities, labels, ignore_index=_IGNORED, reduction="none")
+    if labels == "all":
+        losses = _with_signs(label_log_probabilities(F.nll_loss, log_probabilities), generator)
+    else:
+        drawn = _unignored(sample_labels(log_probabilities, generator), target, ignore_index)
+        losses = F.nll_loss(log_probabilities, drawn, ignore_index=_IGNORED, reduction="none")
     return SampledLoss(losses, _class_weights(target, weight, ignore_index, log_probabilities, reduction))
 
 
@@ -184,6 +201,7 @@ def sampled_binary_cross_entropy_with_logits(
     weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    labels: Labels = "drawn",
     generator: torch.Generator | None = None,
 ) -> SampledLoss:
     """Binary cross entropy against labels drawn from the model's sigmoid, each element a prediction of its own.
@@ -195,7 +213,8 @@ def sampled_binary_cross_entropy_with_logits(
         pos_weight: Weight of the positive part, of a shape that broadcasts; counts as that of the training target:
             1 + (pos_weight - 1) * target.
         reduction: "mean", "sum" or "none".
-        generator: CPU generator for the labels.
+        labels: "drawn", or "all" with random signs.
+        generator: CPU generator for the labels or signs.
 
     Returns:
         Losses and weights of the logits' shape.
@@ -205,8 +224,11 @@ def sampled_binary_cross_entropy_with_logits(
         >>> sampled.losses, sampled.weights
         (tensor([0., 0.]), tensor([0.5000, 0.5000]))
     """
-    labels = _uniform(logits, generator) < logits.detach().to(_wide(logits)).sigmoid()
-    losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    if labels == "all":
+        losses = _with_signs(label_log_probabilities(F.binary_cross_entropy_with_logits, logits), generator)
+    else:
+        drawn = _uniform(logits, generator) < logits.detach().to(_wide(logits)).sigmoid()
+        losses = F.binary_cross_entropy_with_logits(logits, drawn.to(logits.dtype), reduction="none")
     with torch.no_grad():
         positive = None if pos_weight is None else 1 + (pos_weight - 1) * target
     return SampledLoss(losses, _element_weights(losses, [weight, positive], reduction))
@@ -218,6 +240,7 @@ def sampled_binary_cross_entropy(
     *,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    labels: Labels = "drawn",
     generator: torch.Generator | None = None,
 ) -> SampledLoss:
     """Binary cross entropy of probabilities against labels drawn from them, each element a prediction of its own.
@@ -227,13 +250,17 @@ def sampled_binary_cross_entropy(
         target: The training targets (they do not matter).
         weight: Weight of each element, of a shape that broadcasts.
         reduction: "mean", "sum" or "none".
-        generator: CPU generator for the labels.
+        labels: "drawn", or "all" with random signs.
+        generator: CPU generator for the labels or signs.
 
     Returns:
         Losses and weights of the probabilities' shape.
     """
-    labels = _uniform(probabilities, generator) < probabilities.detach().to(_wide(probabilities))
-    losses = F.binary_cross_entropy(probabilities, labels.to(probabilities.dtype), reduction="none")
+    if labels == "all":
+        losses = _with_signs(label_log_probabilities(F.binary_cross_entropy, probabilities), generator)
+    else:
+        drawn = _uniform(probabilities, generator) < probabilities.detach().to(_wide(probabilities))
+        losses = F.binary_cross_entropy(probabilities, drawn.to(probabilities.dtype), reduction="none")
     return SampledLoss(losses, _element_weights(losses, [weight], reduction))
 
 
@@ -361,6 +388,7 @@ def sampled_kl_div(
     log_target: bool = False,
     reduction: Literal["batchmean", "mean", "sum", "none"] = "mean",
     dim: int | None = None,
+    labels: Labels = "drawn",
     generator: torch.Generator | None = None,
 ) -> SampledLoss:
     """Kullback-Leibler divergence from soft labels, as the log-likelihood of labels drawn from the given probabilities.
@@ -374,7 +402,8 @@ def sampled_kl_div(
         log_target: What the target is.
         reduction: "batchmean", "mean" (over classes as well, as in torch), "sum" or "none".
         dim: Dimension of the classes. Default: the last, the second, ... one over which probabilities add up to 1.
-        generator: CPU generator for the labels.
+        labels: "drawn", or "all" with random signs.
+        generator: CPU generator for the labels or signs.
 
     Returns:
         Losses of shape [N, 1], with size 1 in the dimension of the classes, and weights of the same shape; for "none"
@@ -390,11 +419,13 @@ def sampled_kl_div(
     """
     axis = _class_dim(log_probabilities) if dim is None else dim
     log_p, soft = torch.broadcast_tensors(log_probabilities, target.detach())
-    labels = sample_labels(log_p.movedim(axis, -1).reshape(-1, log_p.size(axis)), generator)
-    labels = labels.reshape(log_p.movedim(axis, -1).shape[:-1]).unsqueeze(axis)
     soft = soft.to(_wide(soft))
     weights = soft.exp() if log_target else soft
-    losses = -log_p.gather(axis, labels)
+    if labels == "all":
+        losses = _with_signs(log_p.movedim(axis, -1), generator).unsqueeze(axis)
+    else:
+        drawn = sample_labels(log_p.movedim(axis, -1).reshape(-1, log_p.size(axis)), generator)
+        losses = -log_p.gather(axis, drawn.reshape(log_p.movedim(axis, -1).shape[:-1]).unsqueeze(axis))
     if reduction == "none":
         return SampledLoss(losses, weights)
     count = {"mean": log_p.numel(), "batchmean": log_probabilities.shape[0], "sum": 1}[reduction]
@@ -430,6 +461,41 @@ def sampled_log_prob(
         value = (distribution if distribution.batch_shape == shape else distribution.expand(shape)).sample()
     losses = -distribution.log_prob(value.detach())
     return SampledLoss(losses, torch.ones_like(losses, dtype=_wide(losses)).detach())
+
+
+def label_log_probabilities(loss: Callable[..., Tensor], prediction: Tensor, dim: int | None = None) -> Tensor:
+    """The log p_c of all labels c, for the losses whose targets are labels.
+
+    Args:
+        loss: `cross_entropy`, `nll_loss`, `kl_div` or one of the two binary cross entropies of torch.
+        prediction: Its first argument, with graph.
+        dim: Dimension of the classes of `kl_div`, as in :func:`sampled_kl_div`.
+
+    Returns:
+        Shape [..., C]: that of the predictions (of a binary cross entropy each element is one) and C labels.
+
+    Example:
+        >>> label_log_probabilities(F.cross_entropy, torch.zeros(1, 2)).exp()
+        tensor([[0.5000, 0.5000]])
+    """
+    if loss is F.kl_div:
+        return prediction.movedim(_class_dim(prediction) if dim is None else dim, -1)
+    if loss is F.binary_cross_entropy_with_logits:
+        return torch.stack([F.logsigmoid(prediction), F.logsigmoid(-prediction)], dim=-1)
+    if loss is F.binary_cross_entropy:
+        least = torch.finfo(prediction.dtype).tiny
+        return torch.stack([prediction.clamp(min=least).log(), (1 - prediction).clamp(min=least).log()], dim=-1)
+    classes = 1 if prediction.dim() > 1 else 0
+    scores = prediction.log_softmax(classes) if loss is F.cross_entropy else prediction
+    return scores.movedim(classes, -1)
+
+
+def _with_signs(log_probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """sum_c eps_c sqrt(p_c) log p_c over the last dimension; a label of no probability counts as zero."""
+    log_p = log_probabilities
+    signs = torch.randint(0, 2, log_p.shape, dtype=torch.int8, generator=generator).to(log_p.device).mul_(2).sub_(1)
+    factors = (log_p.detach().to(_wide(log_p)) / 2).exp() * signs
+    return (torch.where(factors == 0, 0, log_p) * factors.to(log_p)).sum(-1)
 
 
 SAMPLED: dict[Callable[..., Tensor], Callable[..., SampledLoss]] = {

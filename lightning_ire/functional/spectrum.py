@@ -53,6 +53,23 @@ class Extremes:
     products: int
     krylov: Krylov | None = field(default=None, compare=False, repr=False)
 
+    def vectors(self, count: int) -> Tensor:
+        """Unit eigenvectors of the largest eigenvalues, as far as these have converged.
+
+        Args:
+            count: How many.
+
+        Returns:
+            Shape [count, p], fewer rows if fewer were found.
+
+        Raises:
+            FloatingPointError: If products were not finite.
+        """
+        if self.krylov is None:
+            raise FloatingPointError("the products are not finite")
+        rotation = torch.linalg.eigh(self.krylov.matrix)[1][:, -count:].flip(1)
+        return rotation.T.to(self.krylov.basis) @ self.krylov.basis
+
 
 def extreme_eigenvalues(
     product: Product,

@@ -460,6 +460,8 @@ class Attachment:
         wanted: Any = with_headroom(monitor.quantities) if follows else monitor.quantities
         host = TransformersHost(trainer)
         module = host.prepare(trainer.model_wrapped)
+        accumulate, batch = trainer.args.gradient_accumulation_steps, trainer.args.train_batch_size * host.world_size
+        size = len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None
         with _full_precision(trainer, module):
             self.last = monitor.last = measure_sharpness(
                 module,
@@ -471,7 +473,7 @@ class Attachment:
                 host=host,
                 hvp=monitor.hvp,
                 seed=monitor.seed,
-                **vars(monitor.settings(trainer.args.gradient_accumulation_steps)),
+                **vars(monitor.settings(accumulate, train_size=size, train_batch=batch * accumulate)),
             )
         self.last.step = trainer.state.global_step
         if step is not None and tags.KAPPA_HEADROOM in self.last.values:

@@ -11,6 +11,7 @@ from lightning_ire.perturbation.relatives import (
     StableSAM,
     WeightedSAM,
 )
+from lightning_ire.perturbation.rounding import Rounding
 from lightning_ire.perturbation.sam import SAM, AdversarialModelPerturbation, AverageSAM
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LookSAM",
     "MomentumSAM",
     "Perturbation",
+    "Rounding",
     "StableSAM",
     "WeightedSAM",
 ]

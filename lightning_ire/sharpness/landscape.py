@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
@@ -35,10 +36,12 @@ from lightning_ire.functional import (
 )
 from lightning_ire.functional.seeds import mixed_seed
 
-__all__ = ["Landscape", "all_ranks", "check_products", "measurement_mode"]
+__all__ = ["LABELS_OF_A_SAMPLE", "Landscape", "all_ranks", "check_products", "measurement_mode"]
 
 T = TypeVar("T")
 
+LABELS_OF_A_SAMPLE = 10
+"""How many backward passes may be made for each of the samples whose labels are looked at."""
 _WHO = "SharpnessMonitor"
 
 
@@ -139,6 +142,8 @@ class Landscape:
         module: The module; its parameters that require a gradient are the coordinates.
         loss: Called with the number of a batch; returns the mean loss over it, a scalar, or a mapping with it.
         batches: How many batches there are, on every rank.
+        held_out: Called with the number of a batch of other data; returns what `loss` returns.
+        held_out_batches: How many of them there are, on every rank.
         fisher_loss: Called alike; returns the loss against labels sampled from the predictions, or a pair of it and the
             number of terms it is the mean of; ``None``: labels are drawn for the functions that `loss` calls.
         hvp: "exact": differentiate twice; "finite_difference": differences of gradients; "auto": exact, and
@@ -162,6 +167,8 @@ class Landscape:
         loss: Callable[[int], Any],
         batches: int,
         *,
+        held_out: Callable[[int], Any] | None = None,
+        held_out_batches: int = 0,
         fisher_loss: Callable[[int], Any] | None = None,
         hvp: str = "auto",
         seed: int = 0,
@@ -172,7 +179,9 @@ class Landscape:
         self.ranks = all_ranks(host)
         self.module = module
         self.batches = range(batches)
+        self.held_out_batches = range(held_out_batches if held_out is not None else 0)
         self._loss_of = loss
+        self._held_out = held_out
         self._fisher_loss = fisher_loss
         self.seed = seed
         self.tick = tick
@@ -190,6 +199,7 @@ class Landscape:
         self._sampled: list[Any] | None = None
         self._start: ModuleState | None = None
         self._attributes: AttributeState | None = None
+        self._noise: int | None = None
 
     def generator(self, *purpose: object) -> torch.Generator:
         """A random generator on the first parameter's device, the same on all ranks and in every measurement.
@@ -226,6 +236,24 @@ class Landscape:
             self.release()
             self._start.restore()
 
+    @contextmanager
+    def noise(self, number: int) -> Iterator[None]:
+        """Inside the block random layers draw other numbers: the same ones for the same number.
+
+        Args:
+            number: Which ones.
+
+        Yields:
+            Nothing.
+        """
+        before, self._noise = self._noise, number
+        self.release()
+        try:
+            yield
+        finally:
+            self._noise = before
+            self.release()
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of flat vectors."""
@@ -235,6 +263,23 @@ class Landscape:
     def size(self) -> int:
         """Number of coordinates."""
         return self.coordinates.size
+
+    def of_all_devices(self, compute: Callable[[], T]) -> T:
+        """What this device computes, if all devices can do their part; else an error on all of them.
+
+        Args:
+            compute: Called once.
+        """
+        return self._together(compute)
+
+    def largest(self, number: float) -> float:
+        """The largest of the devices' numbers.
+
+        Args:
+            number: This device's.
+        """
+        found = self._of_each_device(lambda: torch.tensor([number], dtype=self.dtype), 1)
+        return float(found.max())
 
     def average(self, number: float) -> float:
         """The mean of the devices' numbers.
@@ -264,6 +309,33 @@ class Landscape:
     def loss(self) -> float:
         """The loss at the current weights."""
         return self._mean_of(lambda index: local(self._loss(index).detach()))
+
+    def loss_at(self, moves: Sequence[Tensor | None]) -> float:
+        """The loss where the weights are moved.
+
+        Args:
+            moves: By how much, one tensor for each of :attr:`movable`.
+        """
+        with perturbed(self.movable, moves):
+            return self.loss()
+
+    def losses(self, held_out: bool = False) -> Tensor:
+        """The loss on each batch of each device, the same numbers on all devices.
+
+        Args:
+            held_out: Whether on the batches of other data.
+
+        Returns:
+            Shape [devices that have batches of their own, batches].
+        """
+        which = self.held_out_batches if held_out else self.batches
+        step = self._held_out if held_out else self._loss_of
+
+        def compute() -> Tensor:
+            found = [local(self._loss(index, step).detach()).to(self.parameters[0].device) for index in which]
+            return torch.stack(found).reshape(-1)
+
+        return self._of_each_device(compute, len(which))
 
     def gradient(self) -> Tensor:
         """The gradient at the current weights, as one vector."""
@@ -296,9 +368,38 @@ class Landscape:
         before, gaps, norm = self.loss(), [], torch.zeros(())
         for rho in radii:
             moves, norm = sam_displacement(self.movable, gradient, rho, adaptive=adaptive, eta=eta)
-            with perturbed(self.movable, moves):
-                gaps.append(self.loss() - before)
+            gaps.append(self.loss_at(moves) - before)
         return gaps, before, float(norm)
+
+    def gradient_deviations(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        r"""How much the gradients g_j of single batches differ from their mean g.
+
+        Args:
+            scale: s, one number for each coordinate.
+
+        Returns:
+            g; and of every batch \|\|g_j - g\|\|^2 and sum_k s_k (g_j - g)_k^2, shape [batches of all devices, 2].
+            Of sharded parameters only the gradient of all devices together is known: a batch is then those of all.
+
+        Cost: two forward and backward passes over each batch; three vectors.
+        """
+        mean = self.gradient()
+
+        def of_batch(index: int) -> Tensor:
+            self.tick()
+            return self.coordinates.flatten(self._first_order(self._loss(index))) - mean
+
+        def squares(deviation: Tensor) -> Tensor:
+            pairs = (deviation, scale * deviation)
+            return in_double(torch.stack([self.coordinates.dot(deviation, one) for one in pairs]))
+
+        if self._sharded:
+            parts = [squares(self._together(lambda index=index: of_batch(index))) for index in self.batches]  # type: ignore[misc]
+            return mean, torch.stack(parts)
+        found = self._of_each_device(
+            lambda: torch.stack([squares(of_batch(index)) for index in self.batches]).reshape(-1), 2 * len(self.batches)
+        )
+        return mean, in_double(found).reshape(-1, 2)
 
     # Hessian
 
@@ -345,7 +446,7 @@ class Landscape:
 
     # Fisher
 
-    def fisher_trace(self, draw: int) -> float:
+    def fisher_trace(self, draw: int, all_labels: bool = False) -> float:
         """One draw of B ||G||^2 (eq. 6), each batch and device with targets of its own; unbiased for Tr F.
 
         The trace is linear, so that the mean over batches and devices is that of all of them. Of sharded parameters
@@ -353,8 +454,79 @@ class Landscape:
 
         Args:
             draw: Number of the draw; the same number gives the same labels.
+            all_labels: Whether, where targets are labels, all of them are taken with random signs, none drawn
+                (see :mod:`lightning_ire.functional.sampled_losses`).
         """
-        return self._mean_of(lambda index: self._local_fisher(index, draw))
+        return self._mean_of(lambda index: self._local_fisher(index, draw, all_labels))
+
+    def fisher_diagonal(self, draw: int, all_labels: bool = False) -> list[Tensor]:
+        """One draw of the diagonal of F, as :meth:`fisher_trace` is one of its trace; unbiased.
+
+        Args:
+            draw: Number of the draw.
+            all_labels: As there.
+
+        Returns:
+            One tensor for each parameter (complex ones as pairs, of sharded ones this rank's part).
+        """
+
+        def compute() -> list[Tensor | None]:
+            total: list[Tensor | None] = [None] * len(self.parameters)
+            for index in self.batches:
+                gradients = self._score_gradients(index, draw, all_labels)
+                squares = [None if g is None else g.detach().to_dense().to(self.dtype).square() for g in gradients]
+                total = _sum(total, squares, 1 / len(self.batches))
+            return total
+
+        found = self._vector(compute)
+        return self.coordinates.split(found * self.host.world_size if self._sharded else found)
+
+    def label_scores(self, predictions: int) -> Tensor:
+        r"""The factors of the Gauss-Newton matrices H_i of single predictions' losses, on this device's first batch.
+
+        Row (i, c) is sqrt(n w_i p_c) grad log p_c, of label c with probability p_c, for n predictions that weigh w_i in
+        the mean loss, so that H_i = sum_c row row^T (1 / n is what the mean loss divides by).
+
+        Args:
+            predictions: How many, spread evenly over those of the batch; so many fewer that there are at most 10 rows
+                for each of this number.
+
+        Returns:
+            Shape [predictions, labels, coordinates].
+
+        Raises:
+            ValueError: If the loss is not one of labels, or has so many that not even two predictions are left.
+
+        Cost: a backward pass over the whole batch, and a vector, for each row.
+        """
+        terms = self._sampled_terms(self.batches[0])
+        if len(terms) != 1 or terms[0][0].labels is None:
+            raise ValueError("the loss is not one cross entropy, of labels with probabilities, but something else")
+        ((call, factor),) = terms
+        log_p = call.labels()
+        log_p = log_p.reshape(-1, log_p.size(-1))
+        weights = call.draw(generator=torch.Generator().manual_seed(0)).times(factor).weights.reshape(-1)
+        counted = weights.nonzero().flatten()
+        if not len(counted):
+            raise ValueError("no prediction of the probe counts in the loss")
+        rows_at_most, labels = LABELS_OF_A_SAMPLE * predictions, log_p.size(-1)
+        count = min(predictions, len(counted), rows_at_most // labels)
+        if count < 2:
+            raise ValueError(
+                f"{labels} labels of two samples are more than {rows_at_most} backward passes: raise `num_samples` to "
+                f"{math.ceil(2 * labels / LABELS_OF_A_SAMPLE)}"
+                if len(counted) > 1
+                else "two samples are compared and the batch has one: raise `batch_size`"
+            )
+        chosen = counted[torch.linspace(0, len(counted) - 1, count, device=counted.device).round().long()]
+        rows = []
+        for i in chosen.tolist():
+            for c in range(labels):
+                one = log_p[i, c]
+                start = (one.detach().to(self.dtype) / 2).exp() * (weights[i].to(self.dtype) * len(counted)).sqrt()
+                rows.append(self.coordinates.flatten(self._gradients([one], [start.to(one)], keep=True)))
+                self.tick()
+        return torch.stack(rows).reshape(count, -1, self.size)
 
     # One device, one batch
 
@@ -365,15 +537,16 @@ class Landscape:
             self._start.restore()
             self._attributes.restore(replay=True)
         if seed is None:
-            seed = mixed_seed(self.seed, "pass", index, self.host.rank)
+            other = () if self._noise is None else ("noise", self._noise)
+            seed = mixed_seed(self.seed, "pass", index, self.host.rank, *other)
         with seeded(seed, devices_of(self.module)):
             return step(index)
 
-    def _loss(self, index: int) -> Tensor:
-        return self._if_all_can(lambda: self._own_loss(index))
+    def _loss(self, index: int, step: Callable[[int], Any] | None = None) -> Tensor:
+        return self._if_all_can(lambda: self._own_loss(index, step or self._loss_of))
 
-    def _own_loss(self, index: int) -> Tensor:
-        loss = loss_of(self._output(index, self._loss_of))
+    def _own_loss(self, index: int, step: Callable[[int], Any]) -> Tensor:
+        loss = loss_of(self._output(index, step))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"{type(self.module).__name__} returned no loss on the probe")
         return loss if loss.dim() == 0 else loss.reshape(())
@@ -441,25 +614,34 @@ class Landscape:
             self._graph = gradients
         return gradients
 
-    def _local_fisher(self, index: int, draw: int) -> Tensor:
-        outputs, starts = self._if_all_can(lambda: self._score(index, draw))
+    def _score_gradients(self, index: int, draw: int, all_labels: bool) -> Sequence[Tensor | None]:
+        outputs, starts = self._if_all_can(lambda: self._score(index, draw, all_labels))
         gradients = self._gradients(outputs, starts, keep=self._sampled is not None)
         self.tick()
+        return gradients
+
+    def _local_fisher(self, index: int, draw: int, all_labels: bool) -> Tensor:
+        gradients = self._score_gradients(index, draw, all_labels)
         wide = self.dtype
         squares = [0.0 if g is None else float(g.detach().to_dense().to(wide).square().sum()) for g in gradients]
         if self._sharded:  # of the mean of the devices' gradients, each with the factor of its own batch
             return self.host.world_size * self.coordinates.sums(torch.tensor(squares, dtype=wide)).sum()
         return torch.tensor(sum(squares), dtype=wide)
 
-    def _score(self, index: int, draw: int) -> tuple[list[Tensor], list[Tensor]]:
+    def _score(self, index: int, draw: int, all_labels: bool) -> tuple[list[Tensor], list[Tensor]]:
         """What the gradient of a draw is that of, outputs and their weights."""
         labels = mixed_seed(self.seed, "labels", index, draw, self.host.rank)
+        if self._fisher_loss is not None and all_labels:
+            raise ValueError("it takes all labels of a known loss, and a `fisher_loss` draws them itself")
         if self._fisher_loss is not None:
             returned = self._output(index, self._fisher_loss, seed=labels)
             loss, count = returned if isinstance(returned, tuple) else (returned, 1.0)
             return [loss], [torch.ones_like(loss) * float(count) ** 0.5]
         source = torch.Generator().manual_seed(labels)
-        drawn = [call.draw(generator=source).times(factor) for call, factor in self._sampled_terms(index)]
+        drawn = [
+            call.draw(generator=source, **({"labels": "all"} if all_labels and call.labels else {})).times(factor)
+            for call, factor in self._sampled_terms(index)
+        ]
         return [term.losses for term in drawn], [term.weights.sqrt().to(term.losses) for term in drawn]
 
     def _sampled_terms(self, index: int) -> list[Any]:
@@ -473,7 +655,8 @@ class Landscape:
         if not used:
             raise ValueError(
                 f"the loss of {type(self.module).__name__} is not made with {known_losses()}: give it a method "
-                "`fisher_loss(batch, batch_idx)` that returns its loss against labels sampled from its predictions"
+                "`fisher_loss(batch, batch_idx)` (in a loop of your own: the argument `fisher_loss`) that returns its "
+                "loss against labels sampled from its predictions"
             )
         if len(self.batches) == 1:
             self._sampled = used
@@ -525,6 +708,18 @@ class Landscape:
             return torch.stack([value(index).to(self.parameters[0].device) for index in self.batches]).reshape(-1)
 
         return float(in_double(self._mean_over_devices(compute, len(self.batches))).mean())
+
+    def _of_each_device(self, compute: Callable[[], Tensor], size: int) -> Tensor:
+        """What each device that has batches of its own computes, a row for each, the same on all."""
+        rows = self.host.world_size
+
+        def padded() -> Tensor:
+            found = compute()
+            place = found.new_zeros(rows, size)
+            place[self.host.rank] = found * rows
+            return place.reshape(-1)
+
+        return self._mean_over_devices(padded, rows * size).reshape(rows, size)
 
     def _mean_over_devices(self, compute: Callable[[], Tensor], size: int) -> Tensor:
         """The mean of what the devices compute, the same on all; an error on one of them is an error on all."""

@@ -144,6 +144,7 @@ class StepGeometry:
         sizes: dict[int, Tensor] = {}
         lengths: dict[int, Tensor] = {}
         decays: dict[int, Tensor] = {}
+        moving = False
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 real = as_real(local(parameter.detach()))
@@ -152,10 +153,16 @@ class StepGeometry:
                 if parameter.is_complex() and lengthened.dim():  # one factor for both numbers of a pair
                     lengthened = torch.stack([lengthened.real] * 2, dim=-1)
                 lengths[id(parameter)] = lengthened.to(wide).broadcast_to(real.shape)
-                size = float(group["lr"]) * lengthened.to(wide) / _preconditioner(optimizer, parameter, group)
+                preconditioner = _preconditioner(optimizer, parameter, group)
+                moving = moving or isinstance(preconditioner, Tensor) or math.isfinite(preconditioner)
+                size = float(group["lr"]) * lengthened.to(wide) / preconditioner
                 sizes[id(parameter)] = size.broadcast_to(real.shape)
                 added = 0.0 if decay_is_decoupled(optimizer, group) else float(group["weight_decay"])
                 decays[id(parameter)] = torch.tensor(added, dtype=wide).broadcast_to(real.shape)
+        if not moving:
+            raise UnknownStep(
+                f"{type(optimizer).__name__} has not made a step yet, and what divides its steps is not known"
+            )
         coordinates = landscape.coordinates
         step_sizes = coordinates.flatten([sizes.get(id(p)) for p in landscape.parameters])
         decay = coordinates.flatten([decays.get(id(p)) for p in landscape.parameters])

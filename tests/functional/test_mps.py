@@ -109,6 +109,8 @@ ENTRIES: dict[str, Callable[[On], Any]] = {
     "masks_and_threshold": lambda on: functional.masks_and_threshold([on.a, on.b], 0.3, finite=True),
     "pack_mask": lambda on: functional.pack_mask(on.a > 0),
     "perturbed": lambda on: on.moved(),
+    "rounding_displacement": lambda on: functional.rounding_displacement([on.a, on.b], bits=4)[0][0],
+    "label_log_probabilities": lambda on: functional.label_log_probabilities(nn.functional.cross_entropy, on.a),
     "products": lambda on: functional.products([on.a, on.b], on.b.sum()),
     "quotients": lambda on: functional.quotients([on.a, on.b], [3.0, 0.3]),
     "rademacher": lambda on: functional.rademacher(9, on.generator()),

@@ -102,8 +102,11 @@ def without_extra_passes(events: list[tuple[str, int]]) -> list[tuple[str, int]]
 
 
 def without_ours(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    figures = (tags.DENSITY, tags.LAYERS)  # their numbers
-    return {name: value for name, value in metrics.items() if name not in OUR_TAGS and not name.startswith(figures)}
+    return {
+        name: value
+        for name, value in metrics.items()
+        if name not in OUR_TAGS and not name.startswith(tags.MONITOR_PREFIXES)
+    }
 
 
 def logged_rows(logger: cases.Rows) -> list[tuple[int | None, dict[str, float]]]:
