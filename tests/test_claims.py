@@ -228,7 +228,7 @@ def test_controls_are_tuned_like_what_they_control() -> None:
 @pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_an_optimizer_its_treatment_and_its_control_are_tuned_alike(name: str) -> None:
     forms = (optimizers.ALONE, optimizers.TREATED, optimizers.CONTROL)
-    for trial in range(5):
+    for trial in range(8):
         alone, treated, control = (optimizers._point(name, form.format(name), trial) for form in forms)
         assert alone.keys() == {"lr", "weight_decay"}
         for value, (low, high) in zip(alone.values(), optimizers.OPTIMIZERS[name][1:], strict=True):
