@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from lightning_ire._checkpoint_files import read_checkpoint
 from lightning_ire._checks import ConfigurationError, check_folder, check_whole
 from lightning_ire._cli_checkpoints import TRUST
-from lightning_ire._cli_command import behind, code_of, run, write
+from lightning_ire._cli_command import code_of, run, write
+from lightning_ire._cli_options import Parser, behind, check_config, spelt_out
 from lightning_ire.connectivity import Barrier
 from lightning_ire.connectivity._line import End, check_points, on_the_line, weights_in
-from lightning_ire.sweeps._options import Parser, check_config, spelt_out
 
 __all__ = ["main"]
 

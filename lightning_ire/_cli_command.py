@@ -16,20 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_ire._checks import ConfigurationError
 from lightning_ire._cli_messages import one_line
 
-__all__ = ["behind", "code_of", "run", "write"]
-
-
-def behind(args: list[str]) -> tuple[list[str], list[str]]:
-    """Split what the user typed at the first `--`.
-
-    Args:
-        args: All words.
-
-    Returns:
-        Those of the command, and those for Lightning's own.
-    """
-    split = args.index("--") if "--" in args else len(args)
-    return args[:split], args[split + 1 :]
+__all__ = ["code_of", "run", "write"]
 
 
 def code_of(command: Callable[[], None]) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test,predict,sweep,find,barrier} --config configs/NAME.yaml`."""
+"""The command line: `python cli.py {fit,validate,test,predict,sweep,compare,find,barrier} --config FILE`."""
 
 from __future__ import annotations
 

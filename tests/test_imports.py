@@ -63,12 +63,25 @@ ALLOWED = {
     "_cli_messages": {"_checks"},
     "_cli_checkpoints": {"_checkpoint_files", "_checks"},
     "_cli_command": {"_checks", "_cli_messages"},
-    "_cli_barrier": {"_checkpoint_files", "_checks", "_cli_checkpoints", "_cli_command", "connectivity", "sweeps"},
+    "_cli_options": {"_checks"},
+    "_cli_barrier": {
+        *("_checkpoint_files", "_checks", "_cli_checkpoints", "_cli_command", "_cli_options", "connectivity"),
+    },
     "models": {"_checks", "_lightning", "_run_length", "models"},
     "data": {"_checks", "_lightning", "data"},
-    "sweeps": {"_checks", "__version__", "sweeps"},
-    "compare": {"_checks", "sweeps", "compare"},
-    "find": {"_checks", "_cli_command", "tags", "schedule", "perturbation", "engine", "callbacks", "sweeps", "find"},
+    "sweeps": {"_checks", "_cli_options", "__version__", "sweeps"},
+    "compare": {"_checks", "_cli_options", "sweeps", "compare"},
+    "find": {
+        "_checks",
+        "_cli_command",
+        "_cli_options",
+        "tags",
+        "schedule",
+        "perturbation",
+        "engine",
+        "callbacks",
+        "find",
+    },
 }
 # packages of others, beside the standard library
 THIRD_PARTY = {

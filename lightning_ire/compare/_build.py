@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 
 from lightning_ire._checks import ConfigurationError, check_folder, check_number
+from lightning_ire._cli_options import check_name
 from lightning_ire.compare._record import RunRecord
 from lightning_ire.compare._report import Report, write_report
 from lightning_ire.compare._work import Outcome, Work, check_logged
 from lightning_ire.compare.design import Cell, Choice, Comparison, Design, Method, Range
-from lightning_ire.sweeps._options import check_name
 from lightning_ire.sweeps._study import Study
 
 __all__ = ["Findings", "compare"]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ire._checks import ConfigurationError, check_choice
+from lightning_ire._cli_options import Parser, behind, check_config, check_key, check_name, content, pairs, spelt_out
 from lightning_ire.compare.design import BUDGETS, Choice, Design, Method, Range
 from lightning_ire.sweeps._grid import SEED
-from lightning_ire.sweeps._options import Parser, check_config, check_key, check_name, content, pairs, spelt_out
 from lightning_ire.sweeps._study import number
 
 __all__ = ["Options", "read_options"]
@@ -71,10 +71,10 @@ class Options(argparse.Namespace):
 
 def read_options(args: list[str]) -> Options:
     """Read what follows `compare`; a `ConfigurationError` says what is wrong with it."""
-    split = args.index("--") if "--" in args else len(args)
+    own, flags = behind(args)
     parser = _parser()
-    ours, words = _split_methods(args[:split], set(parser._option_string_actions) | {"--method"})
-    options = parser.parse_args(spelt_out(ours), Options(words=words, flags=args[split + 1 :]))
+    ours, words = _split_methods(own, set(parser._option_string_actions) | {"--method"})
+    options = parser.parse_args(spelt_out(ours), Options(words=words, flags=flags))
     check_config(options.config)
     options.name = options.name or options.config.stem
     check_name(options.name)

@@ -12,12 +12,12 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_ire._checks import ConfigurationError, check_folder, check_number, check_whole
-from lightning_ire._cli_command import behind, code_of, run, write
+from lightning_ire._cli_command import code_of, run, write
+from lightning_ire._cli_options import Parser, behind, check_config, spelt_out
 from lightning_ire.callbacks import IRE
 from lightning_ire.find._range_test import kappas, learning_rates, radii
 from lightning_ire.find._result import RangeTest
 from lightning_ire.perturbation import Perturbation
-from lightning_ire.sweeps._options import Parser, check_config, spelt_out
 
 __all__ = ["main"]
 

@@ -5,28 +5,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
+from typing import Any
 
 from lightning_ire._checks import ConfigurationError, check_choice
+from lightning_ire._cli_options import (
+    Parser,
+    behind,
+    check_config,
+    check_key,
+    check_name,
+    content,
+    pairs,
+    spelt_out,
+    value_of,
+)
 from lightning_ire.sweeps._grid import Grid
 from lightning_ire.sweeps._study import code
 
-__all__ = [
-    "Options",
-    "Parser",
-    "check_config",
-    "check_key",
-    "check_name",
-    "content",
-    "pairs",
-    "read_options",
-    "spelt_out",
-]
+__all__ = ["Options", "read_options"]
 
 _EXAMPLE = """\
 example (18 runs and 3 of plain SGD):
@@ -73,22 +70,10 @@ class Options(argparse.Namespace):
         return None if name in (None, True) or str(name).endswith("TensorBoardLogger") else f"trainer.logger: {name}"
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that raises what is wrong as a `ConfigurationError`."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise.
-
-        Args:
-            message: What is wrong.
-        """
-        raise ConfigurationError(f"{message} (python {self.prog} --help)")
-
-
 def read_options(args: list[str]) -> Options:
     """Read what follows `sweep`; a `ConfigurationError` says what is wrong with it."""
-    split = args.index("--") if "--" in args else len(args)
-    options = _parser().parse_args(spelt_out(args[:split]), Options(flags=args[split + 1 :]))
+    own, flags = behind(args)
+    options = _parser().parse_args(spelt_out(own), Options(flags=flags))
     check_config(options.config)
     grid = _check_grid(vars(options)["grid"])
     for key, _ in pairs(options.flags):
@@ -145,29 +130,6 @@ def _check_grid(grid: list[list[str]]) -> dict[str, tuple[str, ...]]:
     return checked
 
 
-def spelt_out(words: Sequence[str]) -> list[str]:
-    """Return a command line in which numbers are no flags: argparse knows -1 and -0.1, and not -1e-3."""
-    return [f" {word}" if re.match(r"-(\d|\.|inf|nan)", word) else word for word in words]
-
-
-def check_config(config: Path | None) -> None:
-    """Refuse a config that is not there."""
-    if config is None or not config.is_file():
-        raise ConfigurationError(f"Expected `--config` to be a file, got {str(config or 'none')!r}.")
-
-
-def check_name(name: str, key: str = "--name") -> None:
-    """Refuse what is no name of a file."""
-    if not re.fullmatch(r"[\w.+-]+", name) or not name.strip("."):
-        raise ConfigurationError(f"Expected `{key}` to be of letters, digits and ._+-, got {name!r}.")
-
-
-def check_key(key: str, by: str = "sweep", where: str = "in --grid or behind `--`") -> None:
-    """Refuse a key that the runs are given anyway."""
-    if key in ("c", "config", "ckpt_path", "trainer.logger") or key.startswith("trainer.logger."):
-        raise ConfigurationError(f"Expected `{key}` to be left to the {by}, got it {where}.")
-
-
 def _check_test_after_fit(options: Options) -> None:
     """Refuse a sweep whose runs would train to the end and then lack the metric."""
     given = content(options.config)
@@ -177,35 +139,8 @@ def _check_test_after_fit(options: Options) -> None:
     key, wanted = "test_after_fit", f"Expected `test_after_fit` to be true for `{tests[0]}`"
     typed = [value for name, value in pairs(options.flags) if name == key][-1:] or options.grid.values.get(key, ())
     for value in typed:
-        if _value(value) is not True:
+        if value_of(value) is not True:
             raise ConfigurationError(f"{wanted}, got {value or 'nothing'}.")
     if not typed and not (isinstance(given, dict) and given.get(key) is True):
         where = f"neither in {options.config} nor behind `--`: add -- --test_after_fit true"
         raise ConfigurationError(f"{wanted}, got it {where}.")
-
-
-def pairs(flags: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the keys and values of a command line, in its order, of `--key value`, `--key=value` and `--key+=value`.
-
-    Example:
-        >>> list(pairs(["--model.lr=0.1", "--seed", "-1", "--quiet", "--trainer.callbacks+=A"]))
-        [('model.lr', '0.1'), ('seed', '-1'), ('quiet', ''), ('trainer.callbacks', 'A')]
-    """
-    words = list(flags)
-    while words:
-        key, _, value = words.pop(0).lstrip("-").partition("=")
-        while words and (not words[0].startswith("-") or re.match(r"-[\d.]", words[0])):
-            value = f"{value} {words.pop(0)}".strip()
-        yield key.removesuffix("+"), value
-
-
-def content(config: Path) -> Any:
-    """Return the dictionaries, lists and values that a config holds; of what is no YAML the text."""
-    return _value(config.read_text(errors="replace"))
-
-
-def _value(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text

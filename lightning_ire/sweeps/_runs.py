@@ -15,8 +15,9 @@ from typing import Any
 
 from lightning_ire import __version__
 from lightning_ire._checks import ConfigurationError, check_folder
+from lightning_ire._cli_options import content, pairs
 from lightning_ire.sweeps._grid import Trial
-from lightning_ire.sweeps._options import Options, content, pairs
+from lightning_ire.sweeps._options import Options
 
 __all__ = ["Run", "last_line", "last_values", "replace_text", "run_process", "versions"]
 
