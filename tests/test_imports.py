@@ -97,6 +97,7 @@ THIRD_PARTY = {
     "integrations": {"torch", "lightning", "accelerate", "transformers"},
     "sharpness": {"torch", "tqdm"},
     "_checkpoint_files": {"torch"},
+    "_cli_options": {"yaml"},
     "connectivity": {"torch", "matplotlib"},
     "_lightning": {"torch", "lightning"},
     "_run_length": {"lightning"},
@@ -107,7 +108,7 @@ THIRD_PARTY = {
     },
     "models": {"torch", "lightning", "torchmetrics", "transformers"},
     "find": {"torch", "lightning", "tqdm", "matplotlib"},
-    "sweeps": {"optuna", "tensorboard", "tqdm", "yaml", "matplotlib"},
+    "sweeps": {"optuna", "tensorboard", "tqdm", "matplotlib"},
     "compare": {"torch", "numpy", "scipy", "lightning", "tqdm", "matplotlib"},
 }
 FILES = sorted(
