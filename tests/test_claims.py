@@ -455,12 +455,13 @@ def _checkpoints(**values: list[float]) -> dict[str, list[float]]:
 
 
 def test_checkpoints_are_compared_at_equal_loss_by_hand() -> None:
-    """The level is 1.2: AdamW is there after 4/5 of the way, the control at the end, AdmIRE was below at the first."""
+    """The level is 1.2: AdamW is there after 4/5 of the way, a control at the end, two were below at once."""
     runs, outcome = Runs(), "packages, zero-shot"
     for seed in range(2):
         for method, one in {
             "AdamW": _checkpoints(val_loss=[2.0, 1.0], trace_fisher=[10.0, 20.0], **{outcome: [3.0, 2.0 + seed]}),
             "AdmIRE": _checkpoints(val_loss=[1.1, 1.0], trace_fisher=[9.0, 7.0], **{outcome: [1.8, 1.0]}),
+            "gamma = 1": _checkpoints(trace_fisher=[5.0, 4.0], val_loss=[1.0, 1.0]),
             "inverted mask": _checkpoints(val_loss=[1.9, 1.2], trace_fisher=[8.0, 6.0], **{outcome: [3.0, 2.5]}),
         }.items():
             runs.add({"method": method, "seed": seed}, one)
@@ -468,6 +469,7 @@ def test_checkpoints_are_compared_at_equal_loss_by_hand() -> None:
     assert downstream.at_level(runs, "trace_fisher") == {
         "AdamW": {0: pytest.approx(18.0), 1: pytest.approx(18.0)},
         "AdmIRE": {0: 9.0, 1: 9.0},
+        "gamma = 1": {0: 5.0, 1: 5.0},
         "inverted mask": {0: 6.0, 1: 6.0},
     }
     gain = downstream.gain(runs, outcome, "AdmIRE")
@@ -477,7 +479,7 @@ def test_checkpoints_are_compared_at_equal_loss_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outcome", "values"), [(downstream.PROBE, [0.3, 0.2, 0.1]), (downstream.LOSSES[3], [1, 2, 3])]
+    ("outcome", "values"), [(downstream.PROBE, [0.4, 0.3, 0.2, 0.1]), (downstream.LOSSES[3], [1, 2, 3, 4])]
 )
 def test_flatter_and_better_is_a_negative_correlation(outcome: str, values: list[float]) -> None:
     runs = Runs()

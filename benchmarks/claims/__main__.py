@@ -46,7 +46,7 @@ What Wang et al. 2024 ([arXiv 2405.20763](https://arxiv.org/abs/2405.20763)) say
 size for two CPU cores. These are small problems: what does not show here may show at the paper's sizes, which nobody
 has run with this package yet, and the other way round. `make claims` makes the runs that benchmarks/claims/results
 lacks and writes this page. To measure anew, delete the results: then `make claims` makes fewer trials, seeds and tasks
-(no claim takes more than 45 minutes on two cores), `CLAIMS_SIZE=full make claims` all runs of this page (about four
+(no claim takes more than 45 minutes on two cores), `CLAIMS_SIZE=full make claims` all runs of this page (about five
 hours). Other processors round differently, so what the trained networks give differs in detail; the text, the standard
 library's source, also depends on the version of Python.
 
@@ -73,7 +73,8 @@ def page() -> str:
     for name in CLAIMS:
         module, runs = claim(name), known(name)
         verdict = module.verdict(runs)
-        parts.append(f"## {module.QUESTION}\n\n**{verdict.short.capitalize()}.** {verdict.sentence}\n\n")
+        short = verdict.short[0].upper() + verdict.short[1:]
+        parts.append(f"## {module.QUESTION}\n\n**{short}.** {verdict.sentence}\n\n")
         if (FIGURES / f"{name}.png").exists():
             parts.append(f"![{module.QUESTION}](../docs/claims/{name}.png)\n\n")
         parts.append(f"{module.tables(runs)}\n\n{inspect.cleandoc(module.__doc__ or '')}\n\n")

@@ -10,9 +10,8 @@ A choice that is the smallest or the largest rate of its trials is marked: there
 steps are longer, so the ranges begin well below what suits the optimizer alone.
 
 The control, tuned with as many trials, is IRE with gamma = 1: all coordinates are boosted, a longer step. Where IRE
-does no better than this, flatness is not the reason. Eight trials are few: a difference is called clear only if it is
-told apart over seeds (Holm, in two families: with the optimizer alone, with the control) and the searches with half of
-the trials agree.
+does no better than this, flatness is not the reason. A difference is called clear only if it is told apart over seeds
+(Holm, in two families: with the optimizer alone, with the control) and the searches with half of the trials agree.
 
 Lion (arXiv 2302.06675), SOAP (arXiv 2409.11321) and Shampoo (arXiv 1802.09568, without momentum and with a root of the
 statistics at every step) are those of pytorch_optimizer, and so is Muon: it moves the kernels of convolutions, as
@@ -62,7 +61,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[float, f
     "Shampoo": (pytorch_optimizer.Shampoo, (5e-3, 0.5), (1e-4, 1e-2)),
 }
 FORMS = ALONE, TREATED, CONTROL = "{}", "{}-IRE", "{}-IRE, gamma = 1"
-SIZES = {"default": (8, 1, 3, 300), "full": (8, 1, 5, 300), "tiny": (2, 1, 2, 4)}  # as in accuracy.py
+SIZES = {"default": (8, 1, 3, 300), "full": (16, 1, 8, 300), "tiny": (2, 1, 2, 4)}  # as in accuracy.py
 
 
 def plan(size: str, runs: Runs) -> list[dict[str, Any]]:
