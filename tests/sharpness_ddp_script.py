@@ -178,6 +178,15 @@ class Stream(IterableDataset):
         yield from list(cases.data(5, dtype=torch.float64))[int(os.environ.get("LOCAL_RANK", 0)) :: 2]
 
 
+class Uneven(IterableDataset):
+    """Two batches, of one size on the first device and of two on the second."""
+
+    def __iter__(self) -> Iterator[Any]:
+        tensors = cases.data(2, dtype=torch.float64).tensors
+        for size in (4, 3 if os.environ.get("LOCAL_RANK") == "1" else 4):
+            yield [tensor.repeat_interleave(4, 0)[:size] for tensor in tensors]
+
+
 def numbered(samples: int, batch_size: int = 4, **kwargs: Any) -> Any:
     return lambda batch: DataLoader(Numbered(samples, **kwargs), batch_size=batch_size)
 
@@ -255,6 +264,11 @@ FAILURES: dict[str, dict[str, Any]] = {
     "coarse": {"module": Coarse},
     "nan": {"module": NotANumber},
     "basis": {"basis": True},
+    "nan-coherence": {"module": NotANumber, "monitor": {"quantities": ["coherence"]}},
+    "uneven-gap": {
+        "monitor": {"quantities": ["gap"], "num_batches": 2},
+        "probe": lambda batch: DataLoader(Uneven(), batch_size=None),
+    },
 }  # fmt: skip
 OTHERS: dict[str, dict[str, Any]] = {
     "fisher": {

@@ -323,6 +323,16 @@ def test_no_room_for_the_vectors_of_lanczos_on_one_device(ranks: list[dict[str, 
     assert any("lower `batch_size`" in text for text in ranks[0]["basis"]["warnings"])
 
 
+@pytest.mark.parametrize(
+    ("name", "skipped"), [("nan-coherence", [[], ["coherence"], []]), ("uneven-gap", [["gap"]] * 3)]
+)
+def test_what_one_device_cannot_know_is_skipped_on_both(
+    ranks: list[dict[str, Any]], name: str, skipped: list[list[str]]
+) -> None:
+    for rank in ranks:
+        assert [list(seen["skipped"]) for seen in rank[name]["seen"]] == skipped
+
+
 @pytest.mark.parametrize("name", ["raises-auto-2", "once"])
 def test_a_second_derivative_that_fails_on_one_device_makes_both_take_differences(
     ranks: list[dict[str, Any]], name: str

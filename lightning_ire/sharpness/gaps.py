@@ -120,7 +120,8 @@ class GeneralizationGap(Quantity):
         if len(landscape.batches) * (1 if together else devices) < 2:
             raise UnknownStep("the noise of gradients shows in two batches or more: raise `num_batches`")
         own = settings.samples or 0
-        if not own or landscape.average(own) != own:
+        sizes = set(landscape.of_each_device(lambda: own).tolist())  # asked of all, whatever is known here
+        if sizes == {0} or len(sizes) > 1:
             raise UnknownStep("the noise of gradients needs batches of equally many samples: let the probe have such")
         geometry, unknown = _geometry(job)
         scale = torch.ones_like(landscape.coordinates.flatten(landscape.coordinates.parts))

@@ -272,14 +272,13 @@ class Landscape:
         """
         return self._together(compute)
 
-    def largest(self, number: float) -> float:
-        """The largest of the devices' numbers.
+    def of_each_device(self, compute: Callable[[], float]) -> Tensor:
+        """The numbers of all devices that have batches of their own, the same on all; an error on one is one on all.
 
         Args:
-            number: This device's.
+            compute: Gives this device's; called once.
         """
-        found = self._of_each_device(lambda: torch.tensor([number], dtype=self.dtype), 1)
-        return float(found.max())
+        return self._of_each_device(lambda: torch.tensor([compute()], dtype=self.dtype), 1).flatten()
 
     def average(self, number: float) -> float:
         """The mean of the devices' numbers.

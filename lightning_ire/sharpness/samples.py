@@ -34,13 +34,18 @@ class Coherence(Quantity):
         landscape = job.landscape
         if landscape.coordinates.sharded:
             raise UnknownStep("gradients of single samples are not known where parameters are sharded")
-        scores = landscape.of_all_devices(lambda: landscape.label_scores(job.settings.num_samples))
-        sigma = _eigenvalues_of_coherence(scores)
+
+        def compute() -> tuple[Tensor, float]:
+            scores = landscape.label_scores(job.settings.num_samples)
+            return scores, _eigenvalues_of_coherence(scores)
+
+        scores, sigma = landscape.of_all_devices(compute)
         job.result.add(tags.COHERENCE, landscape.average(sigma))
         if not job.optimizers:
             return
         geometry = job.step_geometry()
-        job.result.add(tags.COHERENCE_RATIO, landscape.largest(_line(job.settings, geometry, scores)))
+        lines = landscape.of_each_device(lambda: _line(job.settings, geometry, scores))
+        job.result.add(tags.COHERENCE_RATIO, float(lines.max()))
 
 
 def _eigenvalues_of_coherence(scores: Tensor) -> float:
