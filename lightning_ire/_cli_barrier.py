@@ -19,7 +19,7 @@ from lightning_ire._checkpoint_files import read_checkpoint
 from lightning_ire._checks import ConfigurationError, check_folder, check_whole
 from lightning_ire._cli_checkpoints import TRUST
 from lightning_ire._cli_command import code_of, run, write
-from lightning_ire._cli_options import Parser, behind, check_config, spelt_out
+from lightning_ire._cli_options import Parser, behind
 from lightning_ire.connectivity import Barrier
 from lightning_ire.connectivity._line import End, check_points, on_the_line, weights_in
 
@@ -214,16 +214,14 @@ def _report(found: Barrier, options: argparse.Namespace) -> None:
 def _read(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read what follows `barrier`, and the further flags of `validate`; a `ConfigurationError` says what is wrong."""
     parser = Parser(
-        prog="cli.py barrier",
-        usage="python cli.py barrier FIRST SECOND --config FILE [options] [-- further flags of cli.py validate]",
+        "barrier",
+        "FIRST SECOND --config FILE [options] [-- further flags of cli.py validate]",
         description="The loss and the metrics on the straight line between two checkpoints, and of averaged weights.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        config="config of the network, the data and the trainer",
     )
     parser.add_argument("first", type=Path, metavar="FIRST", help="checkpoint at alpha = 0")
     parser.add_argument("second", type=Path, metavar="SECOND", help="checkpoint at alpha = 1")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config of the network, the data and the trainer")
     parser.add_argument("--points", type=int, default=11, metavar="N", help="how many alphas, odd (default: 11)")
     parser.add_argument("--data", choices=list(_PARTS), default="val", help="which part of the data (default: val)")
     parser.add_argument(
@@ -238,8 +236,7 @@ def _read(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--folder", type=Path, default=Path("barrier"), help="where the files go (default: barrier)")
     own, flags = behind(args)
-    options = parser.parse_args(spelt_out(own))
-    check_config(options.config)
+    options = parser.read(own, argparse.Namespace())
     check_points("--points", options.points)
     check_whole("--recalibrate", options.recalibrate, low=0)
     check_folder("--folder", options.folder)

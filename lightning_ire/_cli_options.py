@@ -6,27 +6,56 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from lightning_ire._checks import ConfigurationError
 
-__all__ = [
-    "Parser",
-    "behind",
-    "check_config",
-    "check_key",
-    "check_name",
-    "content",
-    "pairs",
-    "spelt_out",
-    "value_of",
-]
+__all__ = ["Parser", "behind", "check_key", "check_name", "content", "pairs", "value_of"]
+
+Found = TypeVar("Found", bound=argparse.Namespace)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises what is wrong as a `ConfigurationError`."""
+    """The parser of a command on a config: what is wrong is raised as a `ConfigurationError`.
+
+    Args:
+        command: Its name.
+        usage: What may follow it.
+        description: What it does.
+        epilog: What its help ends with, line by line.
+        config: What the config is for.
+    """
+
+    def __init__(self, command: str, usage: str, description: str, epilog: str, config: str) -> None:
+        prog = f"cli.py {command}"
+        super().__init__(
+            prog=prog,
+            usage=f"python {prog} {usage}",
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", type=Path, metavar="FILE", help=config)
+
+    def read(self, words: Sequence[str], into: Found) -> Found:
+        """Parse what the user typed; the config is a file then.
+
+        Args:
+            words: All but what is behind `--`.
+            into: Gets the values as attributes.
+
+        Returns:
+            The same.
+        """
+        # numbers are no flags: argparse knows -1 and -0.1, and not -1e-3
+        spelt_out = [f" {word}" if re.match(r"-(\d|\.|inf|nan)", word) else word for word in words]
+        config = self.parse_args(spelt_out, into).config
+        if config is None or not config.is_file():
+            raise ConfigurationError(f"Expected `--config` to be a file, got {str(config or 'none')!r}.")
+        return into
 
     def error(self, message: str) -> NoReturn:
         """Raise.
@@ -48,17 +77,6 @@ def behind(args: list[str]) -> tuple[list[str], list[str]]:
     """
     split = args.index("--") if "--" in args else len(args)
     return args[:split], args[split + 1 :]
-
-
-def spelt_out(words: Sequence[str]) -> list[str]:
-    """Return a command line in which numbers are no flags: argparse knows -1 and -0.1, and not -1e-3."""
-    return [f" {word}" if re.match(r"-(\d|\.|inf|nan)", word) else word for word in words]
-
-
-def check_config(config: Path | None) -> None:
-    """Refuse a config that is not there."""
-    if config is None or not config.is_file():
-        raise ConfigurationError(f"Expected `--config` to be a file, got {str(config or 'none')!r}.")
 
 
 def check_name(name: str, key: str = "--name") -> None:

@@ -29,7 +29,7 @@ from lightning_ire._lightning import data_parallel, moved_batch
 from lightning_ire.engine.no_trace import devices_of
 from lightning_ire.engine.object_state import kept
 from lightning_ire.functional import seeded
-from lightning_ire.sharpness.probe import drawn_samples
+from lightning_ire.sharpness.probe import common_size, drawn_samples
 
 __all__ = ["Probe", "held_out_loader", "probe_loader", "training_sizes"]
 
@@ -58,8 +58,7 @@ class Probe:
     @property
     def size(self) -> int | None:
         """Samples in every batch; ``None`` if that is not one known number."""
-        sizes = {_leading_size(batch) for batch in self._batches}
-        return (sizes.pop() or None) if len(sizes) == 1 else None
+        return common_size(map(_leading_size, self._batches))
 
     def batch(self, trainer: pl.Trainer, index: int) -> Any:
         """A copy of a batch on the module's device; random transfer hooks are for the caller to seed.

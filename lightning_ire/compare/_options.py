@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ire._checks import ConfigurationError, check_choice
-from lightning_ire._cli_options import Parser, behind, check_config, check_key, check_name, content, pairs, spelt_out
+from lightning_ire._cli_options import Parser, behind, check_key, check_name, content, pairs
 from lightning_ire.compare.design import BUDGETS, Choice, Design, Method, Range
 from lightning_ire.sweeps._grid import SEED
 from lightning_ire.sweeps._study import number
@@ -74,8 +74,7 @@ def read_options(args: list[str]) -> Options:
     own, flags = behind(args)
     parser = _parser()
     ours, words = _split_methods(own, set(parser._option_string_actions) | {"--method"})
-    options = parser.parse_args(spelt_out(ours), Options(words=words, flags=flags))
-    check_config(options.config)
+    options = parser.read(ours, Options(words=words, flags=flags))
     options.name = options.name or options.config.stem
     check_name(options.name)
     if options.jobs < 1:
@@ -91,19 +90,17 @@ def read_options(args: list[str]) -> Options:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
-        prog="cli.py compare",
-        usage="python cli.py compare --config FILE --method NAME [flags] --method NAME [flags] ... --tune KEY LOW HIGH "
+        "compare",
+        "--config FILE --method NAME [flags] --method NAME [flags] ... --tune KEY LOW HIGH "
         "[log] ... [options] [-- further flags of cli.py fit]",
         description="Does it help here? Compare methods at equal effort: the same trials for each, seeds that no "
         "tuning saw, paired differences. --method NAME [flags]: what is compared; repeat.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        config="config of all runs",
     )
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="config of all runs")
     add("--tune", nargs="*", action="append", default=[], type=str.strip, metavar="KEY LOW HIGH [log]",
         help="a key and its range, or KEY V1,V2,...; repeat")  # fmt: skip
     add("--trials", type=int, default=16, metavar="N", help="settings tried of each method (default: 16)")

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_ire._checks import ConfigurationError, check_folder, check_number, check_whole
 from lightning_ire._cli_command import code_of, run, write
-from lightning_ire._cli_options import Parser, behind, check_config, spelt_out
+from lightning_ire._cli_options import Parser, behind
 from lightning_ire.callbacks import IRE
 from lightning_ire.find._range_test import kappas, learning_rates, radii
 from lightning_ire.find._result import RangeTest
@@ -90,22 +90,19 @@ def _report(found: RangeTest, options: argparse.Namespace) -> None:
 def _read(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read what follows `find`, and the further flags of `fit`; a `ConfigurationError` says what is wrong with it."""
     parser = Parser(
-        prog="cli.py find",
-        usage="python cli.py find lr|kappa|rho --config FILE [options] [-- further flags of cli.py fit]",
+        "find",
+        "lr|kappa|rho --config FILE [options] [-- further flags of cli.py fit]",
         description="Range tests: which learning rate, which kappa, which rho?",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        config="config of the run",
     )
     parser.add_argument("key", choices=list(_TESTS), metavar="lr|kappa|rho", help="what to look for")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config of the run")
     parser.add_argument("--low", type=float, metavar="X", help="first value (default: lr 1e-6, kappa 0.1, rho 0.001)")
     parser.add_argument("--high", type=float, metavar="Y", help="last value (default: lr 10, kappa 100, rho 1)")
     parser.add_argument("--steps", type=int, metavar="N", help="how many values (default: 100, rho 30)")
     parser.add_argument("--folder", type=Path, default=Path("find"), help="where the files go (default: find)")
     own, flags = behind(args)
-    options = parser.parse_args(spelt_out(own))
-    check_config(options.config)
+    options = parser.read(own, argparse.Namespace())
     defaults = inspect.signature(_TESTS[options.key]).parameters
     low = check_number("--low", defaults["low"].default if options.low is None else options.low, low_open=True)
     high = defaults["high"].default if options.high is None else options.high

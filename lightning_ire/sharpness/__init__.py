@@ -22,6 +22,7 @@ from lightning_ire.engine.state import Progress
 from lightning_ire.functional import as_real, is_sharded, local
 from lightning_ire.sharpness.job import Job, Measurement, Settings
 from lightning_ire.sharpness.landscape import Landscape, check_products, measurement_mode
+from lightning_ire.sharpness.probe import common_size
 from lightning_ire.sharpness.quantities import QUANTITIES, QuantityName, check_quantities, max_cost, measure
 from lightning_ire.sharpness.step_operator import Enhanced
 
@@ -119,8 +120,8 @@ def measure_sharpness(
         ) as landscape,
     ):
         if checked.samples is None:
-            sizes = {len(next(iter(stacked_tensors(batch)), ())) for batch in batches}
-            checked = replace(checked, samples=(sizes.pop() or None) if len(sizes) == 1 else None)
+            sizes = (len(next(iter(stacked_tensors(batch)), ())) for batch in batches)
+            checked = replace(checked, samples=common_size(sizes))
         cost = max_cost(
             wanted, checked, len(batches), sam=step is not None and step.perturbation_in_force() is not None
         )

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-__all__ = ["drawn_samples"]
+__all__ = ["common_size", "drawn_samples"]
+
+
+def common_size(sizes: Iterable[int]) -> int | None:
+    """The number of samples that all batches have; ``None`` if it is not one, or not known (0).
+
+    Args:
+        sizes: That of each batch.
+    """
+    different = set(sizes)
+    return (different.pop() or None) if len(different) == 1 else None
 
 
 def drawn_samples(total: int, size: int, count: int, rank: int, ranks: int, seed: int) -> list[list[int]]:

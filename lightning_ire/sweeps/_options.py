@@ -9,17 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ire._checks import ConfigurationError, check_choice
-from lightning_ire._cli_options import (
-    Parser,
-    behind,
-    check_config,
-    check_key,
-    check_name,
-    content,
-    pairs,
-    spelt_out,
-    value_of,
-)
+from lightning_ire._cli_options import Parser, behind, check_key, check_name, content, pairs, value_of
 from lightning_ire.sweeps._grid import Grid
 from lightning_ire.sweeps._study import code
 
@@ -73,8 +63,7 @@ class Options(argparse.Namespace):
 def read_options(args: list[str]) -> Options:
     """Read what follows `sweep`; a `ConfigurationError` says what is wrong with it."""
     own, flags = behind(args)
-    options = _parser().parse_args(spelt_out(own), Options(flags=flags))
-    check_config(options.config)
+    options = _parser().read(own, Options(flags=flags))
     grid = _check_grid(vars(options)["grid"])
     for key, _ in pairs(options.flags):
         check_key(key)
@@ -90,17 +79,15 @@ def read_options(args: list[str]) -> Options:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
-        prog="cli.py sweep",
-        usage="python cli.py sweep --config FILE --grid KEY VALUE ... [options] [-- further flags of cli.py fit]",
+        "sweep",
+        "--config FILE --grid KEY VALUE ... [options] [-- further flags of cli.py fit]",
         description="Train every combination of the values of some keys, each in a process of its own.",
         epilog=_EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        config="config of all runs",
     )
-    add, stripped = parser.add_argument, {"type": str.strip}  # see `spelt_out`
-    add("--config", type=Path, metavar="FILE", help="config of all runs")
+    add, stripped = parser.add_argument, {"type": str.strip}  # see `Parser.read`
     grid: dict[str, Any] = {"nargs": "*", "action": "append", "default": [], **stripped}
     add("--grid", **grid, metavar="KEY VALUE", help="a key and its values; repeat")
     add("--baseline", action="store_true", help="also run with ire.kappa 0, once per combination of the other keys")
